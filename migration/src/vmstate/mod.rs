@@ -1,0 +1,36 @@
+//! How a device's state is written down.
+//!
+//! State is declared once, as a plain struct that derives `Serialize` and `Deserialize`. QEMU's
+//! encoding is a serde data format over these declarations:
+//!
+//! - integers are big-endian, `bool` is one byte, structs and tuples are their parts one after
+//!   the other; nothing carries a length of its own;
+//! - an array longer than serde's 32 elements is a [`FixedVec`]; bytes that mean nothing are a
+//!   [`Pad`]; a deadline is a [`Timer`]; a count followed by that many elements is a [`Counted`];
+//! - a field that exists only from section version `N` on is named `name@N`
+//!   (`#[serde(rename = "xcr0@12", default)]`);
+//! - subsections are one field whose type is a struct renamed to [`SUBSECTIONS`], each of its
+//!   fields an `Option` named as the subsection is on the wire. `None` is not sent. A subsection
+//!   has version 1 unless its name ends in `@N`:
+//!
+//! ```
+//! # use serde::{Serialize, Deserialize};
+//! # #[derive(Default, Serialize, Deserialize)] struct Tsr { retry: u32, thr: u8, tsr: u8 }
+//! #[derive(Default, Serialize, Deserialize)]
+//! #[serde(rename = "@subsections")]
+//! struct SerialSubs {
+//!     #[serde(rename = "serial/tsr")]
+//!     tsr: Option<Tsr>,
+//! }
+//! ```
+
+mod error;
+mod section;
+mod types;
+
+pub use error::{FieldError, StateError};
+pub use section::{Audience, ByteSource, Migratable, Section, SectionId, VmState};
+pub use types::{Counted, FixedVec, Pad, Timer};
+
+/// The serde name that marks a struct as a set of subsections.
+pub const SUBSECTIONS: &str = "@subsections";

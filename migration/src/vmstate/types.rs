@@ -1,0 +1,241 @@
+//! Field types that QEMU's layouts have and plain Rust does not.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::ser::{Error as _, SerializeTuple};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// `N` bytes that mean nothing: written as zero, ignored when read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pad<const N: usize>;
+
+/// The serde name by which the format recognises a [`Pad`].
+pub(crate) const PAD: &str = "@pad";
+/// The serde name by which the format recognises a [`Timer`].
+pub(crate) const TIMER: &str = "@timer";
+/// The serde name by which the format recognises a [`Counted`].
+pub(crate) const COUNTED: &str = "@counted";
+
+impl<const N: usize> Serialize for Pad<N> {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_newtype_struct(PAD, &FixedVec::<u8, N>::default())
+    }
+}
+
+impl<'de, const N: usize> Deserialize<'de> for Pad<N> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V<const N: usize>;
+        impl<'de, const N: usize> Visitor<'de> for V<N> {
+            type Value = Pad<N>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{N} unused bytes")
+            }
+            fn visit_newtype_struct<D: Deserializer<'de>>(self, d: D) -> Result<Pad<N>, D::Error> {
+                FixedVec::<u8, N>::deserialize(d).map(|_| Pad)
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Pad<N>, A::Error> {
+                while seq.next_element::<u8>()?.is_some() {}
+                Ok(Pad)
+            }
+        }
+        d.deserialize_newtype_struct(PAD, V)
+    }
+}
+
+/// A deadline in nanoseconds of the clock that the device uses; `None` is a timer that is not
+/// armed. Eight bytes, all ones when not armed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timer(pub Option<i64>);
+
+impl Serialize for Timer {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_newtype_struct(TIMER, &self.0.unwrap_or(-1))
+    }
+}
+
+impl<'de> Deserialize<'de> for Timer {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename = "@timer")]
+        struct Raw(i64);
+        let Raw(ns) = Raw::deserialize(d)?;
+        Ok(Timer((ns != -1).then_some(ns)))
+    }
+}
+
+/// Exactly `N` elements, on the heap. On the wire: the elements, no length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FixedVec<T, const N: usize>(Vec<T>);
+
+impl<T: Default + Clone, const N: usize> Default for FixedVec<T, N> {
+    fn default() -> Self {
+        Self(vec![T::default(); N])
+    }
+}
+
+impl<T, const N: usize> FixedVec<T, N> {
+    /// The elements `f(0)` to `f(N - 1)`.
+    pub fn from_fn(f: impl FnMut(usize) -> T) -> Self {
+        Self((0..N).map(f).collect())
+    }
+}
+
+impl<T, const N: usize> TryFrom<Vec<T>> for FixedVec<T, N> {
+    type Error = usize;
+    /// Fails with the length that was given when it is not `N`.
+    fn try_from(v: Vec<T>) -> Result<Self, usize> {
+        if v.len() == N { Ok(Self(v)) } else { Err(v.len()) }
+    }
+}
+
+impl<T, const N: usize> Deref for FixedVec<T, N> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
+impl<T, const N: usize> DerefMut for FixedVec<T, N> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.0
+    }
+}
+
+impl<T: Serialize, const N: usize> Serialize for FixedVec<T, N> {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut tuple = s.serialize_tuple(N)?;
+        for element in &self.0 {
+            tuple.serialize_element(element)?;
+        }
+        tuple.end()
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for FixedVec<T, N> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V<T, const N: usize>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for V<T, N> {
+            type Value = FixedVec<T, N>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{N} elements")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                let mut v = Vec::with_capacity(N);
+                while let Some(element) = seq.next_element()? {
+                    v.push(element);
+                }
+                FixedVec::try_from(v).map_err(|n| A::Error::invalid_length(n, &self))
+            }
+        }
+        d.deserialize_tuple(N, V(PhantomData))
+    }
+}
+
+/// A count of type `C` (`u8`, `u16`, `u32` or `i32`) followed by that many elements, at most
+/// `MAX`; a larger count is refused before anything is allocated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counted<C, T, const MAX: usize>(pub Vec<T>, PhantomData<C>);
+
+impl<C, T, const MAX: usize> Default for Counted<C, T, MAX> {
+    fn default() -> Self {
+        Self(Vec::new(), PhantomData)
+    }
+}
+
+impl<C, T, const MAX: usize> From<Vec<T>> for Counted<C, T, MAX> {
+    fn from(v: Vec<T>) -> Self {
+        Self(v, PhantomData)
+    }
+}
+
+impl<C, T, const MAX: usize> Serialize for Counted<C, T, MAX>
+where
+    C: Serialize + TryFrom<usize>,
+    T: Serialize,
+{
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        if self.0.len() > MAX {
+            return Err(S::Error::custom(format!("{} elements, at most {MAX}", self.0.len())));
+        }
+        let count = C::try_from(self.0.len())
+            .map_err(|_| S::Error::custom("the count does not fit its type"))?;
+        let mut tuple = s.serialize_tuple_struct(COUNTED, 2)?;
+        use serde::ser::SerializeTupleStruct;
+        tuple.serialize_field(&count)?;
+        tuple.serialize_field(&Elements(&self.0))?;
+        tuple.end()
+    }
+}
+
+struct Elements<'a, T>(&'a [T]);
+
+impl<T: Serialize> Serialize for Elements<'_, T> {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut tuple = s.serialize_tuple(self.0.len())?;
+        for element in self.0 {
+            tuple.serialize_element(element)?;
+        }
+        tuple.end()
+    }
+}
+
+struct ElementsSeed<T>(usize, PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> serde::de::DeserializeSeed<'de> for ElementsSeed<T> {
+    type Value = Vec<T>;
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Vec<T>, D::Error> {
+        d.deserialize_tuple(self.0, self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ElementsSeed<T> {
+    type Value = Vec<T>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} elements", self.0)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+        let mut v = Vec::new();
+        while let Some(element) = seq.next_element()? {
+            v.push(element);
+        }
+        if v.len() == self.0 { Ok(v) } else { Err(A::Error::invalid_length(v.len(), &self)) }
+    }
+}
+
+impl<'de, C, T, const MAX: usize> Deserialize<'de> for Counted<C, T, MAX>
+where
+    C: Deserialize<'de> + TryInto<usize>,
+    T: Deserialize<'de>,
+{
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V<C, T, const MAX: usize>(PhantomData<(C, T)>);
+        impl<'de, C, T, const MAX: usize> Visitor<'de> for V<C, T, MAX>
+        where
+            C: Deserialize<'de> + TryInto<usize>,
+            T: Deserialize<'de>,
+        {
+            type Value = Counted<C, T, MAX>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a count of at most {MAX} and that many elements")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                let count = seq
+                    .next_element::<C>()?
+                    .ok_or_else(|| A::Error::invalid_length(0, &self))?
+                    .try_into()
+                    .map_err(|_| A::Error::custom("a negative or oversized count"))?;
+                if count > MAX {
+                    return Err(A::Error::custom(format!("{count} elements, at most {MAX}")));
+                }
+                let elements = seq
+                    .next_element_seed(ElementsSeed(count, PhantomData))?
+                    .ok_or_else(|| A::Error::invalid_length(1, &self))?;
+                Ok(Counted(elements, PhantomData))
+            }
+        }
+        d.deserialize_tuple_struct(COUNTED, 2, V(PhantomData))
+    }
+}

@@ -1,0 +1,1 @@
+//! Whole-system tests: real guests, real processes, real sockets, faults.

@@ -1,0 +1,1 @@
+//! The machine put together: configuration, board wiring, vCPU threads, lifecycle, control socket.

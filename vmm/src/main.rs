@@ -1,0 +1,2 @@
+//! The `mini-vmm` command.
+fn main() {}

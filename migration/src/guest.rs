@@ -1,0 +1,255 @@
+//! What a migration needs from a VM: its memory, its dirty pages, its life.
+//!
+//! The `vmm` crate implements these traits over a real machine, the tests of this crate over a
+//! vector of bytes. Nothing here knows KVM.
+//!
+//! Who calls what, and in which order, on the source:
+//!
+//! ```text
+//! blockers · manifest parts (machine_type, vcpus, ram, sections, details)
+//! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
+//! pause → drain → Section::save for every section → fetch → …         the guest stands still
+//! stop (tracker) → release_disks → hand_over                          the other side runs it
+//!                  reacquire_disks → resume                           or this side goes on
+//! ```
+//!
+//! and on the destination:
+//!
+//! ```text
+//! ram, sections, check_details                                        before any page moves
+//! GuestRam writes                                                     the source's guest runs
+//! Section::decode for all → Section::apply for all → prepare          nothing runs yet
+//! take_disks → start                                                  this side runs it
+//! ```
+
+use std::error::Error;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dirty::DirtyBitmap;
+use crate::manifest::Problem;
+use crate::vmstate::{FieldError, Section, SectionId};
+
+/// The size of the pages that travel, in bytes: x86's small page, whatever backs the memory.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// One named, contiguous piece of memory that moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamBlock {
+    /// The name on the wire, for example `pc.ram`; at most 255 bytes.
+    pub name: String,
+    /// Length in bytes, a multiple of [`PAGE_SIZE`].
+    pub len: u64,
+}
+
+/// A part of what is written to the stream: bytes of the format, or guest memory itself.
+#[derive(Debug, Clone, Copy)]
+pub enum IoPart<'a> {
+    /// Headers and records.
+    Bytes(&'a [u8]),
+    /// `len` bytes of block number `block` from byte `offset` on. May cross as many of the
+    /// implementer's mappings as it likes.
+    Ram {
+        /// Index into [`GuestRam::blocks`].
+        block: usize,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+}
+
+/// A part of what is read from the stream: into a buffer, or into guest memory itself.
+#[derive(Debug)]
+pub enum ReadPart<'a> {
+    /// A buffer of the stream's reader.
+    Bytes(&'a mut [u8]),
+    /// `len` bytes of block number `block` from byte `offset` on.
+    Ram {
+        /// Index into [`GuestRam::blocks`].
+        block: usize,
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: usize,
+    },
+}
+
+/// Guest memory, by block and offset.
+///
+/// The engine has checked every block index, offset and length against [`blocks`](Self::blocks)
+/// before it calls; an implementer that finds one out of range all the same returns
+/// `InvalidInput`.
+pub trait GuestRam: Send + Sync {
+    /// The blocks, always in the same order; an index into this list names a block everywhere.
+    fn blocks(&self) -> Vec<RamBlock>;
+
+    /// Writes all parts to `out`, in order, with vectored writes straight from guest memory; any
+    /// number of parts (split at the system's `IOV_MAX`). `out` is a blocking socket with a send
+    /// timeout: an interrupted call is repeated, a partial one continued, and the error of a call
+    /// that timed out without moving a byte (`WouldBlock`) returned as it is.
+    fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()>;
+
+    /// One vectored read from `from` into the parts, in order. Returns how many bytes came, as
+    /// `readv` does: 0 is the end of the stream, fewer than asked for is no error. An interrupted
+    /// call is repeated; `WouldBlock` is a receive timeout and is returned as it is.
+    fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize>;
+
+    /// Copies `bytes` to the block from byte `offset` on.
+    fn copy_in(&self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Copies from the block into `buf`: for digests and comparisons, not for the data path.
+    fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Sets `len` bytes to `byte`. Filling with zero a range that reads as zero already should
+    /// not make the host allocate memory for it.
+    fn fill(&self, block: usize, offset: u64, len: u64, byte: u8) -> io::Result<()>;
+
+    /// Whether the page at `offset` is all zero. May be raced by the guest: a page that changes
+    /// afterwards is dirty and comes again.
+    fn is_zero(&self, block: usize, offset: u64) -> bool;
+}
+
+/// The record of which pages have been written: the hypervisor's log and the devices' bitmap.
+///
+/// A page counts as dirty until it is *cleared*, and the engine clears it **before** it reads it,
+/// so that a write that comes between is not lost:
+///
+/// ```text
+/// fetch: bits ORed into the engine's bitmap  →  clear(chunk)  →  read and send the chunk's pages
+/// ```
+///
+/// What was fetched and not delivered stays in the engine's bitmap, so nothing is ever given back.
+pub trait DirtyTracker: Send {
+    /// Starts recording. From here on every write is noted; what was written before is not, so
+    /// the engine sends every page once after it.
+    fn start(&mut self) -> Result<(), VmError>;
+
+    /// ORs every page written since it was last cleared into `into`. An implementation whose
+    /// log clears itself when it is read may do so: the bits are in `into` then.
+    fn fetch(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError>;
+
+    /// Forgets exactly the pages whose bits are set: bit `i` of `bits[n]` is page
+    /// `first_page + 64 * n + i` of the block. `first_page` is a multiple of 64; bits behind the
+    /// block's end are 0. Pages whose bit is 0 keep their state, also when they are dirty.
+    fn clear(&mut self, block: usize, first_page: u64, bits: &[u64]) -> Result<(), VmError>;
+
+    /// Stops recording. Called once after every successful [`start`](Self::start), also after a
+    /// failure; must be able to run when the guest runs.
+    fn stop(&mut self);
+}
+
+/// Something that the machine could not do, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct VmError {
+    /// What failed, as a sentence that names the part of the machine.
+    pub what: String,
+    /// The operating system's or the hypervisor's reason.
+    #[source]
+    pub source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl VmError {
+    /// A failure that has no further cause.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None }
+    }
+
+    /// A failure with its cause.
+    pub fn with(what: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { what: what.into(), source: Some(source.into()) }
+    }
+}
+
+/// What both sides of a migration can say about their machine.
+pub trait Machine: Send {
+    /// The versioned machine type, for example `pc-i440fx-7.2`.
+    fn machine_type(&self) -> String;
+
+    /// The number of vCPUs.
+    fn vcpus(&self) -> u32;
+
+    /// Its memory.
+    fn ram(&self) -> Arc<dyn GuestRam>;
+
+    /// Its sections, in the order in which they travel. Called more than once; every call gives
+    /// handles to the same devices.
+    fn sections(&self) -> Vec<Box<dyn Section>>;
+
+    /// What else the other side must have: PCI slots, queue counts, CPU features, disk sizes. An
+    /// opaque object to the engine; compared by [`DestinationVm::check_details`].
+    fn details(&self) -> serde_json::Value;
+}
+
+/// A VM that can be given away.
+pub trait SourceVm: Machine {
+    /// Why this VM can't be migrated at all, each a sentence; empty when it can.
+    fn blockers(&self) -> Vec<String>;
+
+    /// A tracker for this VM's memory, not yet started.
+    fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError>;
+
+    /// Stops every vCPU and notes whether they were running. When it fails, whatever it had
+    /// stopped runs again. A VM that was paused before stays paused and this succeeds.
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// Called once after [`pause`](Self::pause): finishes all requests in flight, flushes the
+    /// disks, and leaves every device such that it writes nothing any more, neither to guest
+    /// memory nor to its back end. After a failure [`resume`](Self::resume) is called.
+    fn drain(&mut self) -> Result<(), VmError>;
+
+    /// Back to the run state that [`pause`](Self::pause) found: devices first, then vCPUs if they
+    /// were running.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Gives up the locks on the disks' images; from here on nothing is written to them. When it
+    /// fails the locks are held as before.
+    fn release_disks(&mut self) -> Result<(), VmError>;
+
+    /// Takes back the locks that [`release_disks`](Self::release_disks) gave up. When it fails
+    /// because someone else holds one, none is held and the VM must not run.
+    fn reacquire_disks(&mut self) -> Result<(), VmError>;
+
+    /// The other side runs the VM. This one must never run it again.
+    fn hand_over(&mut self);
+}
+
+/// A VM that waits to become what another one was. Its vCPUs have never run.
+pub trait DestinationVm: Machine {
+    /// Compares what the source's [`Machine::details`] says with this machine; every difference
+    /// that would make the migration fail or the guest misbehave is one problem.
+    fn check_details(&self, source: &serde_json::Value) -> Vec<Problem>;
+
+    /// Whether the content of a RAM block that this machine does not have may be thrown away: a
+    /// QEMU sends its firmware and ACPI tables as blocks of their own.
+    fn may_discard_block(&self, name: &str) -> bool;
+
+    /// Called after every section has been applied: builds what is still missing, and does
+    /// everything that could fail, so that [`start`](Self::start) will not. Nothing runs yet, no
+    /// disk is written.
+    fn prepare(&mut self) -> Result<(), VmError>;
+
+    /// Locks the disks' images and opens them for writing. When it fails none is locked.
+    fn take_disks(&mut self) -> Result<(), VmError>;
+
+    /// Gives the locks back, after a failed start.
+    fn release_disks(&mut self);
+
+    /// Lets the machine go on in the run state that came with it (a VM that was paused stays
+    /// paused), and announces it on its networks. An error means that no vCPU has run.
+    fn start(&mut self) -> Result<(), VmError>;
+
+    /// For a verified migration: the differences between a section's body as it was received and
+    /// as this machine saves it again, leaving out what changes by itself (a running TSC). Called
+    /// only when the bytes differ.
+    fn section_differences(
+        &self,
+        section: &SectionId,
+        received: &[u8],
+        saved_again: &[u8],
+    ) -> Vec<FieldError>;
+}

@@ -12,3 +12,4 @@ pub mod dirty;
 pub mod guest;
 pub mod manifest;
 pub mod vmstate;
+pub mod wire;

@@ -1,0 +1,210 @@
+//! Commands from the source to the destination, QEMU's and our own.
+//!
+//! ```text
+//! 0x08  u16 number  u16 length  payload
+//! our own: length is 4, the payload a u32 n, and n bytes of JSON follow
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use super::limits::MAX_SHORT_PAYLOAD;
+use super::section::PartType;
+use super::{WireError, read_json, read_u16, read_u32, skip, write_json};
+use crate::manifest::{Manifest, RamDigests};
+use crate::vmstate::ByteSource;
+
+/// The value of our ping. A QEMU echoes it; a mini-vmm knows by it who asks, and says hello first.
+/// "mvmm".
+pub const PING_MAGIC: u32 = 0x6d76_6d6d;
+
+const OPEN_RETURN_PATH: u16 = 1;
+const PING: u16 = 2;
+const POSTCOPY: std::ops::RangeInclusive<u16> = 3..=7;
+const POSTCOPY_RECOVERY: std::ops::RangeInclusive<u16> = 8..=9;
+const COLO: u16 = 10;
+const SWITCHOVER_START: u16 = 11;
+
+// Our own numbers are far from QEMU's, which are counted up from 1.
+const MANIFEST: u16 = 0x4d01;
+const VERIFY: u16 = 0x4d02;
+const COMMIT: u16 = 0x4d03;
+const ABORT: u16 = 0x4d04;
+
+/// What a source tells a destination outside of the sections.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// Answers are wanted.
+    OpenReturnPath,
+    /// To be answered with a pong of the same value.
+    Ping(u32),
+    /// QEMU 10's notice that the source's guest has stopped; carries nothing.
+    SwitchoverStart,
+    /// What the VM is and needs.
+    Manifest(Box<Manifest>),
+    /// Digests to compare RAM with.
+    Verify(RamDigests),
+    /// The destination is to run the VM; the source has given it up.
+    Commit,
+    /// The source goes on running the VM itself.
+    Abort(Abort),
+}
+
+/// Why a source gives up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Abort {
+    /// In words.
+    pub reason: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Commit {}
+
+impl Command {
+    /// Writes the command, type byte included.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.push(PartType::Command as u8);
+        let short = |out: &mut Vec<u8>, number: u16, payload: &[u8]| {
+            out.extend_from_slice(&number.to_be_bytes());
+            out.extend_from_slice(&(payload.len() as u16).to_be_bytes());
+            out.extend_from_slice(payload);
+        };
+        match self {
+            Self::OpenReturnPath => short(out, OPEN_RETURN_PATH, &[]),
+            Self::Ping(value) => short(out, PING, &value.to_be_bytes()),
+            Self::SwitchoverStart => short(out, SWITCHOVER_START, &[]),
+            Self::Manifest(manifest) => write_json(out, MANIFEST, manifest),
+            Self::Verify(digests) => write_json(out, VERIFY, digests),
+            Self::Commit => write_json(out, COMMIT, &Commit {}),
+            Self::Abort(abort) => write_json(out, ABORT, abort),
+        }
+    }
+
+    /// Reads a command, after its type byte.
+    pub fn read(source: &mut dyn ByteSource) -> Result<Self, WireError> {
+        let offset = source.offset();
+        let number = read_u16(source, "a command")?;
+        let length = read_u16(source, "a command's length")?;
+        let expect = |expected: u16| {
+            if length == expected {
+                return Ok(());
+            }
+            Err(WireError::Unexpected {
+                what: "a command's length",
+                offset,
+                expected: format!("{expected} for command {number:#x}"),
+                found: length.to_string(),
+            })
+        };
+        let unsupported = |feature| Err(WireError::Unsupported { feature, offset });
+        match number {
+            OPEN_RETURN_PATH => expect(0).map(|()| Self::OpenReturnPath),
+            PING => {
+                expect(4)?;
+                Ok(Self::Ping(read_u32(source, "a ping's value")?))
+            }
+            SWITCHOVER_START if length <= MAX_SHORT_PAYLOAD => {
+                skip(source, length.into(), "a command's payload")?;
+                Ok(Self::SwitchoverStart)
+            }
+            MANIFEST => {
+                expect(4)?;
+                Ok(Self::Manifest(read_json(source, "manifest")?))
+            }
+            VERIFY => {
+                expect(4)?;
+                Ok(Self::Verify(read_json(source, "verify")?))
+            }
+            COMMIT => {
+                expect(4)?;
+                read_json::<Commit>(source, "commit").map(|_| Self::Commit)
+            }
+            ABORT => {
+                expect(4)?;
+                Ok(Self::Abort(read_json(source, "abort")?))
+            }
+            n if POSTCOPY.contains(&n) => unsupported("postcopy-ram"),
+            n if POSTCOPY_RECOVERY.contains(&n) => unsupported("postcopy recovery"),
+            COLO => unsupported("x-colo"),
+            _ => Err(WireError::Unexpected {
+                what: "a command",
+                offset,
+                expected: "one that QEMU 7.2 or mini-vmm sends".into(),
+                found: format!("number {number:#x} with {length} bytes"),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::RamBlock;
+    use crate::manifest::{BlockDigests, SectionManifest};
+    use crate::wire::SliceSource;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            protocol: 1,
+            program: "mini-vmm 0.1.0".into(),
+            machine: "pc-i440fx-7.2".into(),
+            vcpus: 2,
+            ram: vec![RamBlock { name: "pc.ram".into(), len: 1 << 30 }],
+            sections: vec![SectionManifest {
+                id: "cpu".into(),
+                instance: 1,
+                version: 12,
+                layout: "ab".into(),
+            }],
+            verify: true,
+            details: serde_json::json!({ "slots": [2, 3] }),
+        }
+    }
+
+    #[test]
+    fn qemus_commands_are_qemus_bytes() {
+        let bytes = |c: Command| {
+            let mut out = Vec::new();
+            c.write(&mut out);
+            out
+        };
+        assert_eq!(bytes(Command::OpenReturnPath), b"\x08\0\x01\0\0");
+        assert_eq!(bytes(Command::Ping(1)), b"\x08\0\x02\0\x04\0\0\0\x01");
+    }
+
+    #[test]
+    fn every_command_comes_back_as_it_went() {
+        let digests = RamDigests {
+            blocks: vec![BlockDigests { name: "pc.ram".into(), chunk: 4096, digests: vec![7] }],
+        };
+        for command in [
+            Command::OpenReturnPath,
+            Command::Ping(PING_MAGIC),
+            Command::SwitchoverStart,
+            Command::Manifest(Box::new(manifest())),
+            Command::Verify(digests),
+            Command::Commit,
+            Command::Abort(Abort { reason: "cancelled by the user".into() }),
+        ] {
+            let mut out = Vec::new();
+            command.write(&mut out);
+            let mut source = SliceSource::new(&out[1..]);
+            assert_eq!(Command::read(&mut source).unwrap(), command);
+            assert!(source.rest().is_empty());
+            for cut in 1..out.len() {
+                assert!(Command::read(&mut SliceSource::new(&out[1..cut])).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_supported_says_so() {
+        let read = |bytes: &[u8]| Command::read(&mut SliceSource::new(bytes)).unwrap_err();
+        assert!(read(b"\0\x03\0\x10").to_string().contains("postcopy-ram"));
+        assert!(read(b"\0\x07\0\x04").to_string().contains("postcopy-ram"));
+        assert!(read(b"\0\x0a\0\0").to_string().contains("x-colo"));
+        assert!(read(b"\0\x99\0\0").to_string().contains("number 0x99"));
+        assert!(read(b"\0\x01\0\x01").to_string().contains("length"));
+        assert!(matches!(read(b"\x4d\x01\0\x04\xff\0\0\0"), WireError::TooLarge { .. }));
+        assert!(matches!(read(b"\x4d\x01\0\x04\0\0\0\x02{}"), WireError::Json { .. }));
+    }
+}

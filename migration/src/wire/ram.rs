@@ -1,0 +1,222 @@
+//! The records in the `ram` section.
+//!
+//! ```text
+//! u64 (value | flags)
+//!   MEM_SIZE   value = sum of the lengths    (str8 block, u64 length) until the sum is reached
+//!   ZERO       value = offset in the block   [str8 block]  u8 fill
+//!   PAGE       value = offset in the block   [str8 block]  4096 bytes
+//!   EOS        end of this section's records
+//! CONTINUE: the block is the one of the record before, and is not named
+//! ```
+
+use super::limits::MAX_RAM_BLOCKS;
+use super::{WireError, read_str8, read_u8, read_u64, write_str8};
+use crate::guest::{PAGE_SIZE, RamBlock};
+use crate::vmstate::ByteSource;
+
+/// The section's name on the wire.
+pub const SECTION: &str = "ram";
+/// The only version in use.
+pub const VERSION: u32 = 4;
+
+/// A page of one repeated byte.
+pub const ZERO: u64 = 0x02;
+/// The list of blocks.
+pub const MEM_SIZE: u64 = 0x04;
+/// A raw page.
+pub const PAGE: u64 = 0x08;
+/// End of the records.
+pub const EOS: u64 = 0x10;
+/// Same block as before.
+pub const CONTINUE: u64 = 0x20;
+const XBZRLE: u64 = 0x40;
+const HOOK: u64 = 0x80;
+const COMPRESS: u64 = 0x100;
+const MULTIFD_FLUSH: u64 = 0x200;
+
+/// The bits of a header that are flags.
+const FLAGS: u64 = PAGE_SIZE - 1;
+
+/// The first eight bytes of a record, taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecordHeader {
+    /// The list of blocks follows, until their lengths add up to this.
+    MemSize(u64),
+    /// A page of one repeated byte.
+    Zero {
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// The block is the one of the record before.
+        same_block: bool,
+    },
+    /// A raw page.
+    Page {
+        /// Offset in the block, in bytes.
+        offset: u64,
+        /// The block is the one of the record before.
+        same_block: bool,
+    },
+    /// End of the records.
+    Eos,
+}
+
+impl RecordHeader {
+    /// Takes the first eight bytes of a record apart; `at` is their offset in the stream.
+    pub fn parse(header: u64, at: u64) -> Result<Self, WireError> {
+        let offset = header & !FLAGS;
+        let flags = header & FLAGS;
+        let same_block = flags & CONTINUE != 0;
+        let unsupported = |feature| Err(WireError::Unsupported { feature, offset: at });
+        match flags & !CONTINUE {
+            PAGE => Ok(Self::Page { offset, same_block }),
+            ZERO => Ok(Self::Zero { offset, same_block }),
+            MEM_SIZE => Ok(Self::MemSize(offset)),
+            EOS => Ok(Self::Eos),
+            XBZRLE => unsupported("xbzrle"),
+            COMPRESS => unsupported("compress"),
+            HOOK => unsupported("rdma"),
+            MULTIFD_FLUSH => unsupported("multifd of QEMU 8.1 and later"),
+            other => Err(WireError::Unexpected {
+                what: "the flags of a RAM record",
+                offset: at,
+                expected: "a known combination".into(),
+                found: format!("{other:#x}"),
+            }),
+        }
+    }
+
+    /// Reads and takes apart the first eight bytes of a record.
+    pub fn read(source: &mut dyn ByteSource) -> Result<Self, WireError> {
+        let at = source.offset();
+        Self::parse(read_u64(source, "a RAM record")?, at)
+    }
+}
+
+/// Reads the list of blocks whose lengths add up to `total`.
+pub fn read_blocks(source: &mut dyn ByteSource, total: u64) -> Result<Vec<RamBlock>, WireError> {
+    let mut blocks = Vec::new();
+    let mut left = total;
+    while left > 0 {
+        let at = source.offset();
+        if blocks.len() >= MAX_RAM_BLOCKS {
+            return Err(WireError::TooLarge {
+                what: "the number of RAM blocks",
+                offset: at,
+                found: MAX_RAM_BLOCKS.saturating_add(1) as u64,
+                max: MAX_RAM_BLOCKS as u64,
+            });
+        }
+        let name = read_str8(source, "a RAM block's name")?;
+        let len = read_u64(source, "a RAM block's length")?;
+        if len == 0 || len & FLAGS != 0 || len > left {
+            return Err(WireError::Unexpected {
+                what: "a RAM block's length",
+                offset: at,
+                expected: format!("pages, and at most the {left:#x} bytes left of the sum"),
+                found: format!("{len:#x} for {name}"),
+            });
+        }
+        left = left.saturating_sub(len);
+        blocks.push(RamBlock { name, len });
+    }
+    Ok(blocks)
+}
+
+/// Writes the list of blocks.
+pub fn write_blocks(out: &mut Vec<u8>, blocks: &[RamBlock]) {
+    let total = blocks.iter().fold(0u64, |sum, b| sum.saturating_add(b.len));
+    out.extend_from_slice(&(total | MEM_SIZE).to_be_bytes());
+    for block in blocks {
+        write_str8(out, &block.name);
+        out.extend_from_slice(&block.len.to_be_bytes());
+    }
+}
+
+/// Writes the header of a page record, up to the page's bytes. `block` is `None` when it is the
+/// one of the record before.
+pub fn write_page_header(out: &mut Vec<u8>, block: Option<&str>, offset: u64) {
+    write_record(out, block, offset, PAGE);
+}
+
+/// Writes a record of a page that is all zero.
+pub fn write_zero(out: &mut Vec<u8>, block: Option<&str>, offset: u64) {
+    write_record(out, block, offset, ZERO);
+    out.push(0);
+}
+
+/// Writes the end of the records.
+pub fn write_eos(out: &mut Vec<u8>) {
+    out.extend_from_slice(&EOS.to_be_bytes());
+}
+
+fn write_record(out: &mut Vec<u8>, block: Option<&str>, offset: u64, kind: u64) {
+    match block {
+        None => out.extend_from_slice(&(offset | kind | CONTINUE).to_be_bytes()),
+        Some(name) => {
+            out.extend_from_slice(&(offset | kind).to_be_bytes());
+            write_str8(out, name);
+        }
+    }
+}
+
+/// Reads the byte that a ZERO record's page is filled with.
+pub fn read_fill(source: &mut dyn ByteSource) -> Result<u8, WireError> {
+    read_u8(source, "the fill byte of a RAM record")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::SliceSource;
+
+    #[test]
+    fn records_are_qemus_bytes() {
+        let mut out = Vec::new();
+        write_blocks(&mut out, &[RamBlock { name: "pc.ram".into(), len: 0x100_0000 }]);
+        assert_eq!(out, b"\0\0\0\0\x01\0\0\x04\x06pc.ram\0\0\0\0\x01\0\0\0");
+        out.clear();
+        write_page_header(&mut out, Some("pc.ram"), 0x1000);
+        write_page_header(&mut out, None, 0x2000);
+        write_zero(&mut out, None, 0x3000);
+        write_eos(&mut out);
+        assert_eq!(
+            out,
+            b"\0\0\0\0\0\0\x10\x08\x06pc.ram\0\0\0\0\0\0\x20\x28\0\0\0\0\0\0\x30\x22\0\
+              \0\0\0\0\0\0\0\x10"
+        );
+    }
+
+    #[test]
+    fn headers_are_taken_apart() {
+        let parse = |h| RecordHeader::parse(h, 0);
+        assert_eq!(
+            parse(0x1008).unwrap(),
+            RecordHeader::Page { offset: 0x1000, same_block: false }
+        );
+        assert_eq!(parse(0x1028).unwrap(), RecordHeader::Page { offset: 0x1000, same_block: true });
+        assert_eq!(parse(0x22).unwrap(), RecordHeader::Zero { offset: 0, same_block: true });
+        assert_eq!(parse(0x10).unwrap(), RecordHeader::Eos);
+        assert_eq!(parse(0x2004).unwrap(), RecordHeader::MemSize(0x2000));
+        for (header, word) in
+            [(0x40, "xbzrle"), (0x60, "xbzrle"), (0x100, "compress"), (0x200, "multifd")]
+        {
+            assert!(parse(header).unwrap_err().to_string().contains(word));
+        }
+        for header in [0x00, 0x01, 0x0a, 0x18, 0x800] {
+            assert!(matches!(parse(header), Err(WireError::Unexpected { .. })), "{header:#x}");
+        }
+    }
+
+    #[test]
+    fn block_lists_are_bounded() {
+        let read = |total: u64, bytes: &[u8]| read_blocks(&mut SliceSource::new(bytes), total);
+        assert_eq!(read(0x1000, b"\x01a\0\0\0\0\0\0\x10\0").unwrap()[0].len, 0x1000);
+        // More than the sum, not whole pages, and nothing at all.
+        assert!(read(0x1000, b"\x01a\0\0\0\0\0\0\x20\0").is_err());
+        assert!(read(0x1000, b"\x01a\0\0\0\0\0\0\x0f\xff").is_err());
+        assert!(read(0x1000, b"\x01a\0\0\0\0\0\0\0\0").is_err());
+        let many = b"\x01a\0\0\0\0\0\0\x10\0".repeat(MAX_RAM_BLOCKS + 1);
+        let total = (MAX_RAM_BLOCKS as u64 + 1) * PAGE_SIZE;
+        assert!(matches!(read(total, &many), Err(WireError::TooLarge { .. })));
+    }
+}

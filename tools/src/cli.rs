@@ -1,0 +1,200 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use xtask::error::{Doing, Result};
+use xtask::kernel::KernelKind;
+use xtask::lab::{self, HostOptions, LabCommand, Second};
+use xtask::setup;
+
+/// The project's tools.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, long_about = LONG_ABOUT)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const LONG_ABOUT: &str = "\
+The project's tools: set-up, tests, and a lab with real KVM.
+
+They need Debian 12 on x86-64, and root or sudo only where packages are missing. What is fetched or \
+built is kept in $XDG_CACHE_HOME/mini-vmm (else ~/.cache/mini-vmm); removing that directory makes \
+the tools start afresh.";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install and fetch what the tools need (they also do so themselves when they need it)
+    Setup,
+    /// Lab hosts: virtual machines with this machine's files and a real KVM
+    #[command(subcommand, long_about = LAB_ABOUT)]
+    Lab(Lab),
+}
+
+const LAB_ABOUT: &str = "\
+Lab hosts: virtual machines with this machine's files and a real KVM.
+
+A lab host is an emulated AMD processor with SVM and a Debian kernel with kvm_amd. It sees this \
+machine's whole file tree; what it writes is gone afterwards, except in the results directory, which \
+is shared at the same path. In it are /dev/kvm, /dev/net/tun, loop, veth, bridge. Programs built here \
+run there. The command gets PATH, HOME, RUST_*, MINI_VMM_* and:
+
+  MINI_VMM_LAB_HOST      a or b
+  MINI_VMM_LAB_RESULTS   the results directory
+  MINI_VMM_LAB_XTASK     this program
+  MINI_VMM_LAB_ADDRESS, MINI_VMM_LAB_PEER   (pair) the host's own address and the other's
+
+Times in the lab are those of an emulated processor, 10 to 30 times those of a real one.
+The exit status is the command's; 124 after the timeout, 125 when the host died.";
+
+#[derive(Subcommand)]
+enum Lab {
+    /// Run a command on a lab host
+    Run {
+        #[command(flatten)]
+        host: HostArgs,
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// Run a command on a lab host that is joined to a second one
+    ///
+    /// The second host, B, has another kernel and a processor with less. Without --b it runs what
+    /// the command on A asks it to: "$MINI_VMM_LAB_XTASK" lab on-peer -- COMMAND. With --b it runs
+    /// that, at the same time, and both must succeed.
+    Pair {
+        #[command(flatten)]
+        host: HostArgs,
+        /// Host B's kernel
+        #[arg(long, default_value = "backports", value_name = "KERNEL")]
+        kernel_b: KernelKind,
+        /// Features that are taken from (or added to) host B's processor
+        #[arg(
+            long,
+            default_value = "-avx2,-pku",
+            allow_hyphen_values = true,
+            value_name = "FEATURES"
+        )]
+        cpu_b: String,
+        /// A shell command for host B
+        #[arg(long, value_name = "SHELL-COMMAND")]
+        b: Option<String>,
+        #[command(flatten)]
+        run: RunArgs,
+    },
+    /// (In a pair) Run a command on the other host; killing this kills it
+    OnPeer {
+        /// The command and its arguments
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<String>,
+    },
+    /// (In a pair) Serve the other host's `on-peer`
+    #[command(hide = true)]
+    Serve,
+}
+
+#[derive(Args)]
+struct HostArgs {
+    /// The lab host's kernel
+    #[arg(long, default_value = "default")]
+    kernel: KernelKind,
+    /// Features that are added to or taken from the lab host's processor, as in -avx2,-pku
+    #[arg(long, allow_hyphen_values = true, value_name = "FEATURES")]
+    cpu: Option<String>,
+    /// Processors of each lab host
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    smp: u32,
+    /// Memory of each lab host in MiB
+    #[arg(long, default_value_t = 4096, value_name = "MIB")]
+    memory: u32,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// A variable for the command's environment
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = assignment)]
+    env: Vec<(String, String)>,
+    /// The shared directory, which also gets the consoles' logs
+    #[arg(long, value_name = "DIR")]
+    results: Option<PathBuf>,
+    /// Give up after this time: 90s, 10m, 1h
+    #[arg(long, default_value = "600s", value_parser = duration)]
+    timeout: Duration,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl Cli {
+    /// Does what was asked; returns the exit status.
+    pub(crate) fn run(self) -> Result<u8> {
+        match self.command {
+            Command::Setup => setup::everything().map(|()| 0),
+            Command::Lab(Lab::Run { host, run }) => lab_run(&host, run, None),
+            Command::Lab(Lab::Pair { host, kernel_b, cpu_b, b, run }) => {
+                let options = HostOptions {
+                    kernel: kernel_b,
+                    cpu: Some(cpu_b).filter(|cpu| !cpu.is_empty()),
+                    ..host.options()
+                };
+                let command = match b {
+                    Some(line) => {
+                        Some(lab_command(vec!["/bin/sh".into(), "-c".into(), line], &run.env)?)
+                    }
+                    None => None,
+                };
+                lab_run(&host, run, Some(Second { options, command }))
+            }
+            Command::Lab(Lab::OnPeer { command }) => lab::peer::run_on_peer(command),
+            Command::Lab(Lab::Serve) => lab::peer::serve(),
+        }
+    }
+}
+
+impl HostArgs {
+    fn options(&self) -> HostOptions {
+        HostOptions {
+            kernel: self.kernel,
+            cpu: self.cpu.clone(),
+            smp: self.smp,
+            memory_mib: self.memory,
+        }
+    }
+}
+
+fn lab_run(host: &HostArgs, run: RunArgs, b: Option<Second>) -> Result<u8> {
+    lab::run(&lab::Run {
+        command: lab_command(run.command, &run.env)?,
+        a: host.options(),
+        b,
+        results: run.results,
+        timeout: run.timeout,
+    })
+}
+
+fn lab_command(argv: Vec<String>, env: &[(String, String)]) -> Result<LabCommand> {
+    let cwd = std::env::current_dir().doing(|| "find the current directory".to_owned())?;
+    Ok(LabCommand { argv, env: env.to_vec(), cwd })
+}
+
+fn assignment(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> std::result::Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let scale = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(format!("unknown unit `{unit}`; use s, m or h")),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| "expected a number and a unit, as in 90s".to_owned())?;
+    number.checked_mul(scale).map(Duration::from_secs).ok_or_else(|| "that is too long".to_owned())
+}

@@ -1,1 +1,21 @@
 //! The machine put together: configuration, board wiring, vCPU threads, lifecycle, control socket.
+
+pub mod config;
+pub mod control;
+
+/// An error and all its causes as one line: "this: because of that: because of that".
+#[must_use]
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Some libraries repeat their cause in their own text.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -1,0 +1,37 @@
+//! What VM is to be run: the same words as flags, in the TOML file, and in the recorded result.
+//!
+//! - [`Settings`]: what was said, in a file or as flags; everything optional.
+//! - [`Config`]: what it means: every default decided and written out, checked. What a migration
+//!   depends on is all in here, so nothing is guessed silently; it is kept as `config.json` beside
+//!   the control socket and shown by `mini-vmm status --json`.
+//!
+//! `Settings → Config` is [`Config::resolve`]; it looks at nothing but its argument, so the same
+//! settings give the same machine on every host.
+
+mod devices;
+mod error;
+mod keys;
+mod resolve;
+mod settings;
+mod text;
+mod types;
+mod units;
+mod uri;
+
+pub use devices::{
+    CharBackend, ConsoleConfig, DiskCache, DiskConfig, NetBackend, NetConfig, PlainConfig,
+};
+pub use error::ConfigError;
+pub use resolve::{Boot, Config, MAX_CPUS};
+pub use settings::{
+    ConsoleSettings, ConsoleTable, DiskSettings, NetSettings, OnOff, Place, PlainSettings,
+    QmpSocket, Queues, Settings,
+};
+pub use types::{CpuConfig, CpuModel, MacAddr, MachineType, PciSlot, VmName};
+pub use units::{ByteSize, HumanDuration, Rate};
+pub use uri::{MigrateListen, MigrationUri};
+
+pub(crate) use keys::nearest;
+
+#[cfg(test)]
+mod tests;

@@ -47,6 +47,16 @@ pub enum StateError {
         /// What was expected, and what stands there.
         problem: String,
     },
+    /// The state has something that the format cannot write. A mistake in the declaration.
+    #[error("{section}, {path}: this cannot be written down: {problem}")]
+    Unwritable {
+        /// The section's name and instance.
+        section: String,
+        /// The path of the field that was being written.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The section's version is not one that this side knows.
     #[error("{section}: version {found} is not supported, this side takes {min} to {max}")]
     Version {

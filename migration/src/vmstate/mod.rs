@@ -24,13 +24,39 @@
 //! }
 //! ```
 
-mod error;
-mod section;
-mod types;
+#![deny(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
 
+mod adapter;
+mod de;
+mod error;
+mod read;
+mod section;
+mod ser;
+mod types;
+mod walk;
+
+pub use adapter::SectionOf;
 pub use error::{FieldError, StateError};
+pub use read::{Decoder, SliceSource, check_version, from_source};
 pub use section::{Audience, ByteSource, Migratable, Section, SectionId, VmState};
-pub use types::{Counted, FixedVec, Pad, Timer};
+pub use ser::{Encoder, to_bytes};
+pub use types::{Counted, FixedVec, Pad, Str8, Timer};
 
 /// The serde name that marks a struct as a set of subsections.
 pub const SUBSECTIONS: &str = "@subsections";
+
+#[cfg(test)]
+#[allow(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+mod tests;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::de::{Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::ser::{Error as _, SerializeTuple};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -21,6 +21,9 @@ pub(crate) const COUNTED: &str = "@counted";
 
 impl<const N: usize> Serialize for Pad<N> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        if s.is_human_readable() {
+            return s.serialize_unit();
+        }
         s.serialize_newtype_struct(PAD, &FixedVec::<u8, N>::default())
     }
 }
@@ -41,6 +44,9 @@ impl<'de, const N: usize> Deserialize<'de> for Pad<N> {
                 Ok(Pad)
             }
         }
+        if d.is_human_readable() {
+            return d.deserialize_ignored_any(IgnoredAny).map(|_| Pad);
+        }
         d.deserialize_newtype_struct(PAD, V)
     }
 }
@@ -52,6 +58,9 @@ pub struct Timer(pub Option<i64>);
 
 impl Serialize for Timer {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        if s.is_human_readable() {
+            return self.0.serialize(s);
+        }
         s.serialize_newtype_struct(TIMER, &self.0.unwrap_or(-1))
     }
 }
@@ -61,6 +70,9 @@ impl<'de> Deserialize<'de> for Timer {
         #[derive(Deserialize)]
         #[serde(rename = "@timer")]
         struct Raw(i64);
+        if d.is_human_readable() {
+            return Option::deserialize(d).map(Timer);
+        }
         let Raw(ns) = Raw::deserialize(d)?;
         Ok(Timer((ns != -1).then_some(ns)))
     }
@@ -125,6 +137,9 @@ impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for FixedVec<T, 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
                 let mut v = Vec::with_capacity(N);
                 while let Some(element) = seq.next_element()? {
+                    if v.len() == N {
+                        return Err(A::Error::custom(format!("more than {N} elements")));
+                    }
                     v.push(element);
                 }
                 FixedVec::try_from(v).map_err(|n| A::Error::invalid_length(n, &self))
@@ -159,6 +174,9 @@ where
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         if self.0.len() > MAX {
             return Err(S::Error::custom(format!("{} elements, at most {MAX}", self.0.len())));
+        }
+        if s.is_human_readable() {
+            return s.collect_seq(&self.0);
         }
         let count = C::try_from(self.0.len())
             .map_err(|_| S::Error::custom("the count does not fit its type"))?;
@@ -205,6 +223,26 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for ElementsSeed<T> {
     }
 }
 
+/// A [`Counted`] where the format knows the length of a list, as JSON does.
+struct Listed<C, T, const MAX: usize>(PhantomData<(C, T)>);
+
+impl<'de, C, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Listed<C, T, MAX> {
+    type Value = Counted<C, T, MAX>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at most {MAX} elements")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut v = Vec::new();
+        while let Some(element) = seq.next_element()? {
+            if v.len() == MAX {
+                return Err(A::Error::custom(format!("more than {MAX} elements")));
+            }
+            v.push(element);
+        }
+        Ok(Counted::from(v))
+    }
+}
+
 impl<'de, C, T, const MAX: usize> Deserialize<'de> for Counted<C, T, MAX>
 where
     C: Deserialize<'de> + TryInto<usize>,
@@ -236,6 +274,32 @@ where
                 Ok(Counted(elements, PhantomData))
             }
         }
+        if d.is_human_readable() {
+            return d.deserialize_seq(Listed(PhantomData));
+        }
         d.deserialize_tuple_struct(COUNTED, 2, V(PhantomData))
+    }
+}
+
+/// Text of at most 255 bytes behind a length byte.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Str8(pub String);
+
+impl Serialize for Str8 {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        if s.is_human_readable() {
+            return s.serialize_str(&self.0);
+        }
+        Counted::<u8, u8, 255>::from(self.0.as_bytes().to_vec()).serialize(s)
+    }
+}
+
+impl<'de> Deserialize<'de> for Str8 {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        if d.is_human_readable() {
+            return String::deserialize(d).map(Str8);
+        }
+        let bytes = Counted::<u8, u8, 255>::deserialize(d)?.0;
+        String::from_utf8(bytes).map(Str8).map_err(|_| D::Error::custom("text that is not UTF-8"))
     }
 }

@@ -7,4 +7,6 @@ pub mod bus;
 pub mod clock;
 pub mod device;
 pub mod irq;
+pub mod isa;
 pub mod memory;
+pub mod timer;

@@ -3,9 +3,11 @@
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde_json::Value;
+
 use super::{
     Audience, ByteSource, FieldError, Migratable, Section, SectionId, StateError, VmState,
-    from_source, to_bytes,
+    describe, from_source, layout_digest, to_bytes,
 };
 
 /// The section of a device that others hold as well.
@@ -67,5 +69,11 @@ impl<D: Migratable + Send + 'static> Section for SectionOf<D> {
             self.device_error("was given a state that another section has decoded".to_owned())
         })?;
         self.lock()?.restore(*state).map_err(|error| self.field_error(error))
+    }
+    fn describe(&self, audience: Audience) -> Result<Value, StateError> {
+        describe(&self.id, &self.state(audience)?)
+    }
+    fn layout_digest(&self) -> u64 {
+        layout_digest::<D::State>()
     }
 }

@@ -34,15 +34,20 @@
 
 mod adapter;
 mod de;
+mod describe;
 mod error;
+mod layout;
 mod read;
 mod section;
 mod ser;
+mod shape;
 mod types;
 mod walk;
 
 pub use adapter::SectionOf;
+pub use describe::{Describer, describe};
 pub use error::{FieldError, StateError};
+pub use layout::{LayoutDigest, layout, layout_digest};
 pub use read::{Decoder, SliceSource, check_version, from_source};
 pub use section::{Audience, ByteSource, Migratable, Section, SectionId, VmState};
 pub use ser::{Encoder, to_bytes};

@@ -6,6 +6,7 @@ use std::io;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::{FieldError, StateError};
 
@@ -99,4 +100,9 @@ pub trait Section: Send {
     ) -> Result<Box<dyn Any + Send>, StateError>;
     /// Takes what [`decode`](Self::decode) gave.
     fn apply(&mut self, state: Box<dyn Any + Send>) -> Result<(), StateError>;
+    /// What [`save`](Self::save) would write, in the words of QEMU's description.
+    fn describe(&self, audience: Audience) -> Result<Value, StateError>;
+    /// A digest of everything that [`save`](Self::save) could write: two sides whose digests are
+    /// equal understand each other.
+    fn layout_digest(&self) -> u64;
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::*;
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Everything {
+pub(super) struct Everything {
     on: bool,
     small: (i8, u16),
     wide: i64,
@@ -24,7 +24,7 @@ struct Everything {
     after: [u8; 2],
     #[serde(rename = "xcr0@4", default)]
     xcr0: u64,
-    subsections: Subs,
+    pub(super) subsections: Subs,
 }
 impl VmState for Everything {
     const VERSION: u32 = 5;
@@ -58,7 +58,7 @@ struct InnerSubs {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename = "@subsections")]
-struct Subs {
+pub(super) struct Subs {
     #[serde(rename = "all/nested@2")]
     nested: Option<Nested>,
     #[serde(rename = "all/flag")]
@@ -99,7 +99,7 @@ fn subs() -> impl Strategy<Value = Subs> {
 }
 
 prop_compose! {
-    fn everything()(
+    pub(super) fn everything()(
         on: bool,
         small: (i8, u16),
         wide: i64,
@@ -235,7 +235,7 @@ fn errors_name_the_place() {
 
 /// A type that contains itself.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Endless {
+pub(super) struct Endless {
     subsections: EndlessSubs,
 }
 #[derive(Debug, Default, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::*;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct TimerState {
+pub(super) struct TimerState {
     cpu_ticks_offset: i64,
     unused: Pad<8>,
     cpu_clock_offset: i64,
@@ -65,12 +65,12 @@ fn i8259() {
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct IoApicState {
+pub(super) struct IoApicState {
     id: u8,
     ioregsel: u8,
     unused: Pad<8>,
     irr: u32,
-    ioredtbl: [u64; 24],
+    pub(super) ioredtbl: [u64; 24],
 }
 impl VmState for IoApicState {
     const VERSION: u32 = 3;

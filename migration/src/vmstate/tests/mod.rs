@@ -2,6 +2,8 @@
 
 use super::*;
 
+mod adapter;
+mod describe;
 mod features;
 mod golden;
 

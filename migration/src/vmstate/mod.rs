@@ -8,7 +8,10 @@
 //! - an array longer than serde's 32 elements is a [`FixedVec`]; bytes that mean nothing are a
 //!   [`Pad`]; a deadline is a [`Timer`]; a count followed by that many elements is a [`Counted`];
 //! - a field that exists only from section version `N` on is named `name@N`
-//!   (`#[serde(rename = "xcr0@12", default)]`);
+//!   (`#[serde(rename = "xcr0@12", default)]`). A struct inside a section goes by the version of
+//!   the section or subsection that it is in;
+//! - text behind a length byte is a [`Str8`]; `Option`, `Vec`, maps, enums, floats and
+//!   `#[serde(alias)]` have no place in the format;
 //! - subsections are one field whose type is a struct renamed to [`SUBSECTIONS`], each of its
 //!   fields an `Option` named as the subsection is on the wire. `None` is not sent. A subsection
 //!   has version 1 unless its name ends in `@N`:
@@ -23,7 +26,12 @@
 //!     tsr: Option<Tsr>,
 //! }
 //! ```
-
+//!
+//! From the same declaration come the bytes ([`to_bytes`], [`from_source`]), QEMU's description of
+//! them ([`describe()`]), the digest that two hosts compare ([`layout_digest`]) and, with
+//! `serde_json`, what people are shown. [`SectionOf`] makes a [`Section`] of any [`Migratable`] device. Where a
+//! layout depends on more than a type (a device's queues, say), the device implements [`Section`]
+//! itself with an [`Encoder`], a [`Decoder`], a [`Describer`] and a [`LayoutDigest`].
 #![deny(
     clippy::indexing_slicing,
     clippy::unwrap_used,

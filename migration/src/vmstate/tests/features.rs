@@ -171,6 +171,16 @@ proptest! {
     }
 
     #[test]
+    fn nothing_is_asked_for_behind_the_footer(state in everything()) {
+        let mut bytes = write("all", &state);
+        bytes.extend([0x7e, 0, 0, 0, 1]);
+        let mut source = Patient(SliceSource::new(&bytes));
+        let read = from_source::<Everything>(&SectionId::new("all", 0), 5, &mut source);
+        prop_assert_eq!(read.unwrap(), state);
+        prop_assert_eq!(source.0.rest(), [0x7e, 0, 0, 0, 1]);
+    }
+
+    #[test]
     fn cut_short(mut state in everything()) {
         state.subsections.extra = Some(vec![1, 2].into());
         let bytes = write("all", &state);
@@ -184,6 +194,23 @@ proptest! {
                 Ok(state) => prop_assert_eq!(write("all", &state), &bytes[..n]),
             }
         }
+    }
+}
+
+/// A connection whose other side waits for an answer: looking behind what it has sent would never
+/// end.
+struct Patient<'a>(SliceSource<'a>);
+
+impl ByteSource for Patient<'_> {
+    fn read_exact(&mut self, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_exact(buf)
+    }
+    fn peek(&mut self, n: usize) -> std::io::Result<&[u8]> {
+        assert!(n <= self.0.rest().len(), "waits for ever");
+        self.0.peek(n)
+    }
+    fn offset(&self) -> u64 {
+        self.0.offset()
     }
 }
 

@@ -1,1 +1,20 @@
 //! x86-64 and KVM: memory layout, boot, ACPI, CPUID, vCPU and interrupt controller state.
+//!
+//! [`layout`] says where everything is. [`host`] asks KVM what it can do and prepares a VM. A
+//! vCPU's state is [`vcpu_state`], the interrupt controllers' and the PIT's `irqchip`, time's
+//! [`clock`].
+
+pub mod clock;
+pub mod cpu_model;
+pub mod cpuid;
+mod cpuid_compare;
+mod cpuid_names;
+mod cpuid_topology;
+pub mod error;
+pub mod host;
+pub mod irqchip;
+pub mod layout;
+pub mod msr;
+mod sys;
+pub mod vcpu_init;
+pub mod vcpu_state;

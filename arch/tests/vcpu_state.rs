@@ -1,0 +1,122 @@
+//! A vCPU's whole state goes from one VM into another on the real `/dev/kvm`.
+
+mod common;
+
+use arch::clock::ClockState;
+use arch::error::KvmError;
+use common::{Vm, at_rest, scramble};
+
+#[test]
+fn a_scrambled_vcpu_arrives_as_it_was() {
+    let (source, destination) = (Vm::new(2), Vm::new(2));
+    for index in 0..2 {
+        let fresh = source.capture(index);
+        let mut wanted = fresh.clone();
+        scramble(&mut wanted);
+        source.restore(&wanted);
+        let captured = source.capture(index);
+        assert_eq!(captured.regs, wanted.regs);
+        assert_eq!(captured.sregs, wanted.sregs);
+        assert_eq!(captured.xsave[..416], wanted.xsave[..416]);
+        assert_eq!(captured.debug, wanted.debug);
+        assert_eq!(captured.msrs, wanted.msrs);
+        assert_eq!(captured.mp_state, wanted.mp_state);
+        assert_ne!(captured.lapic.get(0x390), 0, "the timer's current count is captured");
+        destination.restore(&captured);
+        assert_eq!(at_rest(destination.capture(index)), at_rest(captured));
+    }
+}
+
+#[test]
+fn a_refused_msr_is_named_with_vcpu_and_value() {
+    let vm = Vm::new(1);
+    let mut state = vm.capture(0);
+    common::set_msr(&mut state, 0xc000_0082, 1 << 63);
+    let error = state.restore(&vm.vcpus[0], &vm.host).unwrap_err();
+    assert!(matches!(
+        error,
+        KvmError::Msr { vcpu: 0, index: 0xc000_0082, value: 0x8000_0000_0000_0000, .. }
+    ));
+    let text = error.to_string();
+    assert!(text.contains("failed to set MSR 0xc0000082 (LSTAR) to 0x8000000000000000"), "{text}");
+    // The registers after the refused one are not lost on the next, right restore.
+    vm.restore(&vm.capture(0));
+}
+
+#[test]
+fn an_msr_that_the_host_lacks_matters_only_if_it_holds_something() {
+    let vm = Vm::new(1);
+    let mut state = vm.capture(0);
+    let nowhere = 0x4b56_4dff;
+    state.msrs.push(arch::msr::Msr { index: nowhere, value: 0 });
+    vm.restore(&state);
+    state.msrs.last_mut().unwrap().value = 7;
+    let text = state.restore(&vm.vcpus[0], &vm.host).unwrap_err().to_string();
+    assert!(text.contains("0x4b564dff to 0x7") && text.contains("no such MSR"), "{text}");
+}
+
+#[test]
+fn hostile_states_are_refused_with_a_reason() {
+    let vm = Vm::new(1);
+    let good = vm.capture(0);
+    let refuse = |what: &str, change: &dyn Fn(&mut arch::vcpu_state::VcpuState)| {
+        let mut state = good.clone();
+        change(&mut state);
+        let text = state.restore(&vm.vcpus[0], &vm.host).unwrap_err().to_string();
+        assert!(text.starts_with("vCPU 0: ") && text.contains(what), "{what}: {text}");
+    };
+    refuse("MP state", &|s| s.mp_state = 77);
+    refuse("XSAVE area", &|s| s.xsave.resize(1 << 20, 1));
+    refuse("KVM_SET_XSAVE", &|s| s.xsave[519] = 0x80);
+    refuse("XCRs", &|s| s.xcrs = vec![(0, 1); 17]);
+    refuse("KVM_SET_XCRS", &|s| s.xcrs = vec![(0, 0)]);
+    refuse("KVM_SET_SREGS", &|s| s.sregs.efer = !0);
+    refuse("nested state", &|s| s.nested = Some(vec![0; 10]));
+    refuse("TSC frequency", &|s| s.tsc_khz /= 2);
+    vm.restore(&good);
+}
+
+#[test]
+fn clocks_go_on_by_the_time_that_has_passed() {
+    let (source, destination) = (Vm::new(1), Vm::new(1));
+    let clock = ClockState::capture(&source.fd).unwrap();
+    let mut state = source.capture(0);
+    // The source stood still two and a half seconds ago.
+    let ago = ClockState { realtime: clock.realtime.map(|t| t - 2_500_000_000), ..clock };
+    state.tsc_deadline = state.tsc_deadline.map(|_| 0);
+    let settable = tsc_can_be_set(&destination);
+    destination.restore(&state);
+    let base = ago.restore(&destination.fd).unwrap();
+    assert!((2_500_000_000..12_500_000_000).contains(&base.advanced), "{}", base.advanced);
+    state.restore_tsc(&destination.vcpus[0], &destination.host, &base).unwrap();
+    let after = destination.capture(0);
+    let now = ClockState::capture(&destination.fd).unwrap();
+    assert!(now.clock >= clock.clock + base.advanced);
+    let ticks = after.tsc.wrapping_sub(state.tsc);
+    let wanted = 2_500_000 * u64::from(state.tsc_khz) / 1000;
+    if settable {
+        assert!((wanted..wanted * 5).contains(&ticks), "{ticks} TSC ticks, wanted {wanted}");
+    } else {
+        // An interpreting KVM shows the host's own TSC; it must at least not go back.
+        assert!(ticks < 1 << 63, "{ticks} TSC ticks");
+    }
+
+    // From a QEMU: no wall clock, nothing is added.
+    let base = ClockState { realtime: None, ..clock }.restore(&destination.fd).unwrap();
+    assert_eq!(base.advanced, 0);
+    // Wall clocks that disagree are not believed.
+    let far = ClockState { realtime: Some(0), ..clock };
+    assert_eq!(far.advance_at(1_790_000_000_000_000_000), 0);
+    assert_eq!(ClockState { realtime: Some(10), ..clock }.advance_at(9), 0);
+    assert_eq!(ClockState { realtime: Some(10), ..clock }.advance_at(17), 7);
+}
+
+fn tsc_can_be_set(vm: &Vm) -> bool {
+    let before = vm.capture(0).tsc;
+    let far = arch::msr::Msr { index: arch::msr::IA32_TSC, value: before.wrapping_add(1 << 50) };
+    arch::msr::write(0, &vm.vcpus[0], &[far]).unwrap();
+    let moved = vm.capture(0).tsc.wrapping_sub(before) >= 1 << 50;
+    let back = arch::msr::Msr { value: before, ..far };
+    arch::msr::write(0, &vm.vcpus[0], &[back]).unwrap();
+    moved
+}

@@ -3,8 +3,14 @@
 //!
 //! All of them are one byte wide: see [`byte_ports`].
 
+pub mod dma;
+pub mod fdc;
+pub mod fw_cfg;
+pub mod i8042;
 pub mod pcspk;
 pub mod port92;
+pub mod post;
+pub mod ps2;
 pub mod rtc;
 pub mod serial;
 

@@ -9,4 +9,5 @@ pub mod device;
 pub mod irq;
 pub mod isa;
 pub mod memory;
+pub mod pci;
 pub mod timer;

@@ -4,6 +4,7 @@
 //! vCPU's state is [`vcpu_state`], the interrupt controllers' and the PIT's `irqchip`, time's
 //! [`clock`].
 
+pub mod acpi;
 pub mod boot;
 pub mod clock;
 pub mod cpu_model;

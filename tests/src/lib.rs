@@ -1,1 +1,9 @@
 //! Whole-system tests: real guests, real processes, real sockets, faults.
+//!
+//! This library is what the tests in `tests/` are written with: a [`vm::Vm`] is a `mini-vmm run`
+//! process in a runtime directory of its own, [`qmp::Qmp`] its control socket, and
+//! [`wait::until`] the only way to wait: for a condition, with a deadline.
+
+pub mod qmp;
+pub mod vm;
+pub mod wait;

@@ -1,7 +1,17 @@
 //! The machine put together: configuration, board wiring, vCPU threads, lifecycle, control socket.
 
+pub mod chardev;
+pub mod clock;
 pub mod config;
 pub mod control;
+pub mod dirty;
+pub mod event_loop;
+pub mod firmware;
+pub mod kvm;
+pub mod memory;
+pub mod ram_access;
+pub mod timers;
+pub mod vcpu;
 
 /// An error and all its causes as one line: "this: because of that: because of that".
 #[must_use]

@@ -1,0 +1,217 @@
+//! What a firmware does to the board before it starts the operating system, for guests that boot
+//! without one.
+//!
+//! It works as firmware works, through ports 0xcf8 and 0xcfc, and leaves the chipset as SeaBIOS
+//! leaves it under QEMU: a guest finds BARs assigned, interrupts routed and power management
+//! enabled, and one that later moves to a QEMU is not surprised.
+
+use arch::layout::{self, port};
+use devices::bus::IoBus;
+use vm_allocator::{AddressAllocator, AllocPolicy};
+
+/// The PIIX3's four PIRQ lines go to these interrupts (route registers 0x60 to 0x63).
+const PIRQ_ROUTES: [u8; 4] = [10, 10, 11, 11];
+
+/// BARs of I/O space are placed from here on.
+const IO_WINDOW: layout::Range = layout::Range { start: 0xc000, size: 0x3000 };
+
+/// PCI configuration registers (PCI Local Bus 3.0, 6.1).
+mod reg {
+    pub(super) const VENDOR: u8 = 0x00;
+    pub(super) const COMMAND: u8 = 0x04;
+    pub(super) const HEADER_TYPE: u8 = 0x0e;
+    pub(super) const BAR0: u8 = 0x10;
+    pub(super) const INTERRUPT_LINE: u8 = 0x3c;
+    pub(super) const INTERRUPT_PIN: u8 = 0x3d;
+}
+
+const COMMAND_IO: u32 = 1;
+const COMMAND_MEMORY: u32 = 2;
+const MULTIFUNCTION: u32 = 0x80;
+
+/// The board could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum FirmwareError {
+    /// The devices want more address space than the board has.
+    #[error(
+        "no room for BAR {bar} of PCI device {slot:02x}.{function} ({size:#x} bytes of {space}): \
+         configure fewer devices"
+    )]
+    NoRoom {
+        /// PCI device number.
+        slot: u8,
+        /// PCI function number.
+        function: u8,
+        /// Which BAR.
+        bar: u8,
+        /// Its size in bytes.
+        size: u64,
+        /// Ports or memory.
+        space: &'static str,
+        /// The allocator's reason.
+        #[source]
+        source: vm_allocator::Error,
+    },
+    /// The board has no such window; a layout that cannot be.
+    #[error("the PCI windows of a machine with {0} bytes of RAM cannot be laid out")]
+    Layout(u64, #[source] vm_allocator::Error),
+}
+
+/// One PCI function as firmware sees it.
+#[derive(Clone, Copy)]
+struct Function<'a> {
+    bus: &'a IoBus,
+    slot: u8,
+    function: u8,
+}
+
+impl Function<'_> {
+    fn select(self, register: u8) {
+        let address = 0x8000_0000
+            | u32::from(self.slot) << 11
+            | u32::from(self.function) << 8
+            | u32::from(register & 0xfc);
+        self.bus.pio_write(port::PCI_CONFIG_ADDRESS, &address.to_le_bytes());
+    }
+
+    fn read(self, register: u8) -> u32 {
+        let mut data = [0; 4];
+        self.select(register);
+        self.bus.pio_read(port::PCI_CONFIG_DATA, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(self, register: u8, value: u32) {
+        self.select(register);
+        self.bus.pio_write(port::PCI_CONFIG_DATA, &value.to_le_bytes());
+    }
+
+    fn read8(self, register: u8) -> u8 {
+        let mut data = [0];
+        self.select(register);
+        self.bus.pio_read(port::PCI_CONFIG_DATA + u16::from(register & 3), &mut data);
+        let [byte] = data;
+        byte
+    }
+
+    fn write8(self, register: u8, value: u8) {
+        self.select(register);
+        self.bus.pio_write(port::PCI_CONFIG_DATA + u16::from(register & 3), &[value]);
+    }
+
+    fn is_there(self) -> bool {
+        self.read(reg::VENDOR) & 0xffff != 0xffff
+    }
+}
+
+/// Sets the board up for a guest with `ram` bytes of memory.
+pub fn set_up(bus: &IoBus, ram: u64) -> Result<(), FirmwareError> {
+    chipset(bus);
+    let window = layout::pci32_window(ram);
+    let mut ports = AddressAllocator::new(IO_WINDOW.start, IO_WINDOW.size)
+        .map_err(|e| FirmwareError::Layout(ram, e))?;
+    let mut memory = AddressAllocator::new(window.start, window.size)
+        .map_err(|e| FirmwareError::Layout(ram, e))?;
+    for slot in 1..32 {
+        let first = Function { bus, slot, function: 0 };
+        if !first.is_there() {
+            continue;
+        }
+        let several = u32::from(first.read8(reg::HEADER_TYPE)) & MULTIFUNCTION != 0;
+        for function in 0..if several { 8 } else { 1 } {
+            let f = Function { bus, slot, function };
+            if f.is_there() {
+                assign(f, &mut ports, &mut memory)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// I440FX, PIIX3 and PIIX4 in the order of their functions. The numbers are those of the chips'
+/// data sheets; which values go there is what SeaBIOS leaves (`docs/board.md`).
+fn chipset(bus: &IoBus) {
+    let at = |slot, function| Function { bus, slot, function };
+    let host = at(0, 0);
+    // PAM: the BIOS area is plain RAM, readable and writable, since there is no ROM under it.
+    host.write8(0x59, 0x30);
+    for pam in 0x5a..=0x5f {
+        host.write8(pam, 0x33);
+    }
+    // SMRAM: closed and locked away from everyone, since nothing runs in SMM.
+    host.write8(0x72, 0x0a);
+
+    let isa = at(1, 0);
+    for (register, irq) in (0x60..).zip(PIRQ_ROUTES) {
+        isa.write8(register, irq);
+    }
+
+    let ide = at(1, 1);
+    // Both channels decode their ports (IDETIM, bit 15 of each).
+    ide.write(0x40, 0x8000_8000);
+
+    let pm = at(1, 3);
+    pm.write8(reg::INTERRUPT_LINE, 9);
+    pm.write(0x40, u32::from(port::PM_BASE) | 1);
+    pm.write8(0x80, 1); // PMREGMISC: the I/O space at PMBA answers
+    pm.write(0x90, u32::from(port::SMBUS_BASE) | 1);
+    pm.write8(0xd2, 0x09); // SMBHSTCFG: host controller on, interrupt by SMI off
+}
+
+/// Places the function's BARs and switches its decoders on.
+fn assign(
+    f: Function<'_>,
+    ports: &mut AddressAllocator,
+    memory: &mut AddressAllocator,
+) -> Result<(), FirmwareError> {
+    let mut decode = 0;
+    let mut bar = 0;
+    while bar < 6 {
+        let register = reg::BAR0 + 4 * bar;
+        let this = bar;
+        bar += 1;
+        f.write(register, u32::MAX);
+        let mask = f.read(register);
+        if mask == 0 {
+            continue;
+        }
+        let is_io = mask & 1 != 0;
+        let is_64 = !is_io && mask & 0b110 == 0b100;
+        let size = if is_io {
+            // Bits 31-16 of an I/O BAR may be hard-wired to zero.
+            u64::from(!(mask | 0xffff_0003) + 1) & 0xffff
+        } else {
+            u64::from(!(mask & !0xf)) + 1
+        };
+        let (space, from, policy) = if is_io {
+            ("I/O ports", &mut *ports, AllocPolicy::FirstMatch)
+        } else {
+            ("memory", &mut *memory, AllocPolicy::LastMatch)
+        };
+        let range = from.allocate(size, size, policy).map_err(|source| FirmwareError::NoRoom {
+            slot: f.slot,
+            function: f.function,
+            bar: this,
+            size,
+            space,
+            source,
+        })?;
+        f.write(register, range.start() as u32);
+        if is_64 {
+            f.write(register + 4, 0);
+            bar += 1;
+        }
+        decode |= if is_io { COMMAND_IO } else { COMMAND_MEMORY };
+    }
+    if let pin @ 1..=4 = f.read8(reg::INTERRUPT_PIN) {
+        // The PM function's interrupt is the SCI, wired and not routed.
+        if (f.slot, f.function) != (1, 3) {
+            let pirq = (usize::from(f.slot) + 3 + usize::from(pin) - 1) % 4;
+            let irq = PIRQ_ROUTES.get(pirq).copied().unwrap_or_default();
+            f.write8(reg::INTERRUPT_LINE, irq);
+        }
+    }
+    let command = f.read(reg::COMMAND) & 0xffff;
+    f.write(reg::COMMAND, command | decode);
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! Guest RAM: the block `pc.ram`, mapped below and above the PCI hole.
+//!
+//! The memory is private and anonymous, with huge pages asked for. A memfd would do as well where
+//! the kernel gives shared memory huge pages, but most hosts are set to never do that
+//! (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`), and then first touch of a destination's
+//! memory is ten times slower.
+
+use std::sync::Arc;
+
+use devices::memory::GuestRamRef;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::kvm::Slot;
+
+/// The unit of everything: an x86 page.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused the mapping.
+    #[error(
+        "cannot map {size} bytes of guest memory (the host has {available} bytes available): give \
+         the VM less with --memory, or free memory on the host"
+    )]
+    Map {
+        /// Wanted.
+        size: u64,
+        /// What the host has, as far as it can be known.
+        available: u64,
+        /// The reason.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// More than the host has.
+    #[error(
+        "the VM wants {size} bytes of memory, the host has only {total} in all: give the VM less \
+         with --memory"
+    )]
+    TooMuch {
+        /// Wanted.
+        size: u64,
+        /// All that the host has.
+        total: u64,
+    },
+    /// Not a size that the board can have.
+    #[error(transparent)]
+    Size(#[from] arch::layout::LayoutError),
+    /// The regions do not fit together.
+    #[error("guest memory of {size} bytes cannot be laid out: {reason}")]
+    Layout {
+        /// Wanted.
+        size: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The RAM of one machine.
+#[derive(Clone)]
+pub struct Ram {
+    guest: GuestRamRef,
+    slots: Arc<[Slot]>,
+    mappings: Arc<[Arc<MmapRegion<AtomicBitmap>>]>,
+    size: u64,
+}
+
+fn meminfo(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+impl Ram {
+    /// Zeroed RAM of `size` bytes for processors of `phys_bits` physical address bits. Nothing is
+    /// allocated until it is touched.
+    pub fn new(size: u64, phys_bits: u8) -> Result<Self, MemoryError> {
+        if let Some(total) = meminfo("MemTotal:").filter(|&total| size > total) {
+            return Err(MemoryError::TooMuch { size, total });
+        }
+        let layout_error = |reason: String| MemoryError::Layout { size, reason };
+        let mut regions = Vec::new();
+        let mut slots = Vec::new();
+        let mut mappings = Vec::new();
+        for (id, range) in (0..).zip(arch::layout::ram_regions(size, phys_bits)?) {
+            let mapping = map(range.size).map_err(|source| MemoryError::Map {
+                size,
+                available: meminfo("MemAvailable:").unwrap_or(0),
+                source,
+            })?;
+            let mapping = Arc::new(mapping);
+            slots.push(Slot {
+                id,
+                guest_address: range.address,
+                len: range.size,
+                host_address: mapping.as_ptr() as u64,
+                block_offset: range.block_offset,
+            });
+            regions.push(
+                GuestRegionMmap::with_arc(mapping.clone(), GuestAddress(range.address))
+                    .ok_or_else(|| layout_error("it wraps around".into()))?,
+            );
+            mappings.push(mapping);
+        }
+        let guest =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| layout_error(e.to_string()))?;
+        Ok(Self { guest: Arc::new(guest), slots: slots.into(), mappings: mappings.into(), size })
+    }
+
+    /// The memory as devices see it.
+    pub fn guest(&self) -> &GuestRamRef {
+        &self.guest
+    }
+
+    /// The stretches that KVM maps, in the order of their offsets in the block.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Size of the block in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The bitmap of device writes of the slot at `index`, one bit a page.
+    pub fn device_bitmap(&self, index: usize) -> Option<&AtomicBitmap> {
+        self.mappings.get(index).map(|mapping| mapping.bitmap())
+    }
+}
+
+fn map(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegionError> {
+    let region = MmapRegionBuilder::<AtomicBitmap>::new(len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()?;
+    // SAFETY: the range is exactly the mapping made above; the advice changes no content.
+    let advised =
+        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+    if advised != 0 {
+        tracing::debug!("no huge pages for guest memory: {}", std::io::Error::last_os_error());
+    }
+    Ok(region)
+}

@@ -1,0 +1,287 @@
+//! The migration's way to guest memory: vectored reads and writes straight between a socket and
+//! the guest's pages, with no copy in user space.
+//!
+//! This file is the only place where guest memory is reached by raw pointer. Guest memory is
+//! shared with running vCPUs, so no Rust reference to it is ever made: the kernel reads and writes
+//! it, and the few loops here use volatile accesses.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use migration::guest::{GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart};
+
+use crate::memory::Ram;
+
+/// The name of the board's RAM on the wire.
+pub const PC_RAM: &str = "pc.ram";
+
+/// The most parts that one call may have (Linux, UIO_MAXIOV).
+const IOV_MAX: usize = 1024;
+
+fn out_of_range(offset: u64, len: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("{offset:#x}+{len:#x} is not inside {PC_RAM}"),
+    )
+}
+
+impl Ram {
+    /// Calls `f` with the address of each contiguous stretch of `offset..offset + len`.
+    ///
+    /// Every stretch lies inside one of this RAM's mappings, which live as long as `self`.
+    fn stretches(
+        &self,
+        block: usize,
+        offset: u64,
+        len: u64,
+        mut f: impl FnMut(*mut u8, usize),
+    ) -> io::Result<()> {
+        let end = offset.checked_add(len).filter(|&end| end <= self.size() && block == 0);
+        let end = end.ok_or_else(|| out_of_range(offset, len))?;
+        for slot in self.slots() {
+            let from = offset.max(slot.block_offset);
+            let to = end.min(slot.block_offset + slot.len);
+            if from < to {
+                f(
+                    (slot.host_address + (from - slot.block_offset)) as *mut u8,
+                    (to - from) as usize,
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn iovec(base: *mut u8, len: usize) -> libc::iovec {
+    libc::iovec { iov_base: base.cast(), iov_len: len }
+}
+
+/// Drops the first `n` bytes of what `iov[*first..]` describes.
+fn advance(iov: &mut [libc::iovec], first: &mut usize, mut n: usize) {
+    while let Some(v) = iov.get_mut(*first) {
+        if n < v.iov_len {
+            v.iov_base = v.iov_base.wrapping_byte_add(n);
+            v.iov_len -= n;
+            return;
+        }
+        n -= v.iov_len;
+        *first += 1;
+    }
+}
+
+impl GuestRam for Ram {
+    fn blocks(&self) -> Vec<RamBlock> {
+        vec![RamBlock { name: PC_RAM.into(), len: self.size() }]
+    }
+
+    fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()> {
+        let mut iov = Vec::with_capacity(parts.len() + 1);
+        for part in parts {
+            match *part {
+                IoPart::Bytes(bytes) => iov.push(iovec(bytes.as_ptr().cast_mut(), bytes.len())),
+                IoPart::Ram { block, offset, len } => {
+                    self.stretches(block, offset, len as u64, |p, n| iov.push(iovec(p, n)))?
+                }
+            }
+        }
+        let mut first = 0;
+        advance(&mut iov, &mut first, 0);
+        while let Some(rest) = iov.get(first..).filter(|rest| !rest.is_empty()) {
+            let count = rest.len().min(IOV_MAX) as libc::c_int;
+            // SAFETY: every element is either a borrowed slice of `parts` or a stretch of this
+            // RAM's mappings, and the kernel only reads from them.
+            let n = unsafe { libc::writev(out.as_raw_fd(), rest.as_ptr(), count) };
+            if n < 0 {
+                let e = io::Error::last_os_error();
+                if e.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(e);
+            }
+            advance(&mut iov, &mut first, n as usize);
+        }
+        Ok(())
+    }
+
+    fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize> {
+        let mut iov = Vec::with_capacity(parts.len() + 1);
+        for part in parts {
+            match part {
+                ReadPart::Bytes(bytes) => iov.push(iovec(bytes.as_mut_ptr(), bytes.len())),
+                ReadPart::Ram { block, offset, len } => {
+                    self.stretches(*block, *offset, *len as u64, |p, n| iov.push(iovec(p, n)))?
+                }
+            }
+        }
+        let count = iov.len().min(IOV_MAX) as libc::c_int;
+        loop {
+            // SAFETY: every element is either an exclusively borrowed slice of `parts` or a
+            // stretch of this RAM's mappings, to which no Rust reference exists.
+            let n = unsafe { libc::readv(from.as_raw_fd(), iov.as_ptr(), count) };
+            if n >= 0 {
+                return Ok(n as usize);
+            }
+            let e = io::Error::last_os_error();
+            if e.kind() != io::ErrorKind::Interrupted {
+                return Err(e);
+            }
+        }
+    }
+
+    fn copy_in(&self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut done = 0;
+        self.stretches(block, offset, bytes.len() as u64, |p, n| {
+            // SAFETY: the stretch is writable memory of `n` bytes, `bytes` has at least `done + n`
+            // (the stretches add up to its length), and the two do not overlap.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr().add(done), p, n) };
+            done += n;
+        })
+    }
+
+    fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        let to = buf.as_mut_ptr();
+        self.stretches(block, offset, buf.len() as u64, |p, n| {
+            // SAFETY: as in `copy_in`, the other way round.
+            unsafe { ptr::copy_nonoverlapping(p, to.add(done), n) };
+            done += n;
+        })
+    }
+
+    fn fill(&self, block: usize, offset: u64, len: u64, byte: u8) -> io::Result<()> {
+        let end = offset.checked_add(len).ok_or_else(|| out_of_range(offset, len))?;
+        let mut at = offset;
+        while at < end {
+            let n = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
+            // A page that was never touched reads as zero; writing zero would allocate it.
+            let skip = byte == 0 && at.is_multiple_of(PAGE_SIZE) && self.is_zero(block, at);
+            if !skip {
+                self.stretches(block, at, n, |p, n| {
+                    // SAFETY: the stretch is writable memory of `n` bytes.
+                    unsafe { ptr::write_bytes(p, byte, n) }
+                })?;
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
+    fn is_zero(&self, block: usize, offset: u64) -> bool {
+        let mut zero = true;
+        let whole = self.stretches(block, offset, PAGE_SIZE, |p, n| {
+            let words = p.cast::<u64>();
+            // Eight words at a time: the page most often differs in its first cache line.
+            for at in (0..n / 8).step_by(8) {
+                let mut any = 0;
+                for i in at..(at + 8).min(n / 8) {
+                    // SAFETY: a page is aligned and `i` is inside the stretch; the guest may
+                    // write at the same time, hence volatile.
+                    any |= unsafe { ptr::read_volatile(words.add(i)) };
+                }
+                if any != 0 {
+                    zero = false;
+                    return;
+                }
+            }
+        });
+        whole.is_ok() && zero
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn ram() -> Ram {
+        Ram::new(4 << 20, 40).unwrap()
+    }
+
+    #[test]
+    fn pages_go_out_and_come_in_between_headers() {
+        let ram = ram();
+        ram.copy_in(0, 0x3000, &[7; 8192]).unwrap();
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let parts = [
+            IoPart::Bytes(b"head"),
+            IoPart::Ram { block: 0, offset: 0x3ffe, len: 4 },
+            IoPart::Bytes(b""),
+            IoPart::Bytes(b"tail"),
+        ];
+        ram.write_parts(a.as_fd(), &parts).unwrap();
+        let mut got = [0; 12];
+        b.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"head\x07\x07\x07\x07tail");
+
+        b.write_all(b"xyPAGE").unwrap();
+        let mut head = [0; 2];
+        let n = ram
+            .read_parts(
+                a.as_fd(),
+                &mut [
+                    ReadPart::Bytes(&mut head),
+                    ReadPart::Ram { block: 0, offset: 0x10_0000, len: 4096 },
+                ],
+            )
+            .unwrap();
+        let mut page = [0; 5];
+        ram.copy_out(0, 0x10_0000, &mut page).unwrap();
+        assert_eq!((n, &head, &page), (6, b"xy", b"PAGE\0"));
+        a.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
+    #[test]
+    fn more_parts_than_one_call_takes_all_arrive() {
+        let ram = ram();
+        for page in 0..700u64 {
+            ram.copy_in(0, page * 4096, &[page as u8; 4096]).unwrap();
+        }
+        let (a, mut b) = UnixStream::pair().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            b.read_to_end(&mut all).map(|_| all)
+        });
+        let parts: Vec<_> = (0..700)
+            .flat_map(|page| {
+                [IoPart::Bytes(b"h"), IoPart::Ram { block: 0, offset: page * 4096, len: 4096 }]
+            })
+            .collect();
+        ram.write_parts(a.as_fd(), &parts).unwrap();
+        drop(a);
+        let all = reader.join().unwrap().unwrap();
+        assert_eq!(all.len(), 700 * 4097);
+        for (page, record) in all.chunks(4097).enumerate() {
+            assert_eq!(record[0], b'h');
+            assert!(record[1..].iter().all(|b| *b == page as u8), "page {page}");
+        }
+    }
+
+    #[test]
+    fn zero_is_seen_and_filling_writes_every_byte() {
+        let ram = ram();
+        assert!(ram.is_zero(0, 0x5000));
+        ram.copy_in(0, 0x5fff, &[1]).unwrap();
+        assert!(!ram.is_zero(0, 0x5000) && ram.is_zero(0, 0x6000));
+        ram.fill(0, 0x5000, 4096, 0).unwrap();
+        assert!(ram.is_zero(0, 0x5000));
+        ram.fill(0, 0x6ffc, 8, 9).unwrap();
+        let mut got = [0; 10];
+        ram.copy_out(0, 0x6ffb, &mut got).unwrap();
+        assert_eq!(got, [0, 9, 9, 9, 9, 9, 9, 9, 9, 0]);
+    }
+
+    #[test]
+    fn nothing_outside_of_the_block_is_reached() {
+        let ram = ram();
+        let len = ram.size();
+        assert!(ram.copy_in(0, len - 1, &[0; 2]).is_err());
+        assert!(ram.copy_in(0, u64::MAX, &[0; 2]).is_err());
+        assert!(ram.copy_in(1, 0, &[0; 2]).is_err());
+        assert!(ram.fill(0, len, 1, 1).is_err());
+        assert!(!ram.is_zero(0, len));
+    }
+}

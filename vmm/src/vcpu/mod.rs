@@ -1,0 +1,23 @@
+//! vCPUs: one thread each, in `KVM_RUN`.
+//!
+//! ```text
+//!              resume                 stop
+//!   ┌────────┐ ─────► ┌─────────┐ ──────────────► ┌─────────┐
+//!   │ Paused │        │ Running │                 │ Stopped │
+//!   └────────┘ ◄───── └─────────┘   (or a fatal   └─────────┘
+//!        │     pause                 exit)             ▲
+//!        └─────────────────────────────────────────────┘
+//! ```
+//!
+//! A vCPU is paused by asking, then kicking its thread out of `KVM_RUN` with a signal whose
+//! handler sets `immediate_exit`: a kick that comes before `KVM_RUN` is entered is not lost. No
+//! lock is held while a vCPU runs. Before a vCPU says "paused", the kernel has finished the port
+//! or memory access that was under way, so that its registers are whole.
+
+mod kick;
+mod report;
+mod thread;
+
+pub use kick::install_kick_handler;
+pub use report::{CrashKind, CrashReport};
+pub use thread::{ExitSink, Vcpu, VcpuError};

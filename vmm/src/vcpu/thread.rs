@@ -1,0 +1,324 @@
+//! A vCPU's thread and the handle that the machine has on it.
+
+use std::collections::VecDeque;
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use devices::bus::IoBus;
+use devices::memory::GuestRamRef;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::kick::{Armed, kick};
+use super::report::{CrashKind, CrashReport};
+
+/// Takes the reports of vCPUs that died. Called on the vCPU's thread; must not wait.
+pub type ExitSink = Arc<dyn Fn(CrashReport) + Send + Sync>;
+
+/// A vCPU did not do as it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// Its thread could not be started.
+    #[error("cannot start the thread of vCPU {0}")]
+    Spawn(u32, #[source] std::io::Error),
+    /// It stayed in the kernel.
+    #[error("vCPU {index} did not pause within {} ms", .deadline.as_millis())]
+    NotPaused {
+        /// Which.
+        index: u32,
+        /// How long it was waited for.
+        deadline: Duration,
+    },
+    /// Its thread has ended.
+    #[error("vCPU {0} has stopped")]
+    Stopped(u32),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    Stop,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Is {
+    Running,
+    Paused,
+    Stopped,
+}
+
+type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
+
+struct Mailbox {
+    wanted: Wanted,
+    is: Is,
+    jobs: VecDeque<Job>,
+}
+
+struct Shared {
+    mailbox: Mutex<Mailbox>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One vCPU. Dropping it stops the vCPU and joins its thread.
+pub struct Vcpu {
+    index: u32,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the thread of vCPU `index`, paused.
+    pub fn spawn(
+        index: u32,
+        fd: VcpuFd,
+        bus: Arc<IoBus>,
+        ram: GuestRamRef,
+        died: ExitSink,
+    ) -> Result<Self, VcpuError> {
+        let shared = Arc::new(Shared {
+            mailbox: Mutex::new(Mailbox {
+                wanted: Wanted::Pause,
+                is: Is::Paused,
+                jobs: VecDeque::new(),
+            }),
+            changed: Condvar::new(),
+        });
+        let runner = Runner { index, fd, bus, ram, died, shared: shared.clone() };
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || runner.live())
+            .map_err(|e| VcpuError::Spawn(index, e))?;
+        Ok(Self { index, shared, thread: Some(thread) })
+    }
+
+    /// Its number, from 0.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Asks for a pause and returns at once, so that all vCPUs can be asked before any is waited
+    /// for.
+    pub fn ask_pause(&self) {
+        let mut mailbox = self.shared.lock();
+        if mailbox.wanted == Wanted::Run {
+            mailbox.wanted = Wanted::Pause;
+            drop(mailbox);
+            self.kick();
+        }
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            kick(thread);
+        }
+    }
+
+    /// Waits until the vCPU has paused. A vCPU that died counts as paused: it executes nothing.
+    pub fn wait_paused(&self, deadline: Duration) -> Result<(), VcpuError> {
+        let until = Instant::now() + deadline;
+        let mut mailbox = self.shared.lock();
+        while mailbox.is == Is::Running {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(VcpuError::NotPaused { index: self.index, deadline });
+            }
+            mailbox = self
+                .shared
+                .changed
+                .wait_timeout(mailbox, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPU run. Nothing happens to one that has stopped.
+    pub fn resume(&self) {
+        let mut mailbox = self.shared.lock();
+        if mailbox.wanted == Wanted::Pause {
+            mailbox.wanted = Wanted::Run;
+            if mailbox.is == Is::Paused {
+                // Said here and not by the thread, so that a pause right after this one waits for
+                // the thread and is not satisfied by the old state.
+                mailbox.is = Is::Running;
+            }
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Runs `f` on the vCPU's own thread, which must be paused; the answer comes through the
+    /// receiver, so that many vCPUs can be asked at the same time.
+    pub fn start_job<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut VcpuFd) -> R + Send + 'static,
+    ) -> mpsc::Receiver<R> {
+        let (tx, rx) = mpsc::sync_channel(1);
+        let mut mailbox = self.shared.lock();
+        if mailbox.is != Is::Stopped {
+            mailbox.jobs.push_back(Box::new(move |fd| {
+                let _ = tx.send(f(fd));
+            }));
+            self.shared.changed.notify_all();
+        }
+        rx
+    }
+
+    /// Runs `f` on the vCPU's own thread, which must be paused, and waits for its answer.
+    pub fn job<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut VcpuFd) -> R + Send + 'static,
+    ) -> Result<R, VcpuError> {
+        self.start_job(f).recv().map_err(|_| VcpuError::Stopped(self.index))
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.shared.lock().wanted = Wanted::Stop;
+        self.shared.changed.notify_all();
+        self.kick();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(vcpu = self.index, "the vCPU's thread panicked");
+        }
+    }
+}
+
+struct Runner {
+    index: u32,
+    fd: VcpuFd,
+    bus: Arc<IoBus>,
+    ram: GuestRamRef,
+    died: ExitSink,
+    shared: Arc<Shared>,
+}
+
+/// What to do after one stay in the kernel.
+enum Next {
+    Again,
+    LookAtMailbox,
+    Dead(CrashKind),
+}
+
+impl Runner {
+    fn live(mut self) {
+        let _armed = Armed::new(&mut self.fd);
+        loop {
+            match self.wait_for_work() {
+                Wanted::Run => {}
+                Wanted::Pause => continue,
+                Wanted::Stop => break,
+            }
+            let crash = loop {
+                match self.run_once() {
+                    Next::Again => {}
+                    Next::LookAtMailbox => {
+                        if self.shared.lock().wanted != Wanted::Run {
+                            self.finish_access();
+                            break None;
+                        }
+                    }
+                    Next::Dead(kind) => break Some(kind),
+                }
+            };
+            if let Some(kind) = crash {
+                (self.died)(CrashReport::collect(self.index, kind, &self.fd, &self.ram));
+                let mut mailbox = self.shared.lock();
+                if mailbox.wanted == Wanted::Run {
+                    mailbox.wanted = Wanted::Pause;
+                }
+            }
+        }
+        let mut mailbox = self.shared.lock();
+        mailbox.is = Is::Stopped;
+        mailbox.jobs.clear();
+        self.shared.changed.notify_all();
+    }
+
+    /// Does the jobs of a paused vCPU until it is wanted otherwise.
+    fn wait_for_work(&mut self) -> Wanted {
+        let mut mailbox = self.shared.lock();
+        loop {
+            match mailbox.wanted {
+                Wanted::Run => {
+                    mailbox.is = Is::Running;
+                    return Wanted::Run;
+                }
+                Wanted::Stop => return Wanted::Stop,
+                Wanted::Pause => {}
+            }
+            if mailbox.is == Is::Running {
+                mailbox.is = Is::Paused;
+                self.shared.changed.notify_all();
+            }
+            if let Some(job) = mailbox.jobs.pop_front() {
+                drop(mailbox);
+                job(&mut self.fd);
+                mailbox = self.shared.lock();
+                continue;
+            }
+            mailbox = self.shared.changed.wait(mailbox).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run_once(&mut self) -> Next {
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                self.fd.set_kvm_immediate_exit(0);
+                return Next::LookAtMailbox;
+            }
+            Err(e) => return Next::Dead(CrashKind::Run(e.errno())),
+        };
+        match exit {
+            VcpuExit::IoIn(port, data) => self.bus.pio_read(port, data),
+            VcpuExit::IoOut(port, data) => self.bus.pio_write(port, data),
+            VcpuExit::MmioRead(address, data) => self.bus.mmio_read(address, data),
+            VcpuExit::MmioWrite(address, data) => self.bus.mmio_write(address, data),
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Next::LookAtMailbox,
+            VcpuExit::Shutdown => return Next::Dead(CrashKind::TripleFault),
+            VcpuExit::FailEntry(reason, _) => return Next::Dead(CrashKind::FailEntry(reason)),
+            VcpuExit::InternalError => {
+                // SAFETY: the exit reason says that this member of the union is the valid one.
+                let sub = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+                return Next::Dead(CrashKind::InternalError(sub));
+            }
+            other => return Next::Dead(CrashKind::UnexpectedExit(format!("{other:?}"))),
+        }
+        Next::Again
+    }
+
+    /// The kernel finishes a port or memory access only on the next entry (Linux, api.rst, 5.):
+    /// enter once more with `immediate_exit`, so that it does so and nothing else.
+    fn finish_access(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        loop {
+            match self.fd.run() {
+                // A string instruction may ask for its next element; it is asked for again after
+                // the vCPU resumes.
+                Err(e) if e.errno() == libc::EINTR => break,
+                Err(e) if e.errno() == libc::EAGAIN => continue,
+                Err(e) => {
+                    tracing::error!(vcpu = self.index, "KVM_RUN to finish an access failed: {e}");
+                    break;
+                }
+                Ok(VcpuExit::IoIn(port, data)) => self.bus.pio_read(port, data),
+                Ok(VcpuExit::IoOut(port, data)) => self.bus.pio_write(port, data),
+                Ok(VcpuExit::MmioRead(address, data)) => self.bus.mmio_read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => self.bus.mmio_write(address, data),
+                Ok(_) => break,
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
+    }
+}

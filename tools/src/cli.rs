@@ -28,6 +28,12 @@ the tools start afresh.";
 enum Command {
     /// Install and fetch what the tools need (they also do so themselves when they need it)
     Setup,
+    /// Make the files of a Linux guest for tests, and print where they are
+    Images {
+        /// The guest's kernel
+        #[arg(long, default_value = "default")]
+        kernel: KernelKind,
+    },
     /// Lab hosts: virtual machines with this machine's files and a real KVM
     #[command(subcommand, long_about = LAB_ABOUT)]
     Lab(Lab),
@@ -131,6 +137,14 @@ impl Cli {
     pub(crate) fn run(self) -> Result<u8> {
         match self.command {
             Command::Setup => setup::everything().map(|()| 0),
+            Command::Images { kernel } => {
+                let images = xtask::images::linux_guest(kernel)?;
+                println!("bzimage {}", images.bzimage.display());
+                println!("vmlinux {}", images.vmlinux.display());
+                println!("initrd {}", images.initrd.display());
+                println!("guest-tool {}", images.guest_tool.display());
+                Ok(0)
+            }
             Command::Lab(Lab::Run { host, run }) => lab_run(&host, run, None),
             Command::Lab(Lab::Pair { host, kernel_b, cpu_b, b, run }) => {
                 let options = HostOptions {

@@ -4,11 +4,12 @@
 //! can do); the system tests use the library directly, for guest images and the lab's addresses.
 //! Nothing here is part of the VMM, and the VMM never depends on it.
 //!
-//! Start reading at [`lab`] for the lab, at [`images`] for guests, at [`check`] for `cargo xtask test`.
+//! Start reading at [`lab`] for the lab, at [`images`] for guests.
 
 pub mod apt;
 pub mod cache;
 pub mod error;
+pub mod images;
 pub mod initramfs;
 pub mod kernel;
 pub mod lab;

@@ -27,6 +27,8 @@ const LAB: &[Need] = &[
     Need { package: "seabios", files: &["/usr/share/seabios/bios-256k.bin"] },
     Need { package: "kmod", files: &["/sbin/depmod"] },
     Need { package: "xz-utils", files: &["/usr/bin/xz"] },
+    Need { package: "zstd", files: &["/usr/bin/zstd"] },
+    Need { package: "lz4", files: &["/usr/bin/lz4"] },
     Need { package: "util-linux", files: &["/usr/bin/setpriv"] },
     Need { package: "iproute2", files: &["/sbin/ip"] },
 ];

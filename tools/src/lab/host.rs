@@ -15,6 +15,13 @@ use crate::process;
 /// The processor of every lab host, before `--cpu` changes it: all that TCG has, and SVM.
 const CPU: &str = "max,+svm,+npt";
 
+/// A panic reboots at once, which with `-no-reboot` ends QEMU. Mitigations only slow TCG down.
+///
+/// TCG's TSC is the real one, the same for all processors, but it has no CPUID bit that says so:
+/// left alone, the kernel distrusts it, and KVM gives its guests a second-rate clock.
+const KERNEL_ARGUMENTS: &str =
+    "console=ttyS0 loglevel=5 panic=-1 mitigations=off tsc=reliable clocksource=tsc";
+
 /// How long QEMU may take to be ready for the other host's connection.
 const LINK_WAIT: Duration = Duration::from_secs(20);
 
@@ -24,6 +31,8 @@ pub(super) struct Plan {
     pub(super) letter: char,
     /// What was asked for.
     pub(super) options: HostOptions,
+    /// The kernel asked for.
+    pub(super) kernel: Kernel,
     /// What it runs.
     pub(super) command: LabCommand,
     /// The socket that joins it to the other host: A listens there, B connects.
@@ -49,9 +58,8 @@ impl Host {
         events: Sender<Event>,
     ) -> Result<Host> {
         let letter = plan.letter;
-        let kernel = Kernel::get(plan.options.kernel)?;
         let initrd = scratch.join(format!("initrd-{letter}"));
-        let image = image::build(&plan, &kernel, results)?;
+        let image = image::build(&plan, results)?;
         fs::write(&initrd, image).doing(|| format!("write {}", initrd.display()))?;
         let console = results.join(format!("console-{letter}.log"));
         let qemu_log = results.join(format!("qemu-{letter}.log"));
@@ -59,7 +67,7 @@ impl Host {
         let err = log.try_clone().doing(|| format!("share {}", qemu_log.display()))?;
 
         let streams = Streams::listen(letter, plan.link.is_some(), scratch, events)?;
-        let mut command = qemu(&plan, &kernel, &initrd, &console, results, &streams);
+        let mut command = qemu(&plan, &initrd, &console, results, &streams);
         command.stdin(Stdio::null()).stdout(log).stderr(err);
         let child = command.spawn().map_err(|source| process::start_error(&command, source))?;
         let mut host = Host { letter, child, streams, console, qemu_log, status: None };
@@ -153,14 +161,7 @@ impl Drop for Host {
     }
 }
 
-fn qemu(
-    plan: &Plan,
-    kernel: &Kernel,
-    initrd: &Path,
-    console: &Path,
-    results: &Path,
-    streams: &Streams,
-) -> Command {
+fn qemu(plan: &Plan, initrd: &Path, console: &Path, results: &Path, streams: &Streams) -> Command {
     let options = &plan.options;
     let cpu = match &options.cpu {
         Some(features) => format!("{CPU},{features}"),
@@ -178,11 +179,10 @@ fn qemu(
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-serial", &format!("file:{}", console.display())])
         .arg("-kernel")
-        .arg(&kernel.bzimage)
+        .arg(&plan.kernel.bzimage)
         .arg("-initrd")
         .arg(initrd)
-        // A panic reboots at once, which with -no-reboot ends QEMU. Mitigations only slow TCG down.
-        .args(["-append", "console=ttyS0 loglevel=5 panic=-1 mitigations=off"])
+        .args(["-append", KERNEL_ARGUMENTS])
         .args(["-device", "virtio-rng-pci"])
         .args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"])
         .args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"])

@@ -6,7 +6,6 @@ use super::host::{self, Plan};
 use super::{ADDRESS_A, ADDRESS_B};
 use crate::error::Result;
 use crate::initramfs::Initramfs;
-use crate::kernel::Kernel;
 use crate::process::shell_quote;
 use crate::setup;
 
@@ -33,10 +32,10 @@ const PASSED_ON: &[&str] = &["PATH", "HOME", "LANG", "USER", "XDG_CACHE_HOME", "
 const PASSED_ON_PREFIXES: &[&str] = &["RUST_", "MINI_VMM_"];
 
 /// Builds the initramfs.
-pub(super) fn build(plan: &Plan, kernel: &Kernel, results: &Path) -> Result<Vec<u8>> {
+pub(super) fn build(plan: &Plan, results: &Path) -> Result<Vec<u8>> {
     let mut image = Initramfs::new();
     image.busybox(&setup::busybox()?)?;
-    image.modules(kernel, MODULES)?;
+    image.modules(&plan.kernel, MODULES)?;
     image.file("init", include_bytes!("../../../resources/lab/init"), true);
     let settings = format!(
         "HOST={}\nRESULTS={}\nADDRESS={}\n",

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use crate::cache;
 use crate::error::{Doing, Error, Result};
-use crate::kernel::KernelKind;
+use crate::kernel::{Kernel, KernelKind};
 use crate::setup;
 use host::Host;
 
@@ -108,6 +108,7 @@ pub fn run(run: &Run) -> Result<u8> {
 
     let mut plans = vec![host::Plan {
         letter: 'a',
+        kernel: Kernel::get(run.a.kernel)?,
         options: run.a.clone(),
         command: run.command.clone(),
         link: run.b.as_ref().map(|_| scratch.path().join("link")),
@@ -119,6 +120,7 @@ pub fn run(run: &Run) -> Result<u8> {
         };
         plans.push(host::Plan {
             letter: 'b',
+            kernel: Kernel::get(second.options.kernel)?,
             options: second.options.clone(),
             command,
             link: Some(scratch.path().join("link")),

@@ -11,6 +11,7 @@
  *   tcp-server PORT                 checks what clients send and sends it back
  *   tcp-client ADDRESS PORT SECONDS [BYTES_PER_SECOND]   sends, and checks what comes back
  *   clock [SECONDS]                 keeps reading the clocks, none of which may go back
+ *   fpu [SECONDS]                   keeps values in the vector registers, which must stay
  *
  * Rates of 0, the default, mean "as fast as possible".
  */
@@ -34,7 +35,7 @@
 #include <unistd.h>
 #include <x86intrin.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, CHUNK = 16 * 1024 };
+enum { PAGE = 4096, WORDS = PAGE / 8, CHUNK = 16 * 1024, BATCH = 256 };
 #define NS 1000000000ull
 
 static const char *name;
@@ -207,25 +208,30 @@ static uint64_t record_check(const uint64_t *record, uint64_t slot, uint64_t slo
 	return sequence;
 }
 
-static uint64_t *record_buffer(void)
+static uint64_t *record_buffer(size_t records)
 {
 	void *buffer;
-	if (posix_memalign(&buffer, PAGE, PAGE))
-		wrong("memory: none for a record");
+	if (posix_memalign(&buffer, PAGE, records * PAGE))
+		wrong("memory: none for %zu records", records);
 	return buffer;
 }
 
 /* Reads every slot; returns the newest record's number. */
-static uint64_t disk_newest(int fd, uint64_t *record, uint64_t *numbers, uint64_t slots)
+static uint64_t disk_newest(int fd, uint64_t *numbers, uint64_t slots)
 {
-	uint64_t newest = 0;
-	for (uint64_t slot = 0; slot < slots; slot++) {
-		if (pread(fd, record, PAGE, slot * PAGE) != PAGE)
+	uint64_t newest = 0, *records = record_buffer(BATCH);
+	for (uint64_t first = 0; first < slots; first += BATCH) {
+		uint64_t count = slots - first < BATCH ? slots - first : BATCH;
+		if (pread(fd, records, count * PAGE, first * PAGE) != (ssize_t)(count * PAGE))
 			wrong_errno("read");
-		numbers[slot] = record_check(record, slot, slots);
-		if (numbers[slot] > newest)
-			newest = numbers[slot];
+		for (uint64_t i = 0; i < count; i++) {
+			uint64_t number = record_check(records + i * WORDS, first + i, slots);
+			numbers[first + i] = number;
+			if (number > newest)
+				newest = number;
+		}
 	}
+	free(records);
 	return newest;
 }
 
@@ -243,11 +249,11 @@ static int disk_open(const char *path, int flags)
 static void disk_check(const char *path, uint64_t last)
 {
 	int fd = disk_open(path, O_RDONLY);
-	uint64_t slots = slots_of(fd), *record = record_buffer();
+	uint64_t slots = slots_of(fd);
 	uint64_t *numbers = calloc(slots, sizeof *numbers);
 	if (!numbers)
 		wrong_errno("memory");
-	uint64_t newest = disk_newest(fd, record, numbers, slots);
+	uint64_t newest = disk_newest(fd, numbers, slots);
 	if (newest < last)
 		wrong("record %" PRIu64 " is lost: the newest is %" PRIu64, last, newest);
 	/* Each slot must hold the newest number that belongs there. */
@@ -260,11 +266,11 @@ static void disk_check(const char *path, uint64_t last)
 static void disk(const char *path, uint64_t rate)
 {
 	int fd = disk_open(path, O_RDWR);
-	uint64_t slots = slots_of(fd), *record = record_buffer();
+	uint64_t slots = slots_of(fd), *record = record_buffer(1);
 	uint64_t *numbers = calloc(slots, sizeof *numbers);
 	if (!numbers)
 		wrong_errno("memory");
-	uint64_t sequence = disk_newest(fd, record, numbers, slots);
+	uint64_t sequence = disk_newest(fd, numbers, slots);
 	free(numbers);
 	say("goes on after record %" PRIu64, sequence);
 	struct pace pace = pace_start(rate);
@@ -429,6 +435,52 @@ static void clocks(uint64_t seconds)
 	say("ended, none went back, longest gap %u ms", gap_ms(&pace));
 }
 
+/* ---- fpu ---- */
+
+/* Fills the 16 registers with `in`, lets time pass, and stores them to `out`. */
+static void hold_sse(const uint8_t *in, uint8_t *out, uint64_t spins)
+{
+#define EACH(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11) op(12) op(13) op(14) op(15)
+#define LOAD_SSE(n) "movdqu 32*" #n "(%1), %%xmm" #n ";"
+#define STORE_SSE(n) "movdqu %%xmm" #n ", 32*" #n "(%2);"
+	asm volatile(EACH(LOAD_SSE) "1: pause; dec %0; jnz 1b;" EACH(STORE_SSE)
+		     : "+r"(spins) : "r"(in), "r"(out)
+		     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
+		       "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+}
+
+static void hold_avx(const uint8_t *in, uint8_t *out, uint64_t spins)
+{
+#define LOAD_AVX(n) "vmovdqu 32*" #n "(%1), %%ymm" #n ";"
+#define STORE_AVX(n) "vmovdqu %%ymm" #n ", 32*" #n "(%2);"
+	asm volatile(EACH(LOAD_AVX) "1: pause; dec %0; jnz 1b;" EACH(STORE_AVX) "vzeroupper;"
+		     : "+r"(spins) : "r"(in), "r"(out)
+		     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
+		       "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+}
+
+static void fpu(uint64_t seconds)
+{
+	/* Whether the operating system has enabled AVX is part of what the compiler's test asks. */
+	int avx = __builtin_cpu_supports("avx");
+	unsigned used = avx ? 32 : 16;
+	uint8_t in[16 * 32], out[16 * 32];
+	struct pace pace = pace_start(0);
+	uint64_t end = now(CLOCK_MONOTONIC) + seconds * NS, seed = mix(getpid());
+
+	do {
+		seed = mix(seed);
+		stream_fill(in, seed & 0xffffffff, sizeof in);
+		(avx ? hold_avx : hold_sse)(in, out, 20000);
+		for (unsigned i = 0; i < 16; i++)
+			if (memcmp(in + i * 32, out + i * 32, used))
+				wrong("vector register %u (of %u bytes) has changed", i, used);
+		if (pace_step(&pace, 1))
+			say("%" PRIu64 " rounds with registers of %u bytes, all right", pace.steps, used);
+	} while (!seconds || now(CLOCK_MONOTONIC) < end);
+	say("ended after %" PRIu64 " rounds, all right", pace.steps);
+}
+
 int main(int argc, char **argv)
 {
 	name = argc > 1 ? argv[1] : "guest-tool";
@@ -447,6 +499,8 @@ int main(int argc, char **argv)
 		tcp_client(argv[2], number(argv[3]), number(argv[4]), OPTION(3));
 	else if (IS("clock", 0, 1))
 		clocks(OPTION(0));
+	else if (IS("fpu", 0, 1))
+		fpu(OPTION(0));
 	else {
 		fprintf(stderr, "guest-tool: see the head of guest-tool.c for its subcommands\n");
 		return 2;

@@ -172,19 +172,14 @@ mod tests {
 
     #[test]
     fn runs_are_the_set_bits() {
-        let cases: [(&[u64], &[(u64, u64)]); 5] = [
-            (&[0, 0], &[]),
-            (&[u64::MAX, u64::MAX], &[(0, 128)]),
-            (&[0b1011, 1 << 63], &[(0, 2), (3, 4), (127, 128)]),
-            (&[1 << 63, 1], &[(63, 65)]),
-            (&[!1, 0, 1 << 5], &[(1, 64), (133, 134)]),
-        ];
         let found = |first, bits: &[u64]| -> Vec<(u64, u64)> {
             runs(first, bits).map(|r| (r.start, r.end)).collect()
         };
-        for (bits, expected) in cases {
-            assert_eq!(found(0, bits), expected, "{bits:x?}");
-        }
+        assert_eq!(found(0, &[0, 0]), []);
+        assert_eq!(found(0, &[u64::MAX, u64::MAX]), [(0, 128)]);
+        assert_eq!(found(0, &[0b1011, 1 << 63]), [(0, 2), (3, 4), (127, 128)]);
+        assert_eq!(found(0, &[1 << 63, 1]), [(63, 65)]);
+        assert_eq!(found(0, &[!1, 0, 1 << 5]), [(1, 64), (133, 134)]);
         assert_eq!(found(640, &[0b110]), [(641, 643)]);
     }
 }

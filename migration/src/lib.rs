@@ -10,6 +10,7 @@
 
 pub mod dirty;
 pub mod guest;
+pub mod handover;
 pub mod manifest;
 pub mod vmstate;
 pub mod wire;

@@ -1,0 +1,187 @@
+//! One migration as seen from outside of its thread: cancel, parameters, progress, events.
+//!
+//! The thread that runs [`crate::source::run`] or [`crate::destination::run`] and everyone who
+//! watches or steers it share one [`Control`]. Make a new one for every migration.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::params::Parameters;
+use crate::phase::Phase;
+use crate::stats::{MigrationInfo, MigrationStats, Report};
+use crate::transport::Abort;
+
+/// Hears what happens, on the migration's thread. Must return soon.
+pub trait Events: Send + Sync {
+    /// The migration has come to `phase`.
+    fn phase(&self, phase: Phase);
+    /// Pass number `pass` over RAM begins (from 1 on); only on a source.
+    fn pass(&self, pass: u64);
+}
+
+/// Hears nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoEvents;
+
+impl Events for NoEvents {
+    fn phase(&self, _: Phase) {}
+    fn pass(&self, _: u64) {}
+}
+
+/// A cancel came when the guest was no longer this side's to keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("too late to cancel: the guest has been given to the other side")]
+pub struct TooLate;
+
+/// The shared handle of one migration.
+pub struct Control {
+    parameters: Mutex<Parameters>,
+    requests: Mutex<Requests>,
+    wake: Condvar,
+    stats: MigrationStats,
+    events: Box<dyn Events>,
+}
+
+#[derive(Debug, Default)]
+struct Requests {
+    cancelled: Option<Instant>,
+    committed: bool,
+    proceed: bool,
+    abort: Option<Abort>,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("stats", &self.stats).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Requests and parameters are whole at every moment, also when a holder panicked.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Control {
+    /// The handle of a migration that has not begun.
+    pub fn new(parameters: Parameters, events: Box<dyn Events>) -> Self {
+        Self {
+            parameters: Mutex::new(parameters),
+            requests: Mutex::default(),
+            wake: Condvar::new(),
+            stats: MigrationStats::default(),
+            events,
+        }
+    }
+
+    /// The parameters as they are now.
+    pub fn parameters(&self) -> Parameters {
+        lock(&self.parameters).clone()
+    }
+
+    /// Changes parameters; a running migration uses them from the next pass (bandwidth: the next
+    /// write) on.
+    pub fn set_parameters(&self, parameters: Parameters) {
+        *lock(&self.parameters) = parameters;
+        self.wake.notify_all();
+    }
+
+    /// Asks for the migration to be given up. Returns at once; the migration's thread ends soon
+    /// after, and the guest stays where it was. Nothing is wrong with asking twice.
+    pub fn cancel(&self) -> Result<(), TooLate> {
+        let mut requests = lock(&self.requests);
+        if requests.committed {
+            return Err(TooLate);
+        }
+        requests.cancelled.get_or_insert_with(Instant::now);
+        self.wake.notify_all();
+        Ok(())
+    }
+
+    /// Goes on after `pre-switchover`.
+    pub fn proceed(&self) {
+        lock(&self.requests).proceed = true;
+        self.wake.notify_all();
+    }
+
+    /// Live numbers.
+    pub fn stats(&self) -> &MigrationStats {
+        &self.stats
+    }
+
+    /// What `query-migrate` answers.
+    pub fn info(&self) -> MigrationInfo {
+        self.stats.info()
+    }
+
+    /// The report at the end.
+    pub fn report(&self) -> Report {
+        self.stats.report()
+    }
+
+    /// Since when a cancel is wanted.
+    pub(crate) fn cancelled(&self) -> Option<Instant> {
+        lock(&self.requests).cancelled
+    }
+
+    /// From here on a cancel is refused. `false` when one has come before.
+    pub(crate) fn commit(&self) -> bool {
+        let mut requests = lock(&self.requests);
+        requests.committed = requests.cancelled.is_none();
+        requests.committed
+    }
+
+    /// Waits until the user goes on, a cancel comes, or `timeout` is over; says whether the user
+    /// went on.
+    pub(crate) fn wait_to_proceed(&self, timeout: Duration) -> bool {
+        let requests = lock(&self.requests);
+        let (requests, _) = self
+            .wake
+            .wait_timeout_while(requests, timeout, |r| !r.proceed && r.cancelled.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        requests.proceed
+    }
+
+    /// Sleeps, but not beyond a cancel or a change of parameters.
+    pub(crate) fn rest(&self, time: Duration) {
+        let requests = lock(&self.requests);
+        if requests.cancelled.is_none() {
+            drop(self.wake.wait_timeout(requests, time));
+        }
+    }
+
+    /// The connection that [`abort`](Self::abort) is to break.
+    pub(crate) fn attach(&self, abort: Abort) {
+        lock(&self.requests).abort = Some(abort);
+    }
+
+    /// Breaks the connection at once, for a destination that is to be shut down. A migration that
+    /// has been committed is not affected by it.
+    pub fn abort(&self) {
+        let mut requests = lock(&self.requests);
+        requests.cancelled.get_or_insert_with(Instant::now);
+        if let Some(abort) = &requests.abort
+            && !requests.committed
+        {
+            abort.shutdown();
+        }
+        self.wake.notify_all();
+    }
+
+    /// Goes to `phase` if the table of phases allows it, and tells everyone.
+    pub(crate) fn enter(&self, phase: Phase) {
+        if self.stats.become_phase(phase) {
+            self.events.phase(phase);
+        }
+    }
+
+    pub(crate) fn begin(&self, total: u64) {
+        self.stats.begin(total);
+        self.events.phase(Phase::Setup);
+    }
+
+    pub(crate) fn pass(&self) -> u64 {
+        let pass = self.stats.pass();
+        self.events.pass(pass);
+        pass
+    }
+}

@@ -1,0 +1,139 @@
+//! When to stop the guest: what is left, at the rate that was measured, against the downtime that
+//! is allowed. Pure arithmetic.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::params::OnTimeout;
+
+/// The stretch of sending over which the rate is measured. Long enough to see past what the
+/// kernel's socket buffers swallow at once.
+const RATE_WINDOW: Duration = Duration::from_secs(1);
+
+/// The rate at which bytes have lately been sent.
+#[derive(Debug, Clone, Default)]
+pub struct Rate {
+    samples: VecDeque<(Duration, u64)>,
+    time: Duration,
+    bytes: u64,
+}
+
+impl Rate {
+    /// Notes that sending `bytes` took `time`.
+    pub fn add(&mut self, time: Duration, bytes: u64) {
+        self.samples.push_back((time, bytes));
+        self.time += time;
+        self.bytes += bytes;
+        while let Some(&(time, bytes)) = self.samples.front() {
+            if self.time - time < RATE_WINDOW {
+                break;
+            }
+            self.samples.pop_front();
+            self.time -= time;
+            self.bytes -= bytes;
+        }
+    }
+
+    /// Bytes per second; `None` before anything was sent.
+    pub fn bytes_per_s(&self) -> Option<f64> {
+        let seconds = self.time.as_secs_f64();
+        (self.bytes > 0 && seconds > 0.0).then(|| self.bytes as f64 / seconds)
+    }
+
+    /// How long `bytes` would take; `None` before anything was sent.
+    pub fn time_for(&self, bytes: u64) -> Option<Duration> {
+        if bytes == 0 {
+            return Some(Duration::ZERO);
+        }
+        self.bytes_per_s().and_then(|rate| Duration::try_from_secs_f64(bytes as f64 / rate).ok())
+    }
+}
+
+/// What is known after a pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// How long what is left would take; `None` when that is unknown.
+    pub forecast: Option<Duration>,
+    /// How long the guest may stand still.
+    pub downtime_limit: Duration,
+    /// How long the migration has run.
+    pub elapsed: Duration,
+    /// How long it may, if there is a limit.
+    pub timeout: Option<Duration>,
+    /// What to do when that is over.
+    pub on_timeout: OnTimeout,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// One more pass.
+    GoOn,
+    /// Stop the guest: the rest fits the limit.
+    Switch,
+    /// Stop the guest although the rest does not fit: time is over.
+    Force,
+    /// Give up: time is over.
+    GiveUp,
+}
+
+/// Decides after a pass.
+pub fn decide(progress: &Progress) -> Decision {
+    if progress.forecast.is_some_and(|forecast| forecast <= progress.downtime_limit) {
+        return Decision::Switch;
+    }
+    match (progress.timeout, progress.on_timeout) {
+        (Some(timeout), OnTimeout::Cancel) if progress.elapsed >= timeout => Decision::GiveUp,
+        (Some(timeout), OnTimeout::Force) if progress.elapsed >= timeout => Decision::Force,
+        _ => Decision::GoOn,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_rate_is_that_of_the_last_second() {
+        let mut rate = Rate::default();
+        assert_eq!(rate.bytes_per_s(), None);
+        assert_eq!(rate.time_for(0), Some(Duration::ZERO));
+        assert_eq!(rate.time_for(1), None);
+        rate.add(1000 * MS, 1_000_000);
+        assert_eq!(rate.bytes_per_s(), Some(1e6));
+        for _ in 0..10 {
+            rate.add(200 * MS, 1_000_000);
+        }
+        assert_eq!(rate.bytes_per_s(), Some(5e6));
+        assert_eq!(rate.time_for(1_000_000), Some(200 * MS));
+    }
+
+    #[test]
+    fn a_burst_into_the_socket_buffer_does_not_look_like_a_fast_link() {
+        let mut rate = Rate::default();
+        rate.add(2000 * MS, 20_000_000);
+        rate.add(MS, 4_000_000);
+        assert!(rate.bytes_per_s().unwrap() < 13e6);
+    }
+
+    #[test]
+    fn every_case_is_decided() {
+        use Decision::*;
+        let limit = 300 * MS;
+        let case = |forecast, elapsed, timeout, on_timeout| {
+            decide(&Progress { forecast, downtime_limit: limit, elapsed, timeout, on_timeout })
+        };
+        let (cancel, force) = (OnTimeout::Cancel, OnTimeout::Force);
+        let second = 1000 * MS;
+        assert_eq!(case(Some(limit), second, None, cancel), Switch);
+        assert_eq!(case(Some(limit), second, Some(second), cancel), Switch);
+        assert_eq!(case(Some(limit + MS), second, None, cancel), GoOn);
+        assert_eq!(case(None, second, None, force), GoOn);
+        assert_eq!(case(Some(second), second, Some(second + MS), force), GoOn);
+        assert_eq!(case(Some(second), second, Some(second), cancel), GiveUp);
+        assert_eq!(case(Some(second), second, Some(second), force), Force);
+        assert_eq!(case(None, second, Some(second), force), Force);
+    }
+}

@@ -1,0 +1,357 @@
+//! Capabilities and parameters of a migration: their names in QMP, ranges and defaults.
+//!
+//! A client of QEMU's finds every name that QEMU 7.2 has. What has no effect here is kept and
+//! shown as it was set; what would have an effect that does not exist here is refused.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+/// What happens when a migration's time is over and it has not converged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnTimeout {
+    /// The migration is given up; the guest stays.
+    #[default]
+    Cancel,
+    /// The guest is stopped and moved, however long that takes.
+    Force,
+}
+
+/// The parameters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameters {
+    /// `max-bandwidth`: bytes per second while the guest runs; 0 is no limit, which is the default
+    /// (QEMU's is 128 MiB/s). The last pages, with the guest stopped, are never slowed.
+    pub max_bandwidth: u64,
+    /// `downtime-limit`: how long the guest may stand still for the last pages. 300 ms.
+    pub downtime_limit: Duration,
+    /// `multifd-channels`: connections for pages, once there are several. 2.
+    pub multifd_channels: u8,
+    /// `x-timeout`, in ms: how long the guest may be migrated before `x-on-timeout` happens; 0, the
+    /// default, is for ever.
+    pub timeout: Option<Duration>,
+    /// `x-on-timeout`: `cancel` (default) or `force`.
+    pub on_timeout: OnTimeout,
+    /// `x-verify`: compare RAM and device state of the two sides before the guest runs. Off: it
+    /// makes the downtime longer.
+    pub verify: bool,
+    /// `x-stall-timeout`, in ms: how long the other side may be silent when it owes an answer, or
+    /// take no bytes. 30 s.
+    pub stall_timeout: Duration,
+    /// `pause-before-switchover` (a capability): stop in `pre-switchover` until the user goes on.
+    pub pause_before_switchover: bool,
+    /// `events` (a capability): send MIGRATION and MIGRATION_PASS events.
+    pub events: bool,
+    /// Parameters of QEMU's that the engine has no use for, kept as they were set.
+    carried: BTreeMap<&'static str, u64>,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            max_bandwidth: 0,
+            downtime_limit: Duration::from_millis(300),
+            multifd_channels: 2,
+            timeout: None,
+            on_timeout: OnTimeout::Cancel,
+            verify: false,
+            stall_timeout: Duration::from_secs(30),
+            pause_before_switchover: false,
+            events: false,
+            carried: INTEGERS.iter().filter(|p| p.carried).map(|p| (p.name, p.default)).collect(),
+        }
+    }
+}
+
+/// An integer parameter, with QEMU's range and default.
+struct Integer {
+    name: &'static str,
+    default: u64,
+    min: u64,
+    max: u64,
+    /// Kept and shown, without effect in this crate.
+    carried: bool,
+}
+
+const fn integer(name: &'static str, default: u64, min: u64, max: u64, carried: bool) -> Integer {
+    Integer { name, default, min, max, carried }
+}
+
+/// A day, in ms: longer waits are mistakes.
+const DAY_MS: u64 = 24 * 3600 * 1000;
+
+const INTEGERS: &[Integer] = &[
+    integer("max-bandwidth", 0, 0, i64::MAX as u64, false),
+    // QEMU takes up to 2000 s.
+    integer("downtime-limit", 300, 0, 2_000_000, false),
+    integer("multifd-channels", 2, 1, 255, false),
+    integer("x-timeout", 0, 0, 30 * DAY_MS, false),
+    integer("x-stall-timeout", 30_000, 100, DAY_MS, false),
+    integer("announce-initial", 50, 0, 100_000, true),
+    integer("announce-max", 550, 0, 100_000, true),
+    integer("announce-rounds", 5, 0, 1000, true),
+    integer("announce-step", 100, 1, 10_000, true),
+    integer("cpu-throttle-increment", 10, 1, 99, true),
+    integer("cpu-throttle-initial", 20, 1, 99, true),
+    integer("max-cpu-throttle", 99, 1, 99, true),
+    integer("max-postcopy-bandwidth", 0, 0, i64::MAX as u64, true),
+    integer("throttle-trigger-threshold", 50, 1, 100, true),
+    integer("xbzrle-cache-size", 64 << 20, 4096, i64::MAX as u64, true),
+];
+
+/// Why a parameter or capability was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParameterError {
+    /// There is none of that name.
+    #[error("there is no migration parameter '{name}'")]
+    UnknownParameter {
+        /// The name.
+        name: String,
+    },
+    /// There is no capability of that name.
+    #[error("there is no migration capability '{name}'")]
+    UnknownCapability {
+        /// The name.
+        name: String,
+    },
+    /// The value is not one that it takes.
+    #[error("parameter '{name}' expects {expected}, found {found}")]
+    Value {
+        /// The name.
+        name: String,
+        /// Type and range.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
+    /// A capability that can only be in one state here.
+    #[error("capability '{name}' is always {}: {why}", if *state { "on" } else { "off" })]
+    Fixed {
+        /// The name.
+        name: &'static str,
+        /// The state that it has.
+        state: bool,
+        /// Why.
+        why: &'static str,
+    },
+}
+
+impl Parameters {
+    /// Sets a parameter by its name in QMP.
+    pub fn set(&mut self, name: &str, value: &Value) -> Result<(), ParameterError> {
+        let bad = |expected: String| ParameterError::Value {
+            name: name.to_owned(),
+            expected,
+            found: value.to_string(),
+        };
+        match name {
+            "x-on-timeout" => {
+                self.on_timeout = serde_json::from_value(value.clone())
+                    .map_err(|_| bad("\"cancel\" or \"force\"".into()))?;
+                return Ok(());
+            }
+            "x-verify" => {
+                self.verify = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
+                return Ok(());
+            }
+            // What libvirt and others set to its neutral value as a matter of course.
+            "tls-creds" | "tls-hostname" | "tls-authz" => {
+                return if value.as_str() == Some("") {
+                    Ok(())
+                } else {
+                    Err(bad("\"\": there is no TLS yet".into()))
+                };
+            }
+            "multifd-compression" => {
+                return if value.as_str() == Some("none") {
+                    Ok(())
+                } else {
+                    Err(bad("\"none\"".into()))
+                };
+            }
+            _ => {}
+        }
+        let known = INTEGERS.iter().find(|p| p.name == name);
+        let Some(p) = known else {
+            return Err(ParameterError::UnknownParameter { name: name.to_owned() });
+        };
+        let number = value
+            .as_u64()
+            .filter(|n| (p.min..=p.max).contains(n))
+            .ok_or_else(|| bad(format!("an integer from {} to {}", p.min, p.max)))?;
+        match name {
+            "max-bandwidth" => self.max_bandwidth = number,
+            "downtime-limit" => self.downtime_limit = Duration::from_millis(number),
+            "multifd-channels" => self.multifd_channels = number as u8,
+            "x-timeout" => {
+                self.timeout = (number != 0).then(|| Duration::from_millis(number));
+            }
+            "x-stall-timeout" => self.stall_timeout = Duration::from_millis(number),
+            _ => {
+                self.carried.insert(p.name, number);
+            }
+        }
+        Ok(())
+    }
+
+    /// All parameters, as `query-migrate-parameters` shows them.
+    pub fn to_json(&self) -> Value {
+        let ms = |d: Duration| d.as_millis() as u64;
+        let mut all: Map<String, Value> =
+            self.carried.iter().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
+        all.extend([
+            ("max-bandwidth".to_owned(), json!(self.max_bandwidth)),
+            ("downtime-limit".to_owned(), json!(ms(self.downtime_limit))),
+            ("multifd-channels".to_owned(), json!(self.multifd_channels)),
+            ("multifd-compression".to_owned(), json!("none")),
+            ("tls-creds".to_owned(), json!("")),
+            ("tls-hostname".to_owned(), json!("")),
+            ("tls-authz".to_owned(), json!("")),
+            ("x-timeout".to_owned(), json!(self.timeout.map_or(0, ms))),
+            ("x-on-timeout".to_owned(), json!(self.on_timeout)),
+            ("x-verify".to_owned(), json!(self.verify)),
+            ("x-stall-timeout".to_owned(), json!(ms(self.stall_timeout))),
+        ]);
+        Value::Object(all)
+    }
+
+    /// Switches a capability by its name in QMP.
+    pub fn set_capability(&mut self, name: &str, state: bool) -> Result<(), ParameterError> {
+        match name {
+            "events" => self.events = state,
+            "pause-before-switchover" => self.pause_before_switchover = state,
+            _ => {
+                let fixed = FIXED.iter().find(|c| c.name == name);
+                let Some(c) = fixed else {
+                    return Err(ParameterError::UnknownCapability { name: name.to_owned() });
+                };
+                if c.state != state {
+                    return Err(ParameterError::Fixed {
+                        name: c.name,
+                        state: c.state,
+                        why: c.why,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All capabilities and their states, as `query-migrate-capabilities` lists them.
+    pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
+        let mut all: Vec<_> = FIXED.iter().map(|c| (c.name, c.state)).collect();
+        all.push(("events", self.events));
+        all.push(("pause-before-switchover", self.pause_before_switchover));
+        all.sort_unstable();
+        all
+    }
+
+    /// A carried parameter of QEMU's, for example `announce-rounds`.
+    pub fn carried(&self, name: &str) -> Option<u64> {
+        self.carried.get(name).copied()
+    }
+}
+
+/// A capability of QEMU 7.2's that has one state here.
+struct Fixed {
+    name: &'static str,
+    state: bool,
+    why: &'static str,
+}
+
+const fn off(name: &'static str) -> Fixed {
+    Fixed { name, state: false, why: "mini-vmm does not have it" }
+}
+
+const FIXED: &[Fixed] = &[
+    Fixed {
+        name: "return-path",
+        state: true,
+        why: "a source must learn whether its guest arrived",
+    },
+    off("auto-converge"),
+    off("background-snapshot"),
+    off("block"),
+    off("compress"),
+    off("dirty-bitmaps"),
+    off("late-block-activate"),
+    off("multifd"),
+    off("postcopy-blocktime"),
+    off("postcopy-preempt"),
+    off("postcopy-ram"),
+    off("rdma-pin-all"),
+    off("release-ram"),
+    off("validate-uuid"),
+    off("x-colo"),
+    off("x-ignore-shared"),
+    off("xbzrle"),
+    off("zero-blocks"),
+    off("zero-copy-send"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_parameter_that_is_shown_can_be_set_to_what_is_shown() {
+        let mut parameters = Parameters::default();
+        let shown = parameters.to_json();
+        for (name, value) in shown.as_object().unwrap() {
+            parameters.set(name, value).unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
+        assert_eq!(parameters, Parameters::default());
+    }
+
+    #[test]
+    fn ranges_are_kept() {
+        let mut p = Parameters::default();
+        for (name, value) in [
+            ("downtime-limit", json!(2_000_001)),
+            ("downtime-limit", json!(-1)),
+            ("downtime-limit", json!("300")),
+            ("multifd-channels", json!(0)),
+            ("multifd-channels", json!(256)),
+            ("max-bandwidth", json!(1.5)),
+            ("x-on-timeout", json!("explode")),
+            ("x-verify", json!(1)),
+            ("tls-creds", json!("tls0")),
+            ("multifd-compression", json!("zstd")),
+        ] {
+            assert!(matches!(p.set(name, &value), Err(ParameterError::Value { .. })), "{name}");
+        }
+        assert!(matches!(
+            p.set("bandwidth", &json!(1)),
+            Err(ParameterError::UnknownParameter { .. })
+        ));
+        assert_eq!(p, Parameters::default());
+        p.set("downtime-limit", &json!(50)).unwrap();
+        p.set("x-timeout", &json!(1000)).unwrap();
+        p.set("announce-rounds", &json!(7)).unwrap();
+        assert_eq!(p.downtime_limit, Duration::from_millis(50));
+        assert_eq!(p.timeout, Some(Duration::from_secs(1)));
+        assert_eq!(p.carried("announce-rounds"), Some(7));
+        assert_eq!(p.to_json()["x-timeout"], 1000);
+    }
+
+    #[test]
+    fn capabilities_that_are_not_there_cannot_be_switched_on() {
+        let mut p = Parameters::default();
+        for (name, state) in p.capabilities() {
+            p.set_capability(name, state).unwrap();
+        }
+        p.set_capability("events", true).unwrap();
+        p.set_capability("pause-before-switchover", true).unwrap();
+        assert!(p.capabilities().contains(&("events", true)));
+        let error = p.set_capability("return-path", false).unwrap_err();
+        assert!(error.to_string().contains("always on"));
+        assert!(p.set_capability("postcopy-ram", true).is_err());
+        assert!(matches!(
+            p.set_capability("teleport", true),
+            Err(ParameterError::UnknownCapability { .. })
+        ));
+    }
+}

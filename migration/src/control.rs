@@ -6,7 +6,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::params::Parameters;
+use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
 use crate::stats::{MigrationInfo, MigrationStats, Report};
 use crate::transport::Abort;
@@ -76,6 +76,17 @@ impl Control {
     /// The parameters as they are now.
     pub fn parameters(&self) -> Parameters {
         lock(&self.parameters).clone()
+    }
+
+    /// `max-bandwidth` as it is now, in bytes per second; 0 is no limit.
+    pub(crate) fn max_bandwidth(&self) -> u64 {
+        lock(&self.parameters).max_bandwidth
+    }
+
+    /// `x-timeout` and `x-on-timeout` as they are now.
+    pub(crate) fn timeout(&self) -> (Option<Duration>, OnTimeout) {
+        let parameters = lock(&self.parameters);
+        (parameters.timeout, parameters.on_timeout)
     }
 
     /// Changes parameters; a running migration uses them from the next pass (bandwidth: the next

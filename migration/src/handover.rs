@@ -180,6 +180,11 @@ pub mod source {
             Self { peer, state: State::Running }
         }
 
+        /// What the other side is.
+        pub fn peer(&self) -> Peer {
+            self.peer
+        }
+
         /// Where it stands.
         pub fn state(&self) -> State {
             self.state

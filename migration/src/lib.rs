@@ -4,13 +4,34 @@
 //! no device and no KVM: it sees the VM through the traits of [`guest`], which the `vmm` crate
 //! implements.
 //!
-//! Start with [`vmstate`]: every device's state is a plain struct that passes through it. Then
-//! [`guest`], what a migration needs from a VM.
+//! Start with [`vmstate`]: every device's state is a plain struct that passes through it. Then, in
+//! the order in which a migration uses them:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`guest`] | what a migration needs from a VM |
+//! | [`transport`] | connections: TCP and Unix sockets |
+//! | [`wire`] | the bytes that travel, without any I/O |
+//! | [`manifest`] | what two mini-vmms tell each other before a page moves |
+//! | [`source`] | gives a VM away: passes, switch-over, hand-over |
+//! | [`destination`] | takes a VM: reads, checks, loads, starts |
+//! | [`handover`] | who runs the VM, as two state machines without I/O |
+//! | [`converge`] | when to stop the guest |
+//! | [`control`], [`params`], [`phase`], [`stats`] | steering and watching one migration |
 #![forbid(unsafe_code)]
 
+pub mod control;
+pub mod converge;
+pub mod destination;
 pub mod dirty;
 pub mod guest;
 pub mod handover;
 pub mod manifest;
+pub mod params;
+pub mod phase;
+pub mod source;
+pub mod stats;
+pub mod transport;
+pub mod verify;
 pub mod vmstate;
 pub mod wire;

@@ -229,11 +229,7 @@ impl Parameters {
                     return Err(ParameterError::UnknownCapability { name: name.to_owned() });
                 };
                 if c.state != state {
-                    return Err(ParameterError::Fixed {
-                        name: c.name,
-                        state: c.state,
-                        why: c.why,
-                    });
+                    return Err(ParameterError::Fixed { name: c.name, state: c.state, why: c.why });
                 }
             }
         }

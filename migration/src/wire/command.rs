@@ -140,7 +140,7 @@ mod tests {
     use super::*;
     use crate::guest::RamBlock;
     use crate::manifest::{BlockDigests, SectionManifest};
-    use crate::wire::SliceSource;
+    use crate::vmstate::SliceSource;
 
     fn manifest() -> Manifest {
         Manifest {

@@ -146,7 +146,7 @@ fn read_subsection(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::SliceSource;
+    use crate::vmstate::SliceSource;
 
     #[test]
     fn header_and_configuration_are_qemus_bytes() {

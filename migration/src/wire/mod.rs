@@ -290,42 +290,14 @@ pub fn bounded_reason(reason: &str) -> String {
     reason.get(..end).unwrap_or_default().to_owned()
 }
 
-/// Bytes in memory as a [`ByteSource`].
-#[derive(Debug)]
-pub struct SliceSource<'a> {
-    bytes: &'a [u8],
-    taken: u64,
-}
-
-impl<'a> SliceSource<'a> {
-    /// Reads `bytes` from their beginning.
-    pub fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, taken: 0 }
+/// An error and its causes as one line: "this: because of that".
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
     }
-
-    /// What has not been taken.
-    pub fn rest(&self) -> &'a [u8] {
-        self.bytes
-    }
-}
-
-impl ByteSource for SliceSource<'_> {
-    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        let (head, tail) = self
-            .bytes
-            .split_at_checked(buf.len())
-            .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
-        buf.copy_from_slice(head);
-        self.bytes = tail;
-        self.taken = self.taken.saturating_add(buf.len() as u64);
-        Ok(())
-    }
-
-    fn peek(&mut self, n: usize) -> io::Result<&[u8]> {
-        Ok(self.bytes.get(..n).unwrap_or(self.bytes))
-    }
-
-    fn offset(&self) -> u64 {
-        self.taken
-    }
+    text
 }

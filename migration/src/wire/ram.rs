@@ -167,7 +167,7 @@ pub fn read_fill(source: &mut dyn ByteSource) -> Result<u8, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::SliceSource;
+    use crate::vmstate::SliceSource;
 
     #[test]
     fn records_are_qemus_bytes() {

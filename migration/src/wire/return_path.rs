@@ -111,7 +111,7 @@ impl Message {
 mod tests {
     use super::*;
     use crate::manifest::Problem;
-    use crate::wire::SliceSource;
+    use crate::vmstate::SliceSource;
 
     #[test]
     fn qemus_messages_are_qemus_bytes() {

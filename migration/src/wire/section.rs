@@ -140,7 +140,7 @@ pub fn skip_description(source: &mut dyn ByteSource) -> Result<(), WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::SliceSource;
+    use crate::vmstate::SliceSource;
 
     #[test]
     fn a_full_section_has_header_and_footer() {

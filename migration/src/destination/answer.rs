@@ -1,0 +1,122 @@
+//! The destination's side of the return path.
+
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+use super::DestinationError;
+use crate::handover::Peer;
+use crate::manifest::{Problem, Verdict};
+use crate::transport::{Connection, StreamReader};
+use crate::wire::bounded_reason;
+use crate::wire::limits::MAX_LINGER;
+use crate::wire::return_path::{Failed, Message};
+
+/// How often a source that waits hears that this side is at work.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+/// How long a source has to read this side's last words.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Where answers go.
+pub(super) struct ReturnPath {
+    connection: Connection,
+    open: bool,
+    mini_vmm: bool,
+    last: Instant,
+}
+
+impl ReturnPath {
+    pub(super) fn new(connection: Connection) -> Self {
+        Self { connection, open: false, mini_vmm: false, last: Instant::now() }
+    }
+
+    /// The source wants answers.
+    pub(super) fn open(&mut self) {
+        self.open = true;
+    }
+
+    /// The source is a mini-vmm; says whether that is news. Without a return path there is no way
+    /// to tell it so, and it is treated as a QEMU.
+    pub(super) fn recognise(&mut self) -> bool {
+        let news = self.open && !self.mini_vmm;
+        self.mini_vmm |= self.open;
+        news
+    }
+
+    /// What the source is.
+    pub(super) fn peer(&self) -> Peer {
+        if self.mini_vmm { Peer::MiniVmm } else { Peer::Qemu }
+    }
+
+    pub(super) fn set_stall_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.connection.set_stall_timeout(timeout)
+    }
+
+    pub(super) fn send(&mut self, message: &Message) -> Result<(), DestinationError> {
+        let mut bytes = Vec::new();
+        message.write(&mut bytes);
+        self.last = Instant::now();
+        let mut connection = &self.connection;
+        connection
+            .write_all(&bytes)
+            .map_err(|source| DestinationError::Answer { what: message.name(), source })
+    }
+
+    /// Answers a ping, if answers are wanted.
+    pub(super) fn pong(&mut self, value: u32) -> Result<(), DestinationError> {
+        if self.open { self.send(&Message::Pong(value)) } else { Ok(()) }
+    }
+
+    /// Says `shut(0)`, if answers are wanted.
+    pub(super) fn acknowledge(&mut self) -> Result<(), DestinationError> {
+        if self.open { self.send(&Message::Shut(0)) } else { Ok(()) }
+    }
+
+    pub(super) fn send_verdict(&mut self, problems: &[Problem]) -> Result<(), DestinationError> {
+        let short = |p: &Problem| Problem {
+            code: bounded_reason(&p.code),
+            what: bounded_reason(&p.what),
+            expected: bounded_reason(&p.expected),
+            found: bounded_reason(&p.found),
+            hint: bounded_reason(&p.hint),
+        };
+        let problems = problems.iter().map(short).collect();
+        self.send(&Message::Verdict(Verdict { problems }))
+    }
+
+    /// Lets a waiting mini-vmm know that this side is at work.
+    pub(super) fn alive(&mut self) {
+        if self.mini_vmm
+            && self.last.elapsed() > SIGN_OF_LIFE
+            && let Err(error) = self.send(&Message::Pong(0))
+        {
+            tracing::debug!(error = %error.chain(), "a sign of life was not sent");
+        }
+    }
+
+    /// Says why not, as far as the source can understand it.
+    pub(super) fn refuse(&mut self, error: &DestinationError) {
+        let message = match error {
+            // It knows the problems from the verdict.
+            DestinationError::Refused { .. } if self.mini_vmm => return,
+            _ if self.mini_vmm => {
+                Message::Failed(Failed { reason: bounded_reason(&error.chain()) })
+            }
+            _ if self.open => Message::Shut(1),
+            _ => return,
+        };
+        if let Err(error) = self.send(&message) {
+            tracing::debug!(error = %error.chain(), "the source can't be told");
+        }
+    }
+
+    /// Closes such that the source can read what was said: a socket that is closed with unread
+    /// bytes in it may throw away what it has sent.
+    pub(super) fn linger(&mut self, reader: &mut StreamReader) {
+        self.connection.shutdown(Shutdown::Write);
+        if self.connection.set_stall_timeout(LINGER).is_ok() {
+            reader.drain(MAX_LINGER, Instant::now(), LINGER);
+        }
+        self.connection.shutdown(Shutdown::Both);
+    }
+}

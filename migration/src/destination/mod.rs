@@ -1,0 +1,416 @@
+//! The side that takes a VM.
+//!
+//! ```text
+//! header, commands ──→ hello, pong             who is there
+//! manifest         ──→ verdict                 would it work (mini-vmm only)
+//! START, PART, END ──→ guest memory            ram.rs
+//! FULL …           ──→ decoded and checked     load.rs; nothing is applied yet
+//! EOF, description
+//! ── everything has come ─────────────────────────────────────────────────────────
+//! compare RAM, apply every section, prepare    any error here: FAILED, and the source goes on
+//! PREPARED ──→ source;  COMMIT ←── source
+//! take the disks, start, shut(0) ──→ source    handover.rs
+//! ```
+//!
+//! Everything that comes is hostile: every length has a bound in [`crate::wire::limits`], every
+//! block, offset, section and version is looked up before it is used, and nothing runs before the
+//! whole stream has been accepted.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod answer;
+mod compare;
+mod error;
+mod load;
+mod ram;
+
+pub use compare::compare;
+pub use error::{DestinationError, Failure};
+
+use crate::control::Control;
+use crate::guest::DestinationVm;
+use crate::handover::Peer;
+use crate::handover::destination::{Action, Destination, Event};
+use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, Prepared, RamDigests};
+use crate::params::Parameters;
+use crate::phase::Phase;
+use crate::source::PROGRAM;
+use crate::stats::{Report, Step};
+use crate::transport::{Connection, StreamReader};
+use crate::verify;
+use crate::vmstate::{ByteSource, SectionId};
+use crate::wire::command::{Command, PING_MAGIC};
+use crate::wire::header::{self, Configuration};
+use crate::wire::limits::{MAX_PROBLEMS, MAX_SECTION_BODY};
+use crate::wire::ram::{SECTION, VERSION};
+use crate::wire::return_path::Message;
+use crate::wire::section::{self, PartType};
+
+use answer::ReturnPath;
+use load::Loader;
+use ram::RamLoader;
+
+/// x86's page size as a power of two.
+const PAGE_BITS: u32 = 12;
+
+/// Takes a VM that comes over `connection` into `vm`, on the calling thread. When it returns `Ok`
+/// the VM is this side's, and runs if it ran before; when it fails no vCPU has run.
+pub fn run(
+    vm: &mut dyn DestinationVm,
+    connection: Connection,
+    control: &Control,
+) -> Result<Box<Report>, Failure> {
+    control.attach(connection.abort_handle());
+    control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
+    let mut arrival = Arrival::new(vm, connection, control);
+    match arrival.run() {
+        Ok(()) => {
+            control.enter(Phase::Completed);
+            arrival.answer.linger(&mut arrival.reader);
+            Ok(Box::new(control.report()))
+        }
+        Err(error) => {
+            let text = error.chain();
+            control.stats().fail(&text);
+            tracing::warn!(error = %text, "the VM was not taken");
+            control.enter(Phase::Failed);
+            Err(Failure { error, vm_untouched: !arrival.touched })
+        }
+    }
+}
+
+/// A VM on its way in.
+struct Arrival<'a> {
+    vm: &'a mut dyn DestinationVm,
+    control: &'a Control,
+    reader: StreamReader,
+    answer: ReturnPath,
+    parameters: Parameters,
+    configuration: Configuration,
+    manifest: Option<Manifest>,
+    digests: Option<RamDigests>,
+    loader: Loader,
+    ram: RamLoader,
+    ram_id: Option<u32>,
+    stopped: bool,
+    accepted: bool,
+    touched: bool,
+}
+
+impl<'a> Arrival<'a> {
+    fn new(vm: &'a mut dyn DestinationVm, connection: Connection, control: &'a Control) -> Self {
+        let loader = Loader::new(vm.sections());
+        let ram = RamLoader::new(vm.ram());
+        Self {
+            control,
+            reader: StreamReader::new(connection.clone()),
+            answer: ReturnPath::new(connection),
+            parameters: control.parameters(),
+            configuration: Configuration::default(),
+            manifest: None,
+            digests: None,
+            loader,
+            ram,
+            ram_id: None,
+            stopped: false,
+            accepted: false,
+            touched: false,
+            vm,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), DestinationError> {
+        let timeout = self.parameters.stall_timeout;
+        let received = self
+            .answer
+            .set_stall_timeout(timeout)
+            .map_err(|source| DestinationError::Answer { what: "setting timeouts", source })
+            .and_then(|()| self.receive());
+        let mut machine = Destination::new(self.answer.peer());
+        let mut error = None;
+        let mut action = machine.on(match received {
+            Ok(()) => Event::Received,
+            Err(e) => {
+                error = Some(self.cause(e));
+                Event::Failed
+            }
+        });
+        loop {
+            let step = match action {
+                Action::Prepare => self.prepare().map(|()| Event::Prepared),
+                Action::SendPrepared => self.await_commit().map(|()| Event::Commit),
+                Action::TakeDisks => self.take_disks(),
+                Action::Acknowledge => self.answer.acknowledge().map(|()| Event::Acknowledged),
+                Action::Start => self.start(),
+                Action::Announce => {
+                    // The guest runs; a source that does not hear it stays in doubt and still.
+                    if let Err(error) = self.answer.acknowledge() {
+                        tracing::warn!(error = %error.chain(), "the source was not told");
+                    }
+                    return Ok(());
+                }
+                Action::None => return Ok(()),
+                Action::Refuse | Action::ReleaseDisksAndRefuse => {
+                    if action == Action::ReleaseDisksAndRefuse {
+                        self.vm.release_disks();
+                    }
+                    let error = error.unwrap_or(DestinationError::Cancelled);
+                    self.answer.refuse(&error);
+                    self.answer.linger(&mut self.reader);
+                    return Err(error);
+                }
+            };
+            let event = step.unwrap_or_else(|e| {
+                let event = e.event();
+                error = Some(self.cause(e));
+                event
+            });
+            action = machine.on(event);
+        }
+    }
+
+    /// An error of the connection after an abort is the abort.
+    fn cause(&self, error: DestinationError) -> DestinationError {
+        if self.control.cancelled().is_some() { DestinationError::Cancelled } else { error }
+    }
+
+    /// Reads the whole stream.
+    fn receive(&mut self) -> Result<(), DestinationError> {
+        header::read_magic(&mut self.reader)
+            .map_err(|source| DestinationError::Stranger { source })?;
+        self.configuration = header::read_configuration(&mut self.reader)?;
+        loop {
+            match section::read_part_type(&mut self.reader)? {
+                PartType::Command => {
+                    let command = Command::read(&mut self.reader)?;
+                    self.obey(command)?;
+                }
+                PartType::Start => self.start_section()?,
+                kind @ (PartType::Part | PartType::End) => self.ram_section(kind)?,
+                PartType::Full => self.full_section()?,
+                PartType::Eof => break,
+                PartType::Description => {
+                    return Err(self.out_of_turn("a description before the end"));
+                }
+            }
+        }
+        self.accept()?;
+        if self.answer.peer() == Peer::MiniVmm {
+            match section::read_part_type(&mut self.reader)? {
+                PartType::Description => section::skip_description(&mut self.reader)?,
+                _ => return Err(self.out_of_turn("no description at the end")),
+            }
+            let missing = self.loader.missing();
+            if !missing.is_empty() {
+                return Err(DestinationError::MissingSections { sections: missing });
+            }
+        }
+        Ok(())
+    }
+
+    fn out_of_turn(&self, what: &'static str) -> DestinationError {
+        DestinationError::OutOfTurn { what, offset: self.reader.offset() }
+    }
+
+    fn obey(&mut self, command: Command) -> Result<(), DestinationError> {
+        match command {
+            Command::OpenReturnPath => self.answer.open(),
+            Command::Ping(value) => {
+                if value == PING_MAGIC && self.answer.recognise() {
+                    self.answer.send(&Message::Hello(Hello {
+                        program: PROGRAM.to_owned(),
+                        protocols: PROTOCOL_VERSIONS.to_vec(),
+                    }))?;
+                }
+                self.answer.pong(value)?;
+            }
+            Command::SwitchoverStart => {}
+            Command::Manifest(manifest) => self.judge(*manifest)?,
+            Command::Verify(digests) => {
+                if !self.manifest.as_ref().is_some_and(|m| m.verify) || self.digests.is_some() {
+                    return Err(self.out_of_turn("digests that were not announced"));
+                }
+                self.digests = Some(digests);
+            }
+            Command::Commit => return Err(self.out_of_turn("COMMIT before PREPARED")),
+            Command::Abort(abort) => {
+                return Err(DestinationError::SourceGaveUp { reason: abort.reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&mut self, manifest: Manifest) -> Result<(), DestinationError> {
+        if self.answer.peer() != Peer::MiniVmm || self.manifest.is_some() {
+            return Err(self.out_of_turn("a manifest"));
+        }
+        if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
+            return Err(DestinationError::Protocol { found: manifest.protocol });
+        }
+        let mut problems = compare(&*self.vm, self.loader.sections(), &manifest);
+        problems.truncate(MAX_PROBLEMS);
+        self.answer.send_verdict(&problems)?;
+        self.manifest = Some(manifest);
+        if problems.is_empty() { Ok(()) } else { Err(DestinationError::Refused { problems }) }
+    }
+
+    /// What must be true before the first section.
+    fn accept(&mut self) -> Result<(), DestinationError> {
+        if self.accepted {
+            return Ok(());
+        }
+        if self.answer.peer() == Peer::MiniVmm && self.manifest.is_none() {
+            return Err(self.out_of_turn("no manifest before the first section"));
+        }
+        let expected = self.vm.machine_type();
+        if self.configuration.machine != expected {
+            let found = self.configuration.machine.clone();
+            return Err(DestinationError::MachineType { expected, found });
+        }
+        if let Some(name) = self.configuration.capabilities.first() {
+            return Err(DestinationError::Capability { name: name.clone() });
+        }
+        if let Some(found) = self.configuration.page_bits.filter(|bits| *bits != PAGE_BITS) {
+            return Err(DestinationError::PageSize { found });
+        }
+        self.accepted = true;
+        self.control.enter(Phase::Active);
+        Ok(())
+    }
+
+    fn start_section(&mut self) -> Result<(), DestinationError> {
+        let header = section::read_header(&mut self.reader)?;
+        self.accept()?;
+        if header.key != SectionId::new(SECTION, 0) {
+            return Err(DestinationError::UnknownSection { section: header.key });
+        }
+        if header.version != VERSION {
+            return Err(DestinationError::RamVersion { found: header.version });
+        }
+        if self.ram_id.replace(header.id).is_some() {
+            return Err(self.out_of_turn("a second START of the RAM section"));
+        }
+        self.ram_records(header.id)
+    }
+
+    fn ram_section(&mut self, kind: PartType) -> Result<(), DestinationError> {
+        let id = crate::wire::read_u32(&mut self.reader, "a section's id")?;
+        if self.ram_id != Some(id) {
+            return Err(DestinationError::UnknownSectionId { id });
+        }
+        if kind == PartType::End {
+            self.stand_still(Step::LastPages);
+        }
+        self.ram_records(id)
+    }
+
+    fn ram_records(&mut self, id: u32) -> Result<(), DestinationError> {
+        self.touched = true;
+        self.ram.read_section(&mut self.reader, &*self.vm, self.control.stats())?;
+        section::read_footer(&mut self.reader, &SectionId::new(SECTION, 0), id)?;
+        Ok(())
+    }
+
+    fn full_section(&mut self) -> Result<(), DestinationError> {
+        let header = section::read_header(&mut self.reader)?;
+        self.accept()?;
+        self.stand_still(Step::Devices);
+        let record = self.manifest.as_ref().is_some_and(|m| m.verify);
+        self.reader.begin_body(MAX_SECTION_BODY, record);
+        self.loader.read(&mut self.reader, &header)?;
+        let body = self.reader.end_body();
+        self.loader.keep_body(&header.key, body);
+        section::read_footer(&mut self.reader, &header.key, header.id)?;
+        Ok(())
+    }
+
+    /// The source's guest stands still from here on.
+    fn stand_still(&mut self, step: Step) {
+        let stats = self.control.stats();
+        if !std::mem::replace(&mut self.stopped, true) {
+            stats.stopped();
+        }
+        if stats.current_step() != Some(step) {
+            stats.step(step);
+        }
+    }
+
+    /// Compares, applies, builds.
+    fn prepare(&mut self) -> Result<(), DestinationError> {
+        self.stand_still(Step::Prepared);
+        self.touched = true;
+        let mut prepared = Prepared::default();
+        if let Some(digests) = self.digests.take() {
+            prepared.verified_ram_bytes = verify::compare(&*self.vm.ram(), &digests)
+                .map_err(|source| DestinationError::Memory { source })?
+                .map_err(|source| DestinationError::RamDiffers { source })?;
+        } else if self.manifest.as_ref().is_some_and(|m| m.verify) {
+            return Err(self.out_of_turn("no digests although they were announced"));
+        }
+        let answer = &mut self.answer;
+        self.loader.apply(|| answer.alive())?;
+        self.vm
+            .prepare()
+            .map_err(|source| DestinationError::Vm { during: "preparing the VM", source })?;
+        if self.manifest.as_ref().is_some_and(|m| m.verify) {
+            prepared.verified_sections = self.loader.compare(&*self.vm)?;
+        }
+        let (ram, sections) = (prepared.verified_ram_bytes, prepared.verified_sections);
+        self.control.stats().verified(ram, sections);
+        if self.answer.peer() == Peer::MiniVmm {
+            self.answer.send(&Message::Prepared(prepared))?;
+        }
+        Ok(())
+    }
+
+    /// PREPARED has been said; the source has the next word.
+    fn await_commit(&mut self) -> Result<(), DestinationError> {
+        self.control.stats().step(Step::Commit);
+        loop {
+            match section::read_part_type(&mut self.reader)? {
+                PartType::Command => {}
+                _ => return Err(self.out_of_turn("a section after the end")),
+            }
+            match Command::read(&mut self.reader)? {
+                // An abort of this side that came first wins.
+                Command::Commit if self.control.commit() => return Ok(()),
+                Command::Commit => return Err(DestinationError::Cancelled),
+                Command::Ping(value) => self.answer.pong(value)?,
+                Command::Abort(abort) => {
+                    return Err(DestinationError::SourceGaveUp { reason: abort.reason });
+                }
+                _ => return Err(self.out_of_turn("a command after the end")),
+            }
+        }
+    }
+
+    fn take_disks(&mut self) -> Result<Event, DestinationError> {
+        if self.answer.peer() == Peer::Qemu {
+            self.control.stats().step(Step::Commit);
+            if !self.control.commit() {
+                return Err(DestinationError::Disks { source: aborted() });
+            }
+        }
+        self.vm.take_disks().map_err(|source| DestinationError::Disks { source })?;
+        Ok(Event::DisksTaken)
+    }
+
+    fn start(&mut self) -> Result<Event, DestinationError> {
+        self.control.stats().step(Step::Running);
+        self.vm.start().map_err(|source| DestinationError::Start { source })?;
+        self.control.stats().running();
+        Ok(Event::Started)
+    }
+}
+
+fn aborted() -> crate::guest::VmError {
+    crate::guest::VmError::new("the migration was given up on this side")
+}

@@ -1,0 +1,186 @@
+//! The records of the `ram` section, into guest memory.
+
+use std::sync::Arc;
+
+use super::DestinationError;
+use crate::guest::{DestinationVm, GuestRam, PAGE_SIZE, RamBlock};
+use crate::stats::{MigrationStats, Moved};
+use crate::transport::StreamReader;
+use crate::vmstate::ByteSource;
+use crate::wire::ram::{RecordHeader, read_blocks, read_fill};
+use crate::wire::{read_str8, skip};
+
+/// Pages after which the statistics are brought up to date.
+const REPORT_PAGES: u64 = 4096;
+
+/// Where a block's pages go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// To this block of the machine.
+    Block(usize),
+    /// Nowhere.
+    Discard,
+}
+
+/// A run of pages that hold one byte, not yet written.
+#[derive(Debug)]
+struct Fill {
+    block: usize,
+    offset: u64,
+    len: u64,
+    byte: u8,
+}
+
+/// Reads RAM sections.
+pub(super) struct RamLoader {
+    ram: Arc<dyn GuestRam>,
+    blocks: Vec<RamBlock>,
+    /// The block of the last record.
+    current: Option<Target>,
+    fill: Option<Fill>,
+    moved: Moved,
+    counted: u64,
+}
+
+impl RamLoader {
+    pub(super) fn new(ram: Arc<dyn GuestRam>) -> Self {
+        let blocks = ram.blocks();
+        Self { ram, blocks, current: None, fill: None, moved: Moved::default(), counted: 0 }
+    }
+
+    /// Reads the records of one section, up to and with their end.
+    pub(super) fn read_section(
+        &mut self,
+        reader: &mut StreamReader,
+        vm: &dyn DestinationVm,
+        stats: &MigrationStats,
+    ) -> Result<(), DestinationError> {
+        loop {
+            match RecordHeader::read(reader)? {
+                RecordHeader::Page { offset, same_block } => {
+                    let target = self.target(reader, vm, same_block, offset)?;
+                    self.read_page(reader, target, offset)?;
+                }
+                RecordHeader::Zero { offset, same_block } => {
+                    let target = self.target(reader, vm, same_block, offset)?;
+                    let byte = read_fill(reader)?;
+                    self.fill_page(target, offset, byte)?;
+                }
+                RecordHeader::MemSize(total) => {
+                    for block in read_blocks(reader, total)? {
+                        self.check_block(vm, &block)?;
+                    }
+                }
+                RecordHeader::Eos => {
+                    self.flush_fill()?;
+                    self.report(reader, stats);
+                    return Ok(());
+                }
+            }
+            if self.moved.normal_pages.saturating_add(self.moved.zero_pages) >= REPORT_PAGES {
+                self.report(reader, stats);
+            }
+        }
+    }
+
+    fn report(&mut self, reader: &StreamReader, stats: &MigrationStats) {
+        let taken = reader.offset();
+        self.moved.bytes = taken.saturating_sub(self.counted);
+        self.counted = taken;
+        stats.moved(std::mem::take(&mut self.moved));
+    }
+
+    fn find(&self, name: &str) -> Option<(usize, &RamBlock)> {
+        self.blocks.iter().enumerate().find(|(_, b)| b.name == name)
+    }
+
+    /// Compares a block that the source announces with this machine's.
+    fn check_block(
+        &self,
+        vm: &dyn DestinationVm,
+        block: &RamBlock,
+    ) -> Result<(), DestinationError> {
+        match self.find(&block.name) {
+            Some((_, ours)) if ours.len == block.len => Ok(()),
+            Some((_, ours)) => Err(DestinationError::BlockSize {
+                name: block.name.clone(),
+                expected: ours.len,
+                found: block.len,
+            }),
+            None if vm.may_discard_block(&block.name) => Ok(()),
+            None => Err(DestinationError::UnknownBlock { name: block.name.clone() }),
+        }
+    }
+
+    /// Where the page of a record goes; reads the block's name if the record has one.
+    fn target(
+        &mut self,
+        reader: &mut StreamReader,
+        vm: &dyn DestinationVm,
+        same_block: bool,
+        offset: u64,
+    ) -> Result<Target, DestinationError> {
+        let target = if same_block {
+            self.current.ok_or(DestinationError::NoBlock { offset: reader.offset() })?
+        } else {
+            let name = read_str8(reader, "a RAM block's name")?;
+            match self.find(&name) {
+                Some((index, _)) => Target::Block(index),
+                None if vm.may_discard_block(&name) => Target::Discard,
+                None => return Err(DestinationError::UnknownBlock { name }),
+            }
+        };
+        self.current = Some(target);
+        if let Target::Block(index) = target {
+            let block = self.blocks.get(index);
+            let (name, len) = block.map_or(("", 0), |b| (b.name.as_str(), b.len));
+            // Offsets and lengths are whole pages.
+            if offset >= len {
+                return Err(DestinationError::Offset { name: name.to_owned(), offset, len });
+            }
+        }
+        Ok(target)
+    }
+
+    fn read_page(
+        &mut self,
+        reader: &mut StreamReader,
+        target: Target,
+        offset: u64,
+    ) -> Result<(), DestinationError> {
+        let Target::Block(block) = target else {
+            skip(reader, PAGE_SIZE as u32, "a page of RAM")?;
+            return Ok(());
+        };
+        self.flush_fill()?;
+        let at = reader.offset();
+        self.moved.normal_pages = self.moved.normal_pages.saturating_add(1);
+        reader
+            .read_ram(&*self.ram, block, offset, PAGE_SIZE as usize)
+            .map_err(|source| DestinationError::Page { offset: at, source })
+    }
+
+    /// Notes a page of one byte; neighbours are filled together.
+    fn fill_page(&mut self, target: Target, offset: u64, byte: u8) -> Result<(), DestinationError> {
+        let Target::Block(block) = target else { return Ok(()) };
+        self.moved.zero_pages = self.moved.zero_pages.saturating_add(1);
+        if let Some(fill) = &mut self.fill
+            && fill.block == block
+            && fill.byte == byte
+            && fill.offset.checked_add(fill.len) == Some(offset)
+        {
+            fill.len = fill.len.saturating_add(PAGE_SIZE);
+            return Ok(());
+        }
+        self.flush_fill()?;
+        self.fill = Some(Fill { block, offset, len: PAGE_SIZE, byte });
+        Ok(())
+    }
+
+    fn flush_fill(&mut self) -> Result<(), DestinationError> {
+        let Some(fill) = self.fill.take() else { return Ok(()) };
+        self.ram
+            .fill(fill.block, fill.offset, fill.len, fill.byte)
+            .map_err(|source| DestinationError::Memory { source })
+    }
+}

@@ -1,0 +1,143 @@
+//! Why a source's migration did not complete.
+
+use std::io;
+use std::time::Duration;
+
+use crate::guest::VmError;
+use crate::manifest::Problem;
+use crate::vmstate::StateError;
+use crate::wire::WireError;
+
+/// Why a source's migration did not complete.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// This VM can't be migrated.
+    #[error("this VM can't be migrated: {}", reasons.join("; "))]
+    Blocked {
+        /// Each a sentence.
+        reasons: Vec<String>,
+    },
+    /// The destination compared, and refuses.
+    #[error("the destination refuses the VM: {}", list(problems))]
+    Refused {
+        /// Everything that is wrong.
+        problems: Vec<Problem>,
+    },
+    /// The destination gave up, in its own words.
+    #[error("the destination failed: {reason}")]
+    Destination {
+        /// The destination's words.
+        reason: String,
+    },
+    /// The destination gave up without words, as a QEMU does.
+    #[error("the destination failed (status {status}); its own log says why")]
+    DestinationStatus {
+        /// The status in its last message.
+        status: u32,
+    },
+    /// The destination closed the connection without a word.
+    #[error("the destination closed the connection while {during}; its own log may say why")]
+    Closed {
+        /// What was under way.
+        during: &'static str,
+    },
+    /// The destination sent something that can't be read.
+    #[error("the destination's answer can't be understood")]
+    BadAnswer {
+        /// What is wrong with it.
+        #[source]
+        source: WireError,
+    },
+    /// The destination sent a message out of its turn.
+    #[error("the destination sent '{found}' while {expected} was expected")]
+    Unexpected {
+        /// What came.
+        found: &'static str,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// No common version of the private messages.
+    #[error("no common protocol: the destination speaks {theirs:?}, this side {ours:?}")]
+    Protocol {
+        /// The destination's versions.
+        theirs: Vec<u32>,
+        /// Ours.
+        ours: &'static [u32],
+    },
+    /// The destination is silent, or takes no bytes.
+    #[error("the destination stands still: nothing for {timeout:?} while {during}")]
+    Stalled {
+        /// What was awaited.
+        during: &'static str,
+        /// How long.
+        timeout: Duration,
+    },
+    /// A write failed.
+    #[error("sending {what} failed")]
+    Send {
+        /// What was being sent.
+        what: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine could not do what was asked of it.
+    #[error("{during} failed")]
+    Vm {
+        /// What was asked.
+        during: &'static str,
+        /// The machine's reason.
+        #[source]
+        source: VmError,
+    },
+    /// A device's state could not be written down.
+    #[error("a device's state can't be saved")]
+    State {
+        /// Which, and why.
+        #[source]
+        source: StateError,
+    },
+    /// Guest memory could not be read for the comparison.
+    #[error("guest memory can't be read for the comparison")]
+    Memory {
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The dirty pages did not become few enough in time.
+    #[error(
+        "the migration did not converge within {timeout:?}: {remaining} bytes are left, and the \
+         guest dirties {dirty_pages_per_s} pages a second; allow more downtime or bandwidth, or \
+         force it"
+    )]
+    NotConverged {
+        /// The time that was allowed.
+        timeout: Duration,
+        /// Bytes left.
+        remaining: u64,
+        /// How fast the guest dirties them.
+        dirty_pages_per_s: u64,
+    },
+    /// Someone asked for it.
+    #[error("the migration was cancelled")]
+    Cancelled,
+}
+
+fn list(problems: &[Problem]) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+impl SourceError {
+    pub(super) fn send(what: &'static str, source: io::Error) -> Self {
+        Self::Send { what, source }
+    }
+
+    pub(super) fn vm(during: &'static str) -> impl FnOnce(VmError) -> Self {
+        move |source| Self::Vm { during, source }
+    }
+
+    /// The error and its causes, as one line.
+    pub fn chain(&self) -> String {
+        crate::wire::error_chain(self)
+    }
+}

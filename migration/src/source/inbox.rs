@@ -1,0 +1,245 @@
+//! What the destination has said, as it comes.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::SourceError;
+use crate::control::Control;
+use crate::transport::{Connection, StreamReader};
+use crate::wire::WireError;
+use crate::wire::return_path::Message;
+
+/// How often the reading thread looks up from its socket.
+const TICK: Duration = Duration::from_millis(100);
+/// How long a cancel may take to be noticed by the writing thread before the connection is broken.
+const CANCEL_GRACE: Duration = Duration::from_secs(1);
+/// Messages that may lie unread; a destination sends a handful.
+const MAX_UNREAD: usize = 64;
+
+/// Messages of the destination, and how they ended.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    state: Mutex<State>,
+    news: Condvar,
+    /// Set with `State::end`, to be looked at without the lock.
+    ended: AtomicBool,
+    finished: AtomicBool,
+    mini_vmm: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    messages: VecDeque<Message>,
+    end: Option<End>,
+}
+
+/// Why no more messages come.
+#[derive(Debug)]
+enum End {
+    /// `shut(0)`.
+    Success,
+    /// The destination gave up, with or without words.
+    GaveUp(Option<String>, u32),
+    /// The connection ended.
+    Closed,
+    /// Something that can't be read came.
+    Bad(Option<WireError>),
+}
+
+/// Why a wait for a message ended without one.
+#[derive(Debug)]
+pub(super) enum NoMessage {
+    /// The destination has said its last word, or closed the connection.
+    Ended,
+    /// Nothing came in time.
+    Timeout,
+    /// A cancel came.
+    Cancelled,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the next message. Silence for `timeout` ends the wait; a pong counts as a sign of
+    /// life and is skipped when `skip_pongs` is set.
+    pub(super) fn next(
+        &self,
+        timeout: Duration,
+        skip_pongs: bool,
+        control: Option<&Control>,
+    ) -> Result<Message, NoMessage> {
+        let mut deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        loop {
+            while let Some(message) = state.messages.pop_front() {
+                if !(skip_pongs && matches!(message, Message::Pong(_))) {
+                    return Ok(message);
+                }
+                deadline = Instant::now() + timeout;
+            }
+            if state.end.is_some() {
+                return Err(NoMessage::Ended);
+            }
+            if control.is_some_and(|c| c.cancelled().is_some()) {
+                return Err(NoMessage::Cancelled);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(NoMessage::Timeout);
+            }
+            (state, _) = self
+                .news
+                .wait_timeout(state, left.min(TICK))
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether the destination has said `shut(0)`.
+    pub(super) fn succeeded(&self) -> bool {
+        matches!(self.lock().end, Some(End::Success))
+    }
+
+    /// The destination's refusal, if it gave up in so many words.
+    pub(super) fn refusal(&self) -> Option<SourceError> {
+        match &self.lock().end {
+            Some(End::GaveUp(Some(reason), _)) => {
+                Some(SourceError::Destination { reason: reason.clone() })
+            }
+            Some(End::GaveUp(None, status)) => {
+                Some(SourceError::DestinationStatus { status: *status })
+            }
+            _ => None,
+        }
+    }
+
+    /// Why the migration can't go on, when the destination has ended it. A `shut(0)` before its
+    /// time is a failure too.
+    pub(super) fn failure(&self) -> Option<SourceError> {
+        if !self.ended.load(Ordering::Acquire) {
+            return None;
+        }
+        if let Some(refusal) = self.refusal() {
+            return Some(refusal);
+        }
+        let mut state = self.lock();
+        match state.end.as_mut()? {
+            End::Bad(error) => Some(match error.take() {
+                Some(source) => SourceError::BadAnswer { source },
+                None => SourceError::Closed { during: "something else was to come" },
+            }),
+            End::Success => Some(SourceError::Unexpected {
+                found: "shut",
+                expected: "the rest of the migration",
+            }),
+            _ => Some(SourceError::Closed { during: "the migration was under way" }),
+        }
+    }
+
+    /// After a failed write: gives the destination's reason a moment to arrive.
+    pub(super) fn last_words(&self) -> Option<SourceError> {
+        let deadline = Instant::now() + CANCEL_GRACE;
+        let mut state = self.lock();
+        while state.end.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            (state, _) =
+                self.news.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        self.failure()
+    }
+
+    /// Whether the destination has said hello.
+    pub(super) fn is_mini_vmm(&self) -> bool {
+        self.mini_vmm.load(Ordering::Relaxed)
+    }
+
+    /// No more messages are wanted.
+    pub(super) fn finish(&self) {
+        self.finished.store(true, Ordering::Release);
+    }
+
+    fn push(&self, message: Message) {
+        if matches!(message, Message::Hello(_)) {
+            self.mini_vmm.store(true, Ordering::Relaxed);
+        }
+        let mut state = self.lock();
+        // Pongs to pings that nobody waits for must not push a message out.
+        let repeated = matches!(message, Message::Pong(_))
+            && matches!(state.messages.back(), Some(Message::Pong(_)));
+        if state.messages.len() < MAX_UNREAD && !repeated {
+            state.messages.push_back(message);
+        }
+        self.news.notify_all();
+    }
+
+    fn end(&self, end: End) {
+        let mut state = self.lock();
+        if state.end.is_none() {
+            state.end = Some(end);
+        }
+        self.ended.store(true, Ordering::Release);
+        self.news.notify_all();
+    }
+}
+
+/// The return path's thread: reads until the destination has said its last word.
+pub(super) fn read_messages(connection: &Connection, inbox: &Inbox, control: &Control) {
+    let mut reader = StreamReader::new(connection.clone());
+    loop {
+        if !reader.has_buffered() && !wait_readable(connection, inbox, control) {
+            return;
+        }
+        match Message::read(&mut reader) {
+            Ok(Message::Shut(0)) => {
+                inbox.end(End::Success);
+                return;
+            }
+            Ok(Message::Shut(status)) => {
+                inbox.end(End::GaveUp(None, status));
+                break;
+            }
+            Ok(Message::Failed(failed)) => {
+                inbox.end(End::GaveUp(Some(failed.reason), 1));
+                break;
+            }
+            Ok(message) => inbox.push(message),
+            Err(error) if error.io().is_some() => {
+                tracing::debug!(%error, "the return path ended");
+                inbox.end(End::Closed);
+                break;
+            }
+            Err(error) => {
+                inbox.end(End::Bad(Some(error)));
+                break;
+            }
+        }
+    }
+    // The writing thread may be blocked in a write that nobody will read.
+    connection.shutdown(std::net::Shutdown::Both);
+}
+
+/// Waits until something can be read; `false` when nothing more is wanted.
+fn wait_readable(connection: &Connection, inbox: &Inbox, control: &Control) -> bool {
+    let tick = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
+    loop {
+        let mut fds = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, tick) {
+            Ok(n) if n > 0 => return true,
+            _ if inbox.finished.load(Ordering::Acquire) => return false,
+            _ => {}
+        }
+        if control.cancelled().is_some_and(|since| since.elapsed() > CANCEL_GRACE) {
+            connection.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}

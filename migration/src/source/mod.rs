@@ -1,0 +1,240 @@
+//! The side that gives a VM away.
+//!
+//! ```text
+//! caller's thread (run)                             thread "migration-return"
+//! ─────────────────────                             ─────────────────────────
+//! greet: header, ping → hello or pong ←──────────── reads every message of the destination
+//! manifest → verdict  ←────────────────────────────  into the inbox; when the destination gives
+//! passes over RAM while the guest runs               up, or a cancel is not heeded because a
+//!   (converge.rs says when to stop)                  write is stuck, it breaks the connection
+//! switch-over, hand-over (handover.rs)               so that the other thread wakes
+//! ```
+//!
+//! [`run`] returns when it is known who has the guest, or that this is not known.
+
+mod error;
+mod greet;
+mod inbox;
+mod out;
+mod precopy;
+mod switchover;
+
+pub use error::SourceError;
+pub(crate) use greet::PROGRAM;
+pub use switchover::{Answer, Doubt, Settled};
+
+use std::thread;
+
+use crate::control::Control;
+use crate::guest::{DirtyTracker, SourceVm, VmError};
+use crate::handover::source::State;
+use crate::manifest::Problem;
+use crate::params::Parameters;
+use crate::phase::Phase;
+use crate::stats::Report;
+use crate::transport::Connection;
+use crate::wire::bounded_reason;
+use crate::wire::command::{Abort, Command};
+
+use inbox::Inbox;
+use out::Out;
+
+/// How a migration ended, as seen from the source.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The destination runs the guest; this side must never run it again.
+    Completed(Box<Report>),
+    /// The guest is here as if nothing had been tried.
+    Kept {
+        /// Why; [`SourceError::Cancelled`] after a cancel.
+        error: SourceError,
+    },
+    /// The guest is here, whole, but could not be resumed.
+    KeptStopped {
+        /// Why the migration failed.
+        error: SourceError,
+        /// Why the guest does not run.
+        resume: VmError,
+    },
+    /// The destination has been told to run the guest and has not answered. The guest stands
+    /// still here, with everything kept, until someone who knows settles it.
+    InDoubt {
+        /// What broke.
+        error: SourceError,
+        /// To be settled with [`Doubt::settle`].
+        doubt: Doubt,
+    },
+}
+
+/// Migrates `vm` over `connection`, on the calling thread, until it is known how it ended.
+pub fn run(vm: &mut dyn SourceVm, connection: Connection, control: &Control) -> Outcome {
+    let parameters = control.parameters();
+    control.attach(connection.abort_handle());
+    control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
+    let outcome = with_return_path(&connection, control, |inbox| {
+        Migration::new(vm, &connection, control, inbox, parameters).run()
+    })
+    .unwrap_or_else(|error| Outcome::Kept { error });
+    conclude(control, &outcome);
+    outcome
+}
+
+/// Asks the destination whether a migration would work, and goes no further. `Ok` with a QEMU,
+/// which can't be asked, only says that it speaks the protocol.
+pub fn preflight(
+    vm: &mut dyn SourceVm,
+    connection: &Connection,
+    control: &Control,
+) -> Result<Vec<Problem>, SourceError> {
+    let parameters = control.parameters();
+    control.attach(connection.abort_handle());
+    with_return_path(connection, control, |inbox| {
+        let mut migration = Migration::new(vm, connection, control, inbox, parameters);
+        let result = migration.greet();
+        migration.farewell("the migration was only tried (preflight)");
+        match result {
+            Ok(_) => Ok(Vec::new()),
+            Err(SourceError::Refused { problems }) => Ok(problems),
+            Err(error) => Err(error),
+        }
+    })?
+}
+
+/// Runs `body` with a thread that reads the destination's messages; joins it.
+fn with_return_path<T>(
+    connection: &Connection,
+    control: &Control,
+    body: impl FnOnce(&Inbox) -> T,
+) -> Result<T, SourceError> {
+    let stall = control.parameters().stall_timeout;
+    connection.set_stall_timeout(stall).map_err(|e| SourceError::send("the first bytes", e))?;
+    let inbox = Inbox::default();
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("migration-return".into())
+            .spawn_scoped(scope, || inbox::read_messages(connection, &inbox, control))
+            .map_err(|e| SourceError::send("the return path's thread", e))?;
+        let result = body(&inbox);
+        inbox.finish();
+        connection.shutdown(std::net::Shutdown::Both);
+        Ok(result)
+    })
+}
+
+fn conclude(control: &Control, outcome: &Outcome) {
+    let (error, in_doubt) = match outcome {
+        Outcome::Completed(_) => return,
+        Outcome::Kept { error } | Outcome::KeptStopped { error, .. } => (error, false),
+        Outcome::InDoubt { error, .. } => (error, true),
+    };
+    let mut text = error.chain();
+    if in_doubt {
+        text = format!("it is not known whether the destination runs the guest: {text}");
+    }
+    control.stats().fail(&text);
+    tracing::warn!(error = %text, "the migration did not complete");
+    if matches!(error, SourceError::Cancelled) {
+        control.enter(Phase::Cancelling);
+        control.enter(Phase::Cancelled);
+    } else {
+        control.enter(Phase::Failed);
+    }
+}
+
+/// One migration on its way.
+struct Migration<'a> {
+    vm: &'a mut dyn SourceVm,
+    control: &'a Control,
+    inbox: &'a Inbox,
+    out: Out<'a>,
+    /// The parameters at the start; those that may change are asked for anew.
+    parameters: Parameters,
+    tracker: Option<Box<dyn DirtyTracker>>,
+}
+
+impl<'a> Migration<'a> {
+    fn new(
+        vm: &'a mut dyn SourceVm,
+        connection: &'a Connection,
+        control: &'a Control,
+        inbox: &'a Inbox,
+        parameters: Parameters,
+    ) -> Self {
+        let out = Out::new(connection, vm.ram(), control);
+        Self { vm, control, inbox, out, parameters, tracker: None }
+    }
+
+    fn run(mut self) -> Outcome {
+        let mut handover = match self.greet() {
+            Ok(peer) => crate::handover::source::Source::new(peer),
+            Err(error) => {
+                self.farewell(&error.chain());
+                return Outcome::Kept { error };
+            }
+        };
+        let passes = match self.precopy() {
+            Ok(passes) => passes,
+            Err(error) => {
+                self.stop_tracking();
+                self.farewell(&error.chain());
+                return Outcome::Kept { error };
+            }
+        };
+        let trouble = self.switch_over(&mut handover, passes);
+        self.stop_tracking();
+        match (handover.state(), trouble) {
+            (State::HandedOver, _) => {
+                self.control.enter(Phase::Completed);
+                Outcome::Completed(Box::new(self.control.report()))
+            }
+            (State::InDoubt, e) => {
+                Outcome::InDoubt { error: e.error(), doubt: Doubt::new(handover) }
+            }
+            (State::KeptStopped, e) => {
+                let (error, resume) = e.into_errors();
+                self.farewell(&error.chain());
+                Outcome::KeptStopped { error, resume }
+            }
+            (_, e) => {
+                let error = e.error();
+                self.farewell(&error.chain());
+                Outcome::Kept { error }
+            }
+        }
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Some(mut tracker) = self.tracker.take() {
+            tracker.stop();
+        }
+    }
+
+    /// What ends this migration from outside: the destination gave up, or a cancel came.
+    fn check(&self) -> Result<(), SourceError> {
+        if let Some(error) = self.inbox.failure() {
+            return Err(error);
+        }
+        if self.control.cancelled().is_some() {
+            return Err(SourceError::Cancelled);
+        }
+        Ok(())
+    }
+
+    /// Turns the error of a write into what caused it: a destination that gives up says why before
+    /// it closes the connection.
+    fn write_failed(&self, error: SourceError) -> SourceError {
+        if self.control.cancelled().is_some() {
+            return SourceError::Cancelled;
+        }
+        self.inbox.last_words().unwrap_or(error)
+    }
+
+    /// Tells a destination that knows our messages that the guest stays here, as far as it can
+    /// still be told.
+    fn farewell(&mut self, reason: &str) {
+        if self.inbox.is_mini_vmm() && self.inbox.failure().is_none() {
+            let abort = Abort { reason: bounded_reason(reason) };
+            self.out.say_at_border(&Command::Abort(abort));
+        }
+    }
+}

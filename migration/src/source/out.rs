@@ -1,0 +1,190 @@
+//! Writes the stream: small parts are collected, pages go straight from guest memory.
+
+use std::io::Write;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::SourceError;
+use crate::control::Control;
+use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
+use crate::stats::Moved;
+use crate::transport::{Connection, is_stall};
+use crate::wire::command::Command;
+use crate::wire::ram::{write_eos, write_page_header, write_zero};
+use crate::wire::section::{self, PartType};
+
+/// Parts in one vectored write: `IOV_MAX`.
+const MAX_PARTS: usize = 1024;
+/// Bytes in one write: enough to make its cost small, little enough to cancel and pace by.
+const MAX_BYTES: usize = 1 << 20;
+/// The `ram` section's id; any number will do.
+pub(super) const RAM_SECTION_ID: u32 = 2;
+/// How long a last word may take to be written.
+const LAST_WORD: Duration = Duration::from_millis(500);
+
+enum Part {
+    Bytes(Range<usize>),
+    Ram { block: usize, offset: u64, len: usize },
+}
+
+/// The stream on its way out.
+pub(super) struct Out<'a> {
+    connection: &'a Connection,
+    ram: Arc<dyn GuestRam>,
+    control: &'a Control,
+    bytes: Vec<u8>,
+    parts: Vec<Part>,
+    len: usize,
+    moved: Moved,
+    /// The block of the last page record.
+    block: Option<usize>,
+    /// A `ram` section is open.
+    in_ram: bool,
+    /// The same for what has been written so far.
+    written_in_ram: bool,
+    /// A write has failed half way; nothing more can be said.
+    broken: bool,
+    /// Time spent in writes, for the rate.
+    pub(super) sending: Duration,
+    /// Bytes written.
+    pub(super) sent: u64,
+}
+
+impl<'a> Out<'a> {
+    pub(super) fn new(
+        connection: &'a Connection,
+        ram: Arc<dyn GuestRam>,
+        control: &'a Control,
+    ) -> Self {
+        Self {
+            connection,
+            ram,
+            control,
+            bytes: Vec::with_capacity(16 << 10),
+            parts: Vec::with_capacity(MAX_PARTS),
+            len: 0,
+            moved: Moved::default(),
+            block: None,
+            in_ram: false,
+            written_in_ram: false,
+            broken: false,
+            sending: Duration::ZERO,
+            sent: 0,
+        }
+    }
+
+    /// Adds bytes that `write` appends.
+    pub(super) fn put(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.bytes.len();
+        write(&mut self.bytes);
+        let end = self.bytes.len();
+        self.len += end - start;
+        match self.parts.last_mut() {
+            Some(Part::Bytes(range)) => range.end = end,
+            _ => self.parts.push(Part::Bytes(start..end)),
+        }
+    }
+
+    pub(super) fn command(&mut self, command: &Command) {
+        self.put(|out| command.write(out));
+    }
+
+    pub(super) fn begin_ram(&mut self, kind: PartType) {
+        self.put(|out| section::write_part_header(out, kind, RAM_SECTION_ID));
+        self.in_ram = true;
+    }
+
+    pub(super) fn end_ram(&mut self) {
+        self.put(|out| {
+            write_eos(out);
+            section::write_footer(out, RAM_SECTION_ID);
+        });
+        self.in_ram = false;
+    }
+
+    /// Adds a page of `block`, whose name is `name`.
+    pub(super) fn page(&mut self, block: usize, name: &str, offset: u64) {
+        let named = (self.block != Some(block)).then_some(name);
+        self.block = Some(block);
+        if self.ram.is_zero(block, offset) {
+            self.put(|out| write_zero(out, named, offset));
+            self.moved.zero_pages += 1;
+        } else {
+            self.put(|out| write_page_header(out, named, offset));
+            let len = PAGE_SIZE as usize;
+            self.parts.push(Part::Ram { block, offset, len });
+            self.len += len;
+            self.moved.normal_pages += 1;
+        }
+    }
+
+    /// Whether enough has been collected for a write.
+    pub(super) fn is_full(&self) -> bool {
+        self.parts.len() + 2 > MAX_PARTS || self.len >= MAX_BYTES
+    }
+
+    /// Writes what has been collected.
+    pub(super) fn flush(&mut self, what: &'static str) -> Result<(), SourceError> {
+        if self.parts.is_empty() {
+            return Ok(());
+        }
+        let bytes = &self.bytes;
+        let parts: Vec<IoPart<'_>> = self
+            .parts
+            .iter()
+            .map(|part| match part {
+                Part::Bytes(range) => IoPart::Bytes(bytes.get(range.clone()).unwrap_or_default()),
+                Part::Ram { block, offset, len } => {
+                    IoPart::Ram { block: *block, offset: *offset, len: *len }
+                }
+            })
+            .collect();
+        let begin = Instant::now();
+        let result = if self.broken {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        } else {
+            self.ram.write_parts(self.connection.as_fd(), &parts)
+        };
+        self.sending += begin.elapsed();
+        self.sent += self.len as u64;
+        self.moved.bytes = self.len as u64;
+        self.control.stats().moved(std::mem::take(&mut self.moved));
+        self.bytes.clear();
+        self.parts.clear();
+        self.len = 0;
+        self.written_in_ram = self.in_ram;
+        result.map_err(|source| {
+            self.broken = true;
+            if is_stall(&source) {
+                let timeout = self.control.parameters().stall_timeout;
+                SourceError::Stalled { during: what, timeout }
+            } else {
+                SourceError::send(what, source)
+            }
+        })
+    }
+
+    /// Says something after the last whole part of the stream, if the stream is whole; what was
+    /// collected and not written is dropped. Never waits long.
+    pub(super) fn say_at_border(&mut self, command: &Command) {
+        if self.broken || self.sent == 0 {
+            return;
+        }
+        // A section that was only collected has not been opened for the reader.
+        let mut last = Vec::new();
+        if self.written_in_ram {
+            write_eos(&mut last);
+            section::write_footer(&mut last, RAM_SECTION_ID);
+        }
+        command.write(&mut last);
+        self.broken = true;
+        let timed = self.connection.set_stall_timeout(LAST_WORD);
+        let mut connection = self.connection;
+        if let Err(error) = timed.and_then(|()| connection.write_all(&last)) {
+            tracing::debug!(%error, "the destination can't be told");
+        }
+        self.connection.shutdown(std::net::Shutdown::Write);
+    }
+}

@@ -1,0 +1,274 @@
+//! RAM travels, pass after pass, while the guest runs.
+//!
+//! ```text
+//! start the log → pass 1: every page
+//!                 fetch the log → few enough? ──yes──→ switch-over
+//!                   ↑               │no
+//!                   └── pass n: ←───┘
+//!                       for each 2 MiB: clear the log's bits, then read and send the pages
+//! ```
+
+use std::time::{Duration, Instant};
+
+use super::{Migration, SourceError};
+use crate::converge::{Decision, Progress, Rate, decide};
+use crate::dirty::{DirtyBitmap, runs};
+use crate::guest::{PAGE_SIZE, RamBlock};
+use crate::params::OnTimeout;
+use crate::phase::Phase;
+use crate::vmstate::SectionId;
+use crate::wire::ram;
+use crate::wire::section::{self, PartType, SectionHeader};
+
+use super::out::RAM_SECTION_ID;
+
+/// Pages whose bits are cleared at once: a huge page's worth.
+const CHUNK_PAGES: u64 = 512;
+/// Bytes after which a PART section is ended and the next one begun.
+const PART_BYTES: u64 = 64 << 20;
+/// How often the rate is measured within a pass.
+const SAMPLE: Duration = Duration::from_millis(100);
+
+/// What is left of RAM, and how fast it goes.
+pub(super) struct Passes {
+    blocks: Vec<RamBlock>,
+    dirty: DirtyBitmap,
+    rate: Rate,
+    started: Instant,
+    sample_since: Instant,
+    sample_sent: u64,
+    sample_pages: u64,
+    pages: u64,
+    pace_since: Instant,
+    pace_sent: u64,
+    pace_limit: u64,
+}
+
+/// Why a pass ended.
+#[derive(PartialEq, Eq)]
+enum PassEnd {
+    /// Every page that was dirty has been sent.
+    Whole,
+    /// Time was over; what was not sent is still marked.
+    TimeOver,
+}
+
+impl Passes {
+    pub(super) fn new(blocks: Vec<RamBlock>) -> Self {
+        let mut dirty = DirtyBitmap::new(&blocks);
+        dirty.set_all();
+        let now = Instant::now();
+        Self {
+            blocks,
+            dirty,
+            rate: Rate::default(),
+            started: now,
+            sample_since: now,
+            sample_sent: 0,
+            sample_pages: 0,
+            pages: 0,
+            pace_since: now,
+            pace_sent: 0,
+            pace_limit: 0,
+        }
+    }
+
+    fn remaining(&self) -> u64 {
+        self.dirty.count() * PAGE_SIZE
+    }
+}
+
+impl Migration<'_> {
+    /// Sends RAM until what is left fits the downtime limit. Leaves the rest marked in the passes
+    /// that it returns.
+    pub(super) fn precopy(&mut self) -> Result<Passes, SourceError> {
+        let mut passes = Passes::new(self.vm.ram().blocks());
+        let mut tracker =
+            self.vm.dirty_tracker().map_err(SourceError::vm("making the dirty log"))?;
+        tracker.start().map_err(SourceError::vm("starting the dirty log"))?;
+        self.tracker = Some(tracker);
+
+        let header = SectionHeader {
+            id: RAM_SECTION_ID,
+            key: SectionId::new(ram::SECTION, 0),
+            version: ram::VERSION,
+        };
+        self.out.put(|out| {
+            section::write_header(out, PartType::Start, &header);
+            ram::write_blocks(out, &passes.blocks);
+            ram::write_eos(out);
+            section::write_footer(out, RAM_SECTION_ID);
+        });
+        self.send("the list of RAM blocks")?;
+
+        loop {
+            if self.control.pass() == 1 {
+                self.control.enter(Phase::Active);
+            }
+            let begin = Instant::now();
+            let end = self.send_pass(&mut passes, PartType::Part)?;
+            let left = passes.dirty.count();
+            self.fetch(&mut passes)?;
+            let dirtied = passes.dirty.count().saturating_sub(left);
+            let rate = dirtied as f64 / begin.elapsed().as_secs_f64().max(1e-6);
+            self.control.stats().dirty_rate(rate as u64);
+
+            let parameters = self.control.parameters();
+            let remaining = passes.remaining();
+            let forecast = passes.rate.time_for(remaining);
+            self.control.stats().remaining(remaining);
+            self.control.stats().expected_downtime(forecast);
+            tracing::debug!(remaining, ?forecast, dirty_pages_per_s = rate, "pass sent");
+            if end == PassEnd::TimeOver {
+                return Ok(passes);
+            }
+            let decision = decide(&Progress {
+                forecast,
+                downtime_limit: parameters.downtime_limit,
+                elapsed: passes.started.elapsed(),
+                timeout: parameters.timeout,
+                on_timeout: parameters.on_timeout,
+            });
+            match decision {
+                Decision::GoOn => self.check()?,
+                Decision::Switch | Decision::Force => return Ok(passes),
+                Decision::GiveUp => return Err(self.not_converged(&passes)),
+            }
+        }
+    }
+
+    /// Sends what has become dirty since the last pass, with the guest stopped.
+    pub(super) fn send_last_pages(&mut self, passes: &mut Passes) -> Result<(), SourceError> {
+        self.fetch(passes)?;
+        self.control.stats().remaining(passes.remaining());
+        self.control.pass();
+        self.send_pass(passes, PartType::End)?;
+        Ok(())
+    }
+
+    fn fetch(&mut self, passes: &mut Passes) -> Result<(), SourceError> {
+        match &mut self.tracker {
+            Some(tracker) => {
+                tracker.fetch(&mut passes.dirty).map_err(SourceError::vm("reading the dirty log"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn send_pass(&mut self, passes: &mut Passes, kind: PartType) -> Result<PassEnd, SourceError> {
+        let running = kind == PartType::Part;
+        if running && passes.dirty.count() == 0 {
+            return Ok(PassEnd::Whole);
+        }
+        let mut part_since = self.out.sent;
+        self.out.begin_ram(kind);
+        for block in 0..passes.blocks.len() {
+            let pages = passes.dirty.pages(block);
+            for first in (0..pages).step_by(CHUNK_PAGES as usize) {
+                let end = pages.min(first + CHUNK_PAGES);
+                let Some(bits) = passes.dirty.take(block, first..end) else { continue };
+                if running && let Some(tracker) = &mut self.tracker {
+                    tracker
+                        .clear(block, first, &bits)
+                        .map_err(SourceError::vm("clearing the dirty log"))?;
+                }
+                for page in runs(first, &bits).flatten() {
+                    let name = passes.blocks.get(block).map_or("", |b| b.name.as_str());
+                    self.out.page(block, name, page * PAGE_SIZE);
+                    passes.pages += 1;
+                    if self.out.is_full() {
+                        self.send("RAM")?;
+                        self.check()?;
+                    }
+                }
+                if !running {
+                    continue;
+                }
+                self.sample(passes, SAMPLE);
+                self.pace(passes);
+                if self.time_is_over(passes)? {
+                    self.out.end_ram();
+                    self.send("RAM")?;
+                    return Ok(PassEnd::TimeOver);
+                }
+                if self.out.sent - part_since > PART_BYTES {
+                    part_since = self.out.sent;
+                    self.out.end_ram();
+                    self.out.begin_ram(kind);
+                }
+            }
+        }
+        self.out.end_ram();
+        self.send("RAM")?;
+        self.check()?;
+        if running {
+            self.sample(passes, Duration::ZERO);
+        }
+        Ok(PassEnd::Whole)
+    }
+
+    /// Measures the rate, if `least` has passed since it was last measured.
+    fn sample(&self, passes: &mut Passes, least: Duration) {
+        let elapsed = passes.sample_since.elapsed();
+        if elapsed < least || elapsed.is_zero() {
+            return;
+        }
+        let sent = self.out.sent - passes.sample_sent;
+        if sent == 0 {
+            return;
+        }
+        passes.rate.add(elapsed, sent);
+        let pages = (passes.pages - passes.sample_pages) as f64 / elapsed.as_secs_f64();
+        self.control.stats().rates(passes.rate.bytes_per_s().unwrap_or_default(), pages);
+        passes.sample_since = Instant::now();
+        passes.sample_sent = self.out.sent;
+        passes.sample_pages = passes.pages;
+    }
+
+    /// Waits as long as the bandwidth limit asks for. The limit may change meanwhile.
+    fn pace(&self, passes: &mut Passes) {
+        loop {
+            let limit = self.control.max_bandwidth();
+            if limit != passes.pace_limit {
+                passes.pace_limit = limit;
+                passes.pace_since = Instant::now();
+                passes.pace_sent = self.out.sent;
+            }
+            let sent = self.out.sent - passes.pace_sent;
+            if limit == 0 || self.check().is_err() {
+                return;
+            }
+            let due = Duration::from_secs_f64(sent as f64 / limit as f64);
+            let ahead = due.saturating_sub(passes.pace_since.elapsed());
+            if ahead.is_zero() {
+                return;
+            }
+            if self.time_is_over(passes).is_ok_and(|over| !over) {
+                self.control.rest(ahead.min(SAMPLE));
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// Whether the time is over and the switch-over is to be forced.
+    fn time_is_over(&self, passes: &Passes) -> Result<bool, SourceError> {
+        let (timeout, on_timeout) = self.control.timeout();
+        let Some(timeout) = timeout else { return Ok(false) };
+        if passes.started.elapsed() < timeout {
+            return Ok(false);
+        }
+        match on_timeout {
+            OnTimeout::Force => Ok(true),
+            OnTimeout::Cancel => Err(self.not_converged(passes)),
+        }
+    }
+
+    fn not_converged(&self, passes: &Passes) -> SourceError {
+        SourceError::NotConverged {
+            timeout: self.control.timeout().0.unwrap_or_default(),
+            remaining: passes.remaining(),
+            dirty_pages_per_s: self.control.report().dirty_pages_per_s,
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! The guest stands still: its last pages and its state travel, and it changes hands.
+//!
+//! The order is what makes a migration lossless:
+//!
+//! ```text
+//! pause vCPUs        no new requests to devices
+//! drain devices      nothing is in flight, disks are flushed, nobody writes to RAM any more
+//! save every section reading vCPU state can make the hypervisor write to guest memory (kvmclock)
+//! last bitmap        so it comes after
+//! last pages, device sections, end of the stream
+//! PREPARED → release disks → COMMIT → shut(0)             to a mini-vmm
+//!            release disks → end of the stream → shut(0)  to a QEMU
+//! ```
+
+use std::time::Duration;
+
+use super::inbox::NoMessage;
+use super::out::RAM_SECTION_ID;
+use super::precopy::Passes;
+use super::{Migration, SourceError};
+use crate::guest::{SourceVm, VmError};
+use crate::handover::Peer;
+use crate::handover::source::{Action, Event, Source, State};
+use crate::phase::Phase;
+use crate::stats::Step;
+use crate::verify;
+use crate::vmstate::Audience;
+use crate::wire::command::Command;
+use crate::wire::return_path::Message;
+use crate::wire::section::{self, PartType, SectionHeader};
+
+/// What went wrong on the way, if anything did.
+#[derive(Debug, Default)]
+pub(super) struct Trouble {
+    error: Option<SourceError>,
+    resume: Option<VmError>,
+}
+
+impl Trouble {
+    /// Keeps the first error: what follows from it says less.
+    fn note(&mut self, error: SourceError) {
+        if self.error.is_none() {
+            self.error = Some(error);
+        } else {
+            tracing::warn!(error = %error.chain(), "a further error while the migration ends");
+        }
+    }
+
+    pub(super) fn error(self) -> SourceError {
+        self.error.unwrap_or(SourceError::Cancelled)
+    }
+
+    pub(super) fn into_errors(self) -> (SourceError, VmError) {
+        let resume = self.resume.unwrap_or_else(|| VmError::new("the guest could not be resumed"));
+        (self.error.unwrap_or(SourceError::Cancelled), resume)
+    }
+}
+
+impl Migration<'_> {
+    /// From the running guest to the end, whichever it is.
+    pub(super) fn switch_over(&mut self, machine: &mut Source, mut passes: Passes) -> Trouble {
+        let mut trouble = Trouble::default();
+        let peer = machine.peer();
+        let mut description = String::new();
+        let mut action = machine.on(Event::Switch);
+        loop {
+            let step = match action {
+                Action::Pause => self.pause().map(|()| Event::Paused),
+                Action::Send => self.send_rest(peer, &mut passes).map(|text| {
+                    description = text;
+                    Event::StateSent
+                }),
+                Action::AwaitPrepared => self.await_prepared().map(|()| Event::Prepared),
+                Action::ReleaseDisks => self.release_disks(&mut trouble),
+                Action::Commit => Ok(self.commit(peer, &description, &mut trouble)),
+                other => {
+                    finish(machine, other, self.vm, &mut trouble);
+                    if machine.state() != State::InDoubt {
+                        self.control.stats().running();
+                    }
+                    return trouble;
+                }
+            };
+            let event = step.unwrap_or_else(|error| {
+                trouble.note(error);
+                Event::Failed
+            });
+            action = machine.on(event);
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), SourceError> {
+        let stats = self.control.stats();
+        self.check()?;
+        stats.stopped();
+        stats.step(Step::Pause);
+        self.vm.pause().map_err(SourceError::vm("pausing the vCPUs"))?;
+        stats.step(Step::Drain);
+        self.vm.drain().map_err(SourceError::vm("finishing the devices' requests"))?;
+        if self.parameters.pause_before_switchover {
+            self.control.enter(Phase::PreSwitchover);
+            // The pings tell the destination that this side is alive.
+            let ping = (self.parameters.stall_timeout / 4).min(Duration::from_secs(1));
+            while !self.control.wait_to_proceed(ping) {
+                self.check()?;
+                self.out.command(&Command::Ping(0));
+                self.send("a sign of life")?;
+            }
+        }
+        self.check()?;
+        self.control.enter(Phase::Device);
+        Ok(())
+    }
+
+    /// Sends everything up to the point of no return. Gives the description of the sections, which
+    /// a QEMU gets later.
+    fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
+        let stats = self.control.stats();
+        stats.step(Step::VcpuState);
+        let audience = match peer {
+            Peer::MiniVmm => Audience::MiniVmm,
+            Peer::Qemu => Audience::Qemu,
+        };
+        let mut saved = Vec::new();
+        for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
+            let header = SectionHeader { id, key: section.id(), version: section.version() };
+            let body = section.save(audience).map_err(|source| SourceError::State { source })?;
+            saved.push((header, body));
+        }
+
+        stats.step(Step::LastPages);
+        self.send_last_pages(passes)?;
+        self.stop_tracking();
+        let digests = if self.parameters.verify && peer == Peer::MiniVmm {
+            let digests =
+                verify::digest(&*self.vm.ram()).map_err(|source| SourceError::Memory { source })?;
+            Some(digests)
+        } else {
+            None
+        };
+
+        self.control.stats().step(Step::Devices);
+        for (header, body) in &saved {
+            self.out.put(|out| {
+                section::write_header(out, PartType::Full, header);
+                out.extend_from_slice(body);
+                section::write_footer(out, header.id);
+            });
+        }
+        if let Some(digests) = digests {
+            self.out.command(&Command::Verify(digests));
+        }
+        let description = describe(&saved);
+        if peer == Peer::MiniVmm {
+            self.out.put(|out| section::write_end(out, &description));
+        }
+        self.send("the device sections")?;
+        self.check()?;
+        Ok(description)
+    }
+
+    fn await_prepared(&mut self) -> Result<(), SourceError> {
+        self.control.stats().step(Step::Prepared);
+        match self.await_message("it was loading the VM", true)? {
+            Message::Prepared(p) => {
+                self.control.stats().verified(p.verified_ram_bytes, p.verified_sections);
+                self.check()
+            }
+            other => Err(SourceError::Unexpected { found: other.name(), expected: "prepared" }),
+        }
+    }
+
+    fn release_disks(&mut self, trouble: &mut Trouble) -> Result<Event, SourceError> {
+        self.control.stats().step(Step::Commit);
+        Ok(match self.vm.release_disks() {
+            Ok(()) => Event::DisksReleased,
+            Err(source) => {
+                trouble.note(SourceError::Vm { during: "giving up the disks' locks", source });
+                Event::DisksKept
+            }
+        })
+    }
+
+    /// The point of no return, and the answer.
+    fn commit(&mut self, peer: Peer, description: &str, trouble: &mut Trouble) -> Event {
+        if let Some(error) = self.inbox.failure() {
+            trouble.note(error);
+            return Event::NotCommitted;
+        }
+        if !self.control.commit() {
+            trouble.note(SourceError::Cancelled);
+            return Event::NotCommitted;
+        }
+        match peer {
+            Peer::MiniVmm => self.out.command(&Command::Commit),
+            Peer::Qemu => self.out.put(|out| section::write_end(out, description)),
+        }
+        // A write that fails may have been enough all the same: only the answer counts.
+        let written = self.out.flush("the order to run the guest");
+        self.control.stats().step(Step::Running);
+        let timeout = self.parameters.stall_timeout;
+        let during = "its word that the guest runs was awaited";
+        loop {
+            let why = match self.inbox.next(timeout, true, None) {
+                Ok(message) => {
+                    tracing::warn!(message = message.name(), "unexpected after the hand-over");
+                    continue;
+                }
+                Err(why) => why,
+            };
+            if self.inbox.succeeded() {
+                return Event::Confirmed;
+            }
+            if let Some(refusal) = self.inbox.refusal() {
+                trouble.note(refusal);
+                return Event::Refused;
+            }
+            trouble.note(match (written, why) {
+                (Err(error), _) => error,
+                (_, NoMessage::Timeout) => SourceError::Stalled { during, timeout },
+                _ => SourceError::Closed { during },
+            });
+            return Event::Lost;
+        }
+    }
+}
+
+/// The last actions, which need no connection.
+fn finish(machine: &mut Source, action: Action, vm: &mut dyn SourceVm, trouble: &mut Trouble) {
+    let mut action = action;
+    loop {
+        let event = match action {
+            Action::RetakeDisks => match vm.reacquire_disks() {
+                Ok(()) => Event::DisksTaken,
+                Err(source) => {
+                    let during = "taking the disks' locks back";
+                    trouble.note(SourceError::Vm { during, source });
+                    Event::DisksLost
+                }
+            },
+            Action::Resume => match vm.resume() {
+                Ok(()) => Event::Resumed,
+                Err(error) => {
+                    trouble.resume = Some(error);
+                    Event::ResumeFailed
+                }
+            },
+            Action::HandOver => {
+                vm.hand_over();
+                return;
+            }
+            _ => return,
+        };
+        action = machine.on(event);
+    }
+}
+
+/// The JSON at the stream's end. It is there for people and tools; no VM is loaded by it.
+fn describe(saved: &[(SectionHeader, Vec<u8>)]) -> String {
+    let devices: Vec<_> = saved
+        .iter()
+        .map(|(header, body)| {
+            serde_json::json!({
+                "name": header.key.idstr,
+                "instance_id": header.key.instance,
+                "version": header.version,
+                "fields": [{ "name": "state", "type": "buffer", "size": body.len() }],
+            })
+        })
+        .collect();
+    serde_json::json!({ "page_size": crate::guest::PAGE_SIZE, "devices": devices }).to_string()
+}
+
+/// A hand-over whose outcome nobody here knows. The guest stands still.
+#[derive(Debug)]
+#[must_use = "the guest stands still until the doubt is settled"]
+pub struct Doubt {
+    machine: Source,
+}
+
+/// What someone who knows says about a [`Doubt`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// The destination runs the guest, or has run it.
+    RunsThere,
+    /// The destination does not run the guest, and never will: it is gone, and was before it
+    /// started a vCPU.
+    NeverRanThere,
+}
+
+/// What came of [`Doubt::settle`].
+#[derive(Debug)]
+pub enum Settled {
+    /// This side must never run the guest again.
+    HandedOver,
+    /// The guest is here as it was before.
+    Kept,
+    /// The guest is here but could not be resumed.
+    KeptStopped(VmError),
+    /// The disks are locked by someone else, so the answer can't be right.
+    StillInDoubt(SourceError, Doubt),
+}
+
+impl Doubt {
+    pub(super) fn new(machine: Source) -> Self {
+        Self { machine }
+    }
+
+    /// Acts on what someone who knows has said.
+    pub fn settle(mut self, vm: &mut dyn SourceVm, answer: Answer) -> Settled {
+        let action = self.machine.on(match answer {
+            Answer::RunsThere => Event::Confirmed,
+            Answer::NeverRanThere => Event::Refused,
+        });
+        let mut trouble = Trouble::default();
+        finish(&mut self.machine, action, vm, &mut trouble);
+        match self.machine.state() {
+            State::HandedOver => Settled::HandedOver,
+            State::Kept => Settled::Kept,
+            State::KeptStopped => Settled::KeptStopped(trouble.into_errors().1),
+            _ => Settled::StillInDoubt(trouble.error(), self),
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Comparing two sides' RAM: digests of chunks, taken while the guest stands still.
+//!
+//! The source sends its digests ahead of the end of the stream; the destination computes its own
+//! over what it has received and refuses the VM when one differs, naming block and range.
+
+use std::io;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::guest::GuestRam;
+use crate::manifest::{BlockDigests, RamDigests};
+use crate::wire::limits::MAX_RAM_BLOCKS;
+
+/// How many bytes a digest covers.
+const CHUNK: u64 = 1 << 20;
+
+/// The digests of all blocks.
+pub fn digest(ram: &dyn GuestRam) -> io::Result<RamDigests> {
+    let mut buf = vec![0; CHUNK as usize];
+    let mut blocks = Vec::new();
+    for (index, block) in ram.blocks().into_iter().enumerate() {
+        let mut digests = Vec::with_capacity(block.len.div_ceil(CHUNK) as usize);
+        for offset in (0..block.len).step_by(CHUNK as usize) {
+            let len = (block.len.saturating_sub(offset)).min(CHUNK) as usize;
+            let buf = buf.get_mut(..len).unwrap_or_default();
+            ram.copy_out(index, offset, buf)?;
+            digests.push(xxh3_64(buf));
+        }
+        blocks.push(BlockDigests { name: block.name, chunk: CHUNK, digests });
+    }
+    Ok(RamDigests { blocks })
+}
+
+/// The first difference between the source's digests and this side's RAM.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RamDifference {
+    /// The digests are not of these blocks.
+    #[error("the source sent RAM digests of {found}, this side has {expected}")]
+    Blocks {
+        /// The blocks of this side.
+        expected: String,
+        /// The blocks that digests came for.
+        found: String,
+    },
+    /// The content differs.
+    #[error(
+        "RAM block {block} differs between the two sides in [{from:#x}, {to:#x}): the source's \
+         digest is {expected:#018x}, this side's {found:#018x}"
+    )]
+    Content {
+        /// The block's name.
+        block: String,
+        /// Where the differing chunk begins, in bytes.
+        from: u64,
+        /// Where it ends.
+        to: u64,
+        /// The source's digest.
+        expected: u64,
+        /// This side's.
+        found: u64,
+    },
+}
+
+/// Compares; gives the number of bytes that were compared.
+pub fn compare(ram: &dyn GuestRam, theirs: &RamDigests) -> io::Result<Result<u64, RamDifference>> {
+    let ours = digest(ram)?;
+    let shape = |d: &RamDigests| -> String {
+        let blocks = d.blocks.iter().take(MAX_RAM_BLOCKS);
+        let one = |b: &BlockDigests| format!("{} ({} × {:#x})", b.name, b.digests.len(), b.chunk);
+        blocks.map(one).collect::<Vec<_>>().join(", ")
+    };
+    let same_shape = |a: &BlockDigests, b: &BlockDigests| {
+        a.name == b.name && a.chunk == b.chunk && a.digests.len() == b.digests.len()
+    };
+    if ours.blocks.len() != theirs.blocks.len()
+        || !ours.blocks.iter().zip(&theirs.blocks).all(|(a, b)| same_shape(a, b))
+    {
+        let (expected, found) = (shape(&ours), shape(theirs));
+        return Ok(Err(RamDifference::Blocks { expected, found }));
+    }
+    let mut bytes = 0u64;
+    for (a, b) in ours.blocks.iter().zip(&theirs.blocks) {
+        for (n, (found, expected)) in a.digests.iter().zip(&b.digests).enumerate() {
+            let from = (n as u64).saturating_mul(CHUNK);
+            if found != expected {
+                return Ok(Err(RamDifference::Content {
+                    block: a.name.clone(),
+                    from,
+                    to: from.saturating_add(CHUNK),
+                    expected: *expected,
+                    found: *found,
+                }));
+            }
+        }
+    }
+    for block in ram.blocks() {
+        bytes = bytes.saturating_add(block.len);
+    }
+    Ok(Ok(bytes))
+}

@@ -54,7 +54,7 @@ enum PassEnd {
 }
 
 impl Passes {
-    pub(super) fn new(blocks: Vec<RamBlock>) -> Self {
+    pub(super) fn new(blocks: Vec<RamBlock>, bandwidth: u64) -> Self {
         let mut dirty = DirtyBitmap::new(&blocks);
         dirty.set_all();
         let now = Instant::now();
@@ -69,7 +69,7 @@ impl Passes {
             pages: 0,
             pace_since: now,
             pace_sent: 0,
-            pace_limit: 0,
+            pace_limit: bandwidth,
         }
     }
 
@@ -82,7 +82,7 @@ impl Migration<'_> {
     /// Sends RAM until what is left fits the downtime limit. Leaves the rest marked in the passes
     /// that it returns.
     pub(super) fn precopy(&mut self) -> Result<Passes, SourceError> {
-        let mut passes = Passes::new(self.vm.ram().blocks());
+        let mut passes = Passes::new(self.vm.ram().blocks(), self.control.max_bandwidth());
         let mut tracker =
             self.vm.dirty_tracker().map_err(SourceError::vm("making the dirty log"))?;
         tracker.start().map_err(SourceError::vm("starting the dirty log"))?;
@@ -179,13 +179,15 @@ impl Migration<'_> {
                     if self.out.is_full() {
                         self.send("RAM")?;
                         self.check()?;
+                        if running {
+                            self.sample(passes, SAMPLE);
+                            self.pace(passes);
+                        }
                     }
                 }
                 if !running {
                     continue;
                 }
-                self.sample(passes, SAMPLE);
-                self.pace(passes);
                 if self.time_is_over(passes)? {
                     self.out.end_ram();
                     self.send("RAM")?;

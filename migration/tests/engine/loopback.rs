@@ -1,0 +1,128 @@
+//! Two engines in one process: migrations that succeed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::common::*;
+use migration::control::Control;
+use migration::guest::PAGE_SIZE;
+use migration::params::OnTimeout;
+use migration::phase::Phase;
+use migration::source::Outcome;
+use migration::stats::Step;
+use migration::transport::{Address, Connection, Listener};
+
+#[test]
+fn a_quiet_guest_arrives() {
+    let (source, destination, world) = two_vms(64);
+    let ended = migrate(source, destination, pair(), (control(), control()));
+    assert_moved(&ended);
+    let history = world.history.lock().unwrap().join(", ");
+    assert_eq!(history, "source runs, pause, drain, destination runs, handed over");
+}
+
+#[test]
+fn a_guest_that_writes_without_pause_arrives_over_tcp_and_is_verified() {
+    let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+    let listener = Listener::bind(&address).unwrap();
+    let a = Connection::connect(listener.address(), DEADLINE).unwrap();
+    let b = listener.accept(DEADLINE).unwrap().unwrap();
+    let (mut source, destination, _) = two_vms(4096);
+    source.dirty(300, 20);
+    let control = control_with(|p| p.verify = true);
+    let ended = migrate(source, destination, (a, b), (control.clone(), crate::common::control()));
+    assert_moved(&ended);
+    let report = control.report();
+    assert_eq!(report.verified_ram_bytes, (4096 + 3) * PAGE_SIZE);
+    assert_eq!(report.verified_sections, 3);
+    assert!(report.passes >= 2 && report.zero_pages > 1000 && report.normal_pages > 2000);
+}
+
+#[test]
+fn a_paused_guest_arrives_and_the_phases_come_in_order() {
+    let (source, destination, _) = two_vms(64);
+    let (here, there) = (Recorder::default(), Recorder::default());
+    let mut p = parameters();
+    p.pause_before_switchover = true;
+    let control = Arc::new(Control::new(p, Box::new(here.clone())));
+    let other = Arc::new(Control::new(parameters(), Box::new(there.clone())));
+    let started = start(source, destination, pair(), (control.clone(), other.clone()));
+    wait_for("pre-switchover", || control.stats().phase() == Phase::PreSwitchover);
+    control.proceed();
+    let ended = started.join();
+    assert_moved(&ended);
+    assert_eq!(
+        here.0.lock().unwrap().join(", "),
+        "setup, pass 1, active, pre-switchover, device, pass 2, completed"
+    );
+    assert_eq!(there.0.lock().unwrap().join(", "), "setup, active, completed");
+    let steps = |c: &Control| c.report().steps.iter().map(|(s, _)| *s).collect::<Vec<_>>();
+    use Step::*;
+    assert_eq!(
+        steps(&control),
+        [Pause, Drain, VcpuState, LastPages, Devices, Prepared, Commit, Running]
+    );
+    assert_eq!(steps(&other), [LastPages, Devices, Prepared, Commit, Running]);
+}
+
+#[test]
+fn a_guest_that_dirties_too_much_is_moved_by_force_or_kept() {
+    for (on_timeout, moved) in [(OnTimeout::Force, true), (OnTimeout::Cancel, false)] {
+        let (mut source, destination, _) = two_vms(512);
+        source.dirty(500, 100);
+        let control = control_with(|p| {
+            p.max_bandwidth = 8 << 20;
+            p.downtime_limit = Duration::ZERO;
+            p.timeout = Some(Duration::from_millis(300));
+            p.on_timeout = on_timeout;
+        });
+        let ended = migrate(source, destination, pair(), (control, crate::common::control()));
+        if moved {
+            assert_moved(&ended);
+        } else {
+            assert_kept(&ended, "did not converge within 300ms");
+            let words = ended.arrived.unwrap_err().error.chain();
+            assert!(
+                words.contains("the source gave up: the migration did not converge"),
+                "{words}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_bandwidth_is_kept_to_and_can_be_changed_on_the_way() {
+    let (source, destination, _) = two_vms(2048);
+    let control = control_with(|p| p.max_bandwidth = 1 << 20);
+    let started = start(source, destination, pair(), (control.clone(), crate::common::control()));
+    wait_for("two megabytes", || control.report().transferred_bytes > 2 << 20);
+    let report = control.report();
+    // The second megabyte may not have begun before the first one's second was over.
+    assert!(report.total >= Duration::from_millis(900), "{report:?}");
+    let mut p = control.parameters();
+    p.max_bandwidth = 0;
+    control.set_parameters(p);
+    assert_moved(&started.join());
+}
+
+#[test]
+fn a_guest_goes_there_and_back_again() {
+    let (mut source, mut destination, world) = two_vms(256);
+    let before = source.ram.contents();
+    for trip in 0..6 {
+        let (a, b) =
+            if trip % 2 == 0 { ("source", "destination") } else { ("destination", "source") };
+        source.who = a;
+        destination.who = b;
+        let ended = migrate(source, destination, pair(), (control(), control()));
+        assert!(matches!(ended.outcome, Outcome::Completed(_)), "trip {trip}: {:?}", ended.outcome);
+        assert_eq!(world.runs(), Some(b));
+        (source, destination) = (ended.destination, ended.source);
+    }
+    let after = source.ram.contents();
+    // Only what the drained request has written is new.
+    let differing: Vec<_> =
+        (0..before[0].len()).filter(|i| before[0][*i] != after[0][*i]).collect();
+    assert!(differing.iter().all(|i| i / PAGE_SIZE as usize == 5));
+    assert_eq!(source.device(2).counter, 0x1122_3344_5566_7702 + 6);
+}

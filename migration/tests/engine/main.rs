@@ -1,0 +1,5 @@
+//! The engine without KVM: two sides in one process, over real sockets, with a guest that is a
+//! thread and faults wherever there is a message.
+
+mod common;
+mod loopback;

@@ -2,4 +2,8 @@
 //! thread and faults wherever there is a message.
 
 mod common;
+mod cut;
+mod failures;
+mod hostile;
 mod loopback;
+mod qemu;

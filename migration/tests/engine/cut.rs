@@ -1,0 +1,128 @@
+//! The connection is cut after every byte, in either direction: never do both sides run, and the
+//! source runs on unless it had given the guest away.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crate::common::*;
+use migration::source::Outcome;
+use migration::transport::Connection;
+use migration::wire::command::Command;
+
+/// How many bytes may pass in each direction before both are cut.
+#[derive(Clone, Copy)]
+struct Budget {
+    forth: usize,
+    back: usize,
+}
+
+const ALL: Budget = Budget { forth: usize::MAX, back: usize::MAX };
+
+/// What passed, in each direction.
+type Passed = Arc<Mutex<(Vec<u8>, Vec<u8>)>>;
+
+/// Two connections with a wire between them that breaks when a budget is spent.
+fn wire(budget: Budget) -> (Connection, Connection, Passed) {
+    let (a, a_end) = UnixStream::pair().unwrap();
+    let (b, b_end) = UnixStream::pair().unwrap();
+    let passed = Passed::default();
+    for (from, to, mut left, forth) in [
+        (a_end.try_clone().unwrap(), b_end.try_clone().unwrap(), budget.forth, true),
+        (b_end.try_clone().unwrap(), a_end.try_clone().unwrap(), budget.back, false),
+    ] {
+        let passed = passed.clone();
+        thread::spawn(move || {
+            let mut buf = [0; 65536];
+            while left > 0 {
+                let Ok(n @ 1..) = (&from).read(&mut buf) else { break };
+                let n = n.min(left);
+                left -= n;
+                let mut passed = passed.lock().unwrap();
+                let log = if forth { &mut passed.0 } else { &mut passed.1 };
+                log.extend_from_slice(&buf[..n]);
+                drop(passed);
+                if (&to).write_all(&buf[..n]).is_err() {
+                    break;
+                }
+            }
+            if left == 0 {
+                // Cut: what has passed arrives, nothing more does in either direction.
+                let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+            } else {
+                let _ = to.shutdown(Shutdown::Write);
+            }
+        });
+    }
+    let a = Connection::from_unix(a, "unix:a".into());
+    let b = Connection::from_unix(b, "unix:b".into());
+    (a, b, passed)
+}
+
+fn run(budget: Budget, verify: bool) -> (Ended, Vec<u8>, Vec<u8>) {
+    let (source, destination, _) = two_vms(24);
+    let (a, b, passed) = wire(budget);
+    let control = control_with(|p| p.verify = verify);
+    let ended = migrate(source, destination, (a, b), (control, crate::common::control()));
+    let passed = passed.lock().unwrap().clone();
+    (ended, passed.0, passed.1)
+}
+
+fn check(ended: &Ended, committed: bool, at: &str) {
+    let world = &ended.source.world;
+    match &ended.outcome {
+        Outcome::Completed(_) => {
+            assert_eq!(world.runs(), Some("destination"), "{at}");
+            assert!(ended.source.ram.contents() == ended.destination.ram.contents(), "{at}");
+        }
+        Outcome::Kept { error } => {
+            assert_eq!(world.runs(), Some("source"), "{at}: {}", error.chain());
+            assert_eq!(world.disks(), Some("source"), "{at}");
+            assert!(ended.arrived.is_err(), "{at}");
+        }
+        Outcome::InDoubt { .. } => {
+            assert!(committed, "{at}: in doubt before a byte of COMMIT had left");
+            assert_ne!(world.runs(), Some("source"), "{at}");
+            assert_eq!(ended.arrived.is_ok(), world.runs() == Some("destination"), "{at}");
+        }
+        Outcome::KeptStopped { .. } => panic!("{at}: {:?}", ended.outcome),
+    }
+}
+
+#[test]
+fn the_stream_is_cut_everywhere() {
+    let (ended, forth, back) = run(ALL, true);
+    assert_moved(&ended);
+    let mut commit = Vec::new();
+    Command::Commit.write(&mut commit);
+    assert!(forth.ends_with(&commit));
+    let point_of_no_return = forth.len() - commit.len();
+
+    // In the pages every 97th byte, elsewhere every one.
+    let pages = 3000..point_of_no_return - 2500;
+    assert!(pages.len() > 40_000, "the stream has {} bytes", forth.len());
+    for cut in (0..forth.len()).filter(|cut| !pages.contains(cut) || cut % 997 == 0) {
+        let (ended, passed, _) = run(Budget { forth: cut.max(1), ..ALL }, true);
+        assert!(passed.len() <= cut.max(1));
+        check(&ended, cut > point_of_no_return, &format!("cut after {cut} bytes forth"));
+        if cut <= point_of_no_return {
+            assert!(matches!(ended.outcome, Outcome::Kept { .. }), "cut after {cut} bytes forth");
+        } else {
+            // What has arrived is not yet a whole COMMIT.
+            assert!(matches!(ended.outcome, Outcome::InDoubt { .. }), "cut after {cut} bytes");
+            assert!(ended.arrived.is_err());
+        }
+    }
+    let shut = 8;
+    let mut in_doubt = 0;
+    for cut in 1..back.len() {
+        let (ended, _, _) = run(Budget { back: cut, ..ALL }, true);
+        // Between PREPARED and shut(0) it depends on who is faster.
+        let prepared = cut >= back.len() - shut;
+        check(&ended, prepared, &format!("cut after {cut} bytes back"));
+        in_doubt += usize::from(matches!(ended.outcome, Outcome::InDoubt { .. }));
+    }
+    assert!(in_doubt > 0, "no cut of shut(0) left a doubt");
+}

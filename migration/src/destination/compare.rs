@@ -2,8 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::guest::DestinationVm;
-use crate::guest::Machine;
+use crate::guest::{DestinationVm, Machine};
 use crate::manifest::{Manifest, Problem};
 use crate::vmstate::{Section, SectionId};
 
@@ -120,9 +119,19 @@ fn compare_sections(
         if !(min..=max).contains(&theirs.version) {
             problems.push(problem(
                 "device-version",
-                what,
+                what.clone(),
                 format!("versions {min} to {max}"),
                 format!("version {}", theirs.version),
+                "use the same version of mini-vmm on both sides",
+            ));
+        }
+        let layout = format!("{:016x}", section.layout_digest());
+        if theirs.version == max && !theirs.layout.is_empty() && theirs.layout != layout {
+            problems.push(problem(
+                "device-layout",
+                what,
+                format!("layout {layout} of version {max}"),
+                format!("layout {}", theirs.layout),
                 "use the same version of mini-vmm on both sides",
             ));
         }

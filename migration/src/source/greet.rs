@@ -60,7 +60,7 @@ impl Migration<'_> {
                         id: id.idstr,
                         instance: id.instance,
                         version: s.version(),
-                        layout: String::new(),
+                        layout: format!("{:016x}", s.layout_digest()),
                     }
                 })
                 .collect(),

@@ -121,10 +121,13 @@ impl Migration<'_> {
             Peer::MiniVmm => Audience::MiniVmm,
             Peer::Qemu => Audience::Qemu,
         };
-        let mut saved = Vec::new();
+        let (mut saved, mut descriptions) = (Vec::new(), Vec::new());
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
-            let body = section.save(audience).map_err(|source| SourceError::State { source })?;
+            // The description too reads the device's state, so it belongs here.
+            let state = section.save(audience).and_then(|b| Ok((b, section.describe(audience)?)));
+            let (body, description) = state.map_err(|source| SourceError::State { source })?;
+            descriptions.push(description);
             saved.push((header, body));
         }
 
@@ -150,7 +153,9 @@ impl Migration<'_> {
         if let Some(digests) = digests {
             self.out.command(&Command::Verify(digests));
         }
-        let description = describe(&saved);
+        let page_size = crate::guest::PAGE_SIZE;
+        let description =
+            serde_json::json!({ "page_size": page_size, "devices": descriptions }).to_string();
         if peer == Peer::MiniVmm {
             self.out.put(|out| section::write_end(out, &description));
         }
@@ -253,22 +258,6 @@ fn finish(machine: &mut Source, action: Action, vm: &mut dyn SourceVm, trouble: 
         };
         action = machine.on(event);
     }
-}
-
-/// The JSON at the stream's end. It is there for people and tools; no VM is loaded by it.
-fn describe(saved: &[(SectionHeader, Vec<u8>)]) -> String {
-    let devices: Vec<_> = saved
-        .iter()
-        .map(|(header, body)| {
-            serde_json::json!({
-                "name": header.key.idstr,
-                "instance_id": header.key.instance,
-                "version": header.version,
-                "fields": [{ "name": "state", "type": "buffer", "size": body.len() }],
-            })
-        })
-        .collect();
-    serde_json::json!({ "page_size": crate::guest::PAGE_SIZE, "devices": devices }).to_string()
 }
 
 /// A hand-over whose outcome nobody here knows. The guest stands still.

@@ -231,6 +231,33 @@ impl Migratable for FakeDevice {
     }
 }
 
+/// A device of the same version with another layout.
+#[derive(Debug)]
+struct OtherDevice;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct OtherState {
+    counter: u32,
+}
+
+impl VmState for OtherState {
+    const VERSION: u32 = FakeState::VERSION;
+    const MIN_VERSION: u32 = FakeState::MIN_VERSION;
+}
+
+impl Migratable for OtherDevice {
+    type State = OtherState;
+    fn save(&self, _: Audience) -> Result<OtherState, FieldError> {
+        Ok(OtherState { counter: 0 })
+    }
+    fn check(&self, _: &OtherState) -> Result<(), FieldError> {
+        Ok(())
+    }
+    fn restore(&mut self, _: OtherState) -> Result<(), FieldError> {
+        Ok(())
+    }
+}
+
 // --- the world that both VMs live in ----------------------------------------------------------
 
 /// Who runs and who has the disks. Panics when both do.
@@ -313,6 +340,8 @@ pub(crate) struct FakeVm {
     pub(crate) blockers: Vec<String>,
     pub(crate) was_running: bool,
     pub(crate) discards: Vec<String>,
+    /// The first device's layout is one that nobody else knows.
+    pub(crate) other_layout: bool,
     guest: Option<Guest>,
 }
 
@@ -334,6 +363,7 @@ impl FakeVm {
             blockers: Vec::new(),
             was_running: true,
             discards: Vec::new(),
+            other_layout: false,
             guest: None,
         }
     }
@@ -389,10 +419,18 @@ impl Machine for FakeVm {
         self.ram.clone()
     }
     fn sections(&self) -> Vec<Box<dyn Section>> {
-        self.devices
+        let mut sections: Vec<Box<dyn Section>> = self
+            .devices
             .iter()
             .map(|(id, d)| Box::new(SectionOf::new(id.clone(), d.clone())) as Box<dyn Section>)
-            .collect()
+            .collect();
+        if self.other_layout {
+            sections[0] = Box::new(SectionOf::<OtherDevice>::new(
+                self.devices[0].0.clone(),
+                Arc::new(Mutex::new(OtherDevice)),
+            ));
+        }
+        sections
     }
     fn details(&self) -> serde_json::Value {
         self.details.clone()

@@ -47,6 +47,15 @@ fn every_difference_is_named_at_once_before_a_page_moves() {
 }
 
 #[test]
+fn a_device_whose_layout_was_changed_without_a_new_version_is_found() {
+    let (source, mut destination, _) = two_vms(64);
+    destination.other_layout = true;
+    let ended = migrate(source, destination, pair(), (control(), control()));
+    assert_kept(&ended, "device section cpu: the destination has layout");
+    assert!(ended.arrived.unwrap_err().vm_untouched);
+}
+
+#[test]
 fn a_preflight_finds_the_same_and_moves_nothing() {
     for differs in [false, true] {
         let (mut source, mut destination, _) = two_vms(64);

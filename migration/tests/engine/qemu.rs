@@ -48,7 +48,7 @@ impl Stream {
             }
         }
         use migration::guest::Machine;
-        let save = |s: &Box<dyn Section>| {
+        let save = |s: &dyn Section| {
             (s.id(), s.version(), s.save(migration::vmstate::Audience::Qemu).unwrap())
         };
         Self {
@@ -57,7 +57,7 @@ impl Stream {
             blocks: vm.ram.blocks(),
             version: 4,
             records,
-            sections: vm.sections().iter().map(save).collect(),
+            sections: vm.sections().iter().map(|s| save(&**s)).collect(),
             description: true,
         }
     }
@@ -235,9 +235,10 @@ fn a_source_that_poses_as_a_mini_vmm_must_behave_as_one() {
         section::write_header(out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
     };
     let early_commit = |out: &mut Vec<u8>| Command::Commit.write(out);
-    let cases: [(&dyn Fn(&mut Vec<u8>), &str); 2] = [
-        (&manifest_missing, "no manifest before the first section"),
-        (&early_commit, "COMMIT before PREPARED"),
+    type More = fn(&mut Vec<u8>);
+    let cases: [(More, &str); 2] = [
+        (manifest_missing, "no manifest before the first section"),
+        (early_commit, "COMMIT before PREPARED"),
     ];
     for (more, words) in cases {
         let (_, mut vm, _) = qemu_and_us();

@@ -4,6 +4,7 @@
 //! [`bus`], [`irq`], [`clock`], [`memory`] and [`device`], which `vmm` implements and wires up.
 
 pub mod bus;
+pub mod chipset;
 pub mod clock;
 pub mod device;
 pub mod irq;

@@ -119,8 +119,9 @@ impl VcpuState {
         self.tsc_at(&base.source).wrapping_add(base.elapsed_ticks(khz))
     }
 
-    /// Sets the TSC, then its deadline, which the kernel compares with it. Tells a kvmclock guest
-    /// that it stood still, so that its watchdogs do not bark.
+    /// Sets the TSC, then its deadline, which the kernel compares with it. Makes the kernel renew
+    /// the wall clock in guest memory (16 bytes where the guest asked for it), and tells a kvmclock
+    /// guest that it stood still, so that its watchdogs do not bark.
     pub fn restore_tsc(
         &self,
         vcpu: &VcpuFd,
@@ -146,6 +147,11 @@ impl VcpuState {
         }
         if let Some(value) = self.tsc_deadline {
             msr::write(index, vcpu, &[Msr { index: msr::IA32_TSC_DEADLINE, value }])?;
+        }
+        // One for the whole VM; zero is a guest that has not asked for it.
+        let wall_clock = self.msrs.iter().find(|msr| msr.index == msr::KVM_WALL_CLOCK);
+        if let Some(wall_clock) = wall_clock.filter(|msr| index == 0 && msr.value != 0) {
+            msr::write(index, vcpu, &[*wall_clock])?;
         }
         if host.kvmclock_ctrl {
             // EINVAL: this guest has not switched kvmclock on.

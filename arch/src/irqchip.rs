@@ -66,8 +66,8 @@ impl IrqchipState {
         })
     }
 
-    /// Gives all to a VM. Call it before the vCPUs' restore: setting the IOAPIC may raise interrupts
-    /// in LAPICs that are then set to what they were.
+    /// Gives all to a VM. Call it after the vCPUs' restore: what the IOAPIC still has to deliver goes
+    /// into the LAPICs at once, and setting these afterwards would lose it.
     pub fn restore(&self, vm: &VmFd) -> Result<(), KvmError> {
         let set = |chip: kvm_irqchip, name: &str| {
             vm.set_irqchip(&chip).map_err(vm_error(format!("KVM_SET_IRQCHIP({name})")))

@@ -1,8 +1,8 @@
 //! x86-64 and KVM: memory layout, boot, ACPI, CPUID, vCPU and interrupt controller state.
 //!
 //! [`layout`] says where everything is. [`host`] asks KVM what it can do and prepares a VM. A
-//! vCPU's state is [`vcpu_state`], the interrupt controllers' and the PIT's `irqchip`, time's
-//! [`clock`].
+//! vCPU's state is [`vcpu_state`], the interrupt controllers' and the PIT's [`irqchip`], time's
+//! [`clock`]; [`wire`] turns them into the sections of QEMU's migration stream and back.
 
 pub mod acpi;
 pub mod boot;
@@ -20,3 +20,4 @@ pub mod msr;
 mod sys;
 pub mod vcpu_init;
 pub mod vcpu_state;
+pub mod wire;

@@ -39,6 +39,9 @@ pub const IA32_MCG_CAP: u32 = 0x179;
 pub const IA32_MCG_STATUS: u32 = 0x17a;
 /// Machine-check control.
 pub const IA32_MCG_CTL: u32 = 0x17b;
+/// Where the guest keeps the wall clock of its boot. The old numbers of this register and of the
+/// system time (0x11, 0x12) are other names for the same state, and are left out.
+pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 /// First of four registers (control, status, address, misc) of machine-check bank 0.
 pub const IA32_MC0_CTL: u32 = 0x400;
 
@@ -69,10 +72,14 @@ pub fn state_list(listed: &[u32], mcg_cap: u64) -> Vec<u32> {
     list
 }
 
-/// TSC and deadline belong to the clocks, the APIC base to the special registers, and Hyper-V's
-/// registers (0x4000_0000 to 0x4000_01ff) to an interface that no guest here is offered.
+/// TSC and deadline belong to the clocks, the APIC base to the special registers, the old names of
+/// kvmclock's registers to the new ones, and Hyper-V's registers (0x4000_0000 to 0x4000_01ff) to an
+/// interface that no guest here is offered.
 fn handled_elsewhere(index: u32) -> bool {
-    matches!(index, IA32_TSC | IA32_TSC_DEADLINE | IA32_APICBASE | 0x4000_0000..=0x4000_01ff)
+    matches!(
+        index,
+        IA32_TSC | IA32_TSC_DEADLINE | IA32_APICBASE | 0x11 | 0x12 | 0x4000_0000..=0x4000_01ff
+    )
 }
 
 /// Reads `indices`, leaving out those that this vCPU does not have.

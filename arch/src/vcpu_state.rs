@@ -179,7 +179,11 @@ impl VcpuState {
                 self.sregs.apic_base
             ),
         ))?;
-        msr::write(index, vcpu, &self.msrs)?;
+        // Writing this one makes the kernel compute the wall clock and store it in guest memory: it
+        // waits for the VM's clock.
+        let mut msrs = self.msrs.clone();
+        msrs.retain(|msr| msr.index != msr::KVM_WALL_CLOCK);
+        msr::write(index, vcpu, &msrs)?;
         if self.mp_state > KVM_MP_STATE_SIPI_RECEIVED {
             return Err(self.unsupported("MP state", "0 to 4", self.mp_state));
         }

@@ -1,7 +1,7 @@
 //! The devices of an old PC's ISA bus: serial port, clock, keyboard controller, DMA, and what is
 //! left of the floppy.
 //!
-//! All of them are one byte wide: see [`byte_ports`].
+//! Most of them are one byte wide, and split wider accesses with the macro `byte_ports`.
 
 pub mod dma;
 pub mod fdc;

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 
+/// Bit 4 of the port: memory is being refreshed.
+const REFRESH: u8 = 1 << 4;
+
 /// What the speaker remembers.
 #[derive(Debug, Default)]
 pub struct PcSpeaker {
@@ -18,7 +21,7 @@ pub struct PcSpeaker {
 pub struct PcSpeakerState {
     /// Bit 1 of the port: the speaker follows timer 2.
     pub data_on: u8,
-    /// Bit 4 of the port, which changes at each read.
+    /// Bit 4 of the port (0 or 16), which changes at each read.
     pub dummy_refresh_clock: u8,
 }
 
@@ -51,11 +54,14 @@ impl Migratable for PcSpeaker {
     }
 
     fn check(&self, state: &PcSpeakerState) -> Result<(), FieldError> {
-        let bits = [("data_on", state.data_on), ("dummy_refresh_clock", state.dummy_refresh_clock)];
-        match bits.into_iter().find(|(_, value)| *value > 1) {
-            Some((field, value)) => Err(FieldError::new(field, "0 or 1", value)),
-            None => Ok(()),
+        if state.data_on > 1 {
+            return Err(FieldError::new("data_on", "0 or 1", state.data_on));
         }
+        if state.dummy_refresh_clock & !REFRESH != 0 {
+            let found = state.dummy_refresh_clock;
+            return Err(FieldError::new("dummy_refresh_clock", "0 or 16", found));
+        }
+        Ok(())
     }
 
     fn restore(&mut self, state: PcSpeakerState) -> Result<(), FieldError> {
@@ -71,7 +77,7 @@ mod tests {
     #[test]
     fn carries_its_state_and_names_what_is_wrong() {
         let mut speaker = PcSpeaker::new();
-        let state = PcSpeakerState { data_on: 1, dummy_refresh_clock: 0 };
+        let state = PcSpeakerState { data_on: 1, dummy_refresh_clock: 16 };
         speaker.check(&state).unwrap();
         speaker.restore(state.clone()).unwrap();
         assert_eq!(speaker.save(Audience::Qemu).unwrap(), state);

@@ -216,7 +216,11 @@ impl Rtc {
             return self.encode(hour);
         }
         let pm = if hour >= 12 { 0x80 } else { 0 };
-        self.encode(if hour % 12 == 0 { 12 } else { hour % 12 }) | pm
+        let twelfth = match hour % 12 {
+            0 => 12,
+            n => n,
+        };
+        self.encode(twelfth) | pm
     }
 
     fn decode_hour(&self, value: u8) -> u8 {

@@ -120,9 +120,14 @@ impl<'a> Out<'a> {
         }
     }
 
-    /// Whether enough has been collected for a write.
-    pub(super) fn is_full(&self) -> bool {
-        self.parts.len() + 2 > MAX_PARTS || self.len >= MAX_BYTES
+    /// Whether enough has been collected for a write. Under a bandwidth limit (bytes per second; 0
+    /// is none) that is less, so that the destination never waits long for the next one.
+    pub(super) fn is_full(&self, bandwidth: u64) -> bool {
+        let most = match bandwidth {
+            0 => MAX_BYTES,
+            limit => usize::try_from(limit / 10).unwrap_or(MAX_BYTES).min(MAX_BYTES),
+        };
+        self.parts.len() + 2 > MAX_PARTS || self.len >= most
     }
 
     /// Writes what has been collected.

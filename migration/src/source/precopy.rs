@@ -176,7 +176,8 @@ impl Migration<'_> {
                     let name = passes.blocks.get(block).map_or("", |b| b.name.as_str());
                     self.out.page(block, name, page * PAGE_SIZE);
                     passes.pages += 1;
-                    if self.out.is_full() {
+                    let limit = if running { passes.pace_limit } else { 0 };
+                    if self.out.is_full(limit) {
                         self.send("RAM")?;
                         self.check()?;
                         if running {

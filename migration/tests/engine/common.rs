@@ -39,16 +39,30 @@ pub(crate) struct FakeRam {
     data: Mutex<Vec<Vec<u8>>>,
     /// The log; `None` while nobody asks for it.
     log: Mutex<Option<DirtyBitmap>>,
+    /// Pages that the guest writes just after the first clear of a block's log, and just before the
+    /// second.
+    pub(crate) ambush: Option<(u64, u64)>,
+    clears: AtomicU64,
 }
 
 impl FakeRam {
     pub(crate) fn new(blocks: &[(&str, u64)]) -> Arc<Self> {
+        Self::with_ambush(blocks, None)
+    }
+
+    pub(crate) fn with_ambush(blocks: &[(&str, u64)], ambush: Option<(u64, u64)>) -> Arc<Self> {
         let blocks: Vec<_> = blocks
             .iter()
             .map(|(name, pages)| RamBlock { name: (*name).into(), len: pages * PAGE_SIZE })
             .collect();
         let data = blocks.iter().map(|b| vec![0; b.len as usize]).collect();
-        Arc::new(Self { blocks, data: Mutex::new(data), log: Mutex::new(None) })
+        Arc::new(Self {
+            blocks,
+            data: Mutex::new(data),
+            log: Mutex::new(None),
+            ambush,
+            clears: AtomicU64::new(0),
+        })
     }
 
     /// A write by the guest or a device: into memory, then into the log.
@@ -179,12 +193,21 @@ impl DirtyTracker for FakeLog {
     }
     fn clear(&mut self, block: usize, first_page: u64, bits: &[u64]) -> Result<(), VmError> {
         assert_eq!(first_page % 64, 0);
-        let mut log = self.0.log.lock().unwrap();
-        let log = log.as_mut().ok_or_else(|| VmError::new("the log is not started"))?;
+        let nth = if block == 0 { self.0.clears.fetch_add(1, Ordering::SeqCst) + 1 } else { 0 };
+        let strike = |page| self.0.write(0, page * PAGE_SIZE + 50, b"in between");
+        if let (Some((_, before)), 2) = (self.0.ambush, nth) {
+            strike(before);
+        }
+        let mut guard = self.0.log.lock().unwrap();
+        let log = guard.as_mut().ok_or_else(|| VmError::new("the log is not started"))?;
         let end = (first_page + bits.len() as u64 * 64).min(log.pages(block));
         if let Some(was) = log.take(block, first_page..end) {
             let stays: Vec<u64> = was.iter().zip(bits).map(|(was, bit)| was & !bit).collect();
             log.or(block, first_page, &stays);
+        }
+        drop(guard);
+        if let (Some((after, _)), 1) = (self.0.ambush, nth) {
+            strike(after);
         }
         Ok(())
     }

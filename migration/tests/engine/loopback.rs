@@ -39,6 +39,21 @@ fn a_guest_that_writes_without_pause_arrives_over_tcp_and_is_verified() {
 }
 
 #[test]
+fn a_write_between_fetching_and_clearing_the_log_is_not_lost() {
+    let (_, destination, world) = two_vms(64);
+    let mut source = FakeVm::new("source", &world, 64);
+    // Page 3 makes a second pass; page 7 is written after the log was fetched for it.
+    let blocks = [("pc.ram", 64), ("pc.bios", 3)];
+    source.ram = FakeRam::with_ambush(&blocks, Some((3, 7)));
+    let control = control_with(|p| p.downtime_limit = Duration::ZERO);
+    let ended = migrate(source, destination, pair(), (control.clone(), crate::common::control()));
+    assert_moved(&ended);
+    assert_eq!(control.report().passes, 4);
+    let at = 7 * PAGE_SIZE as usize + 50;
+    assert_eq!(&ended.destination.ram.contents()[0][at..at + 10], b"in between");
+}
+
+#[test]
 fn a_paused_guest_arrives_and_the_phases_come_in_order() {
     let (source, destination, _) = two_vms(64);
     let (here, there) = (Recorder::default(), Recorder::default());

@@ -278,6 +278,10 @@ impl<'a> Arrival<'a> {
         if let Some(name) = self.configuration.capabilities.first() {
             return Err(DestinationError::Capability { name: name.clone() });
         }
+        if self.configuration.uuid.is_some() {
+            // The source wants it compared, and this side knows none.
+            return Err(DestinationError::Capability { name: "validate-uuid".into() });
+        }
         if let Some(found) = self.configuration.page_bits.filter(|bits| *bits != PAGE_BITS) {
             return Err(DestinationError::PageSize { found });
         }

@@ -163,7 +163,8 @@ fn blocks_that_may_be_discarded_are_and_sections_may_be_missing() {
 #[test]
 fn what_does_not_fit_is_refused_by_name_with_shut_1() {
     type Change = fn(&mut Stream);
-    let cases: [(Change, &str); 17] = [
+    let cases: [(Change, &str); 18] = [
+        (|s| s.configuration.uuid = Some([7; 16]), "capability 'validate-uuid' on"),
         (
             |s| s.configuration.machine = "pc-i440fx-7.1".into(),
             "Machine type received is 'pc-i440fx-7.1' and local is 'pc-i440fx-7.2'",

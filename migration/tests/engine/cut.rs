@@ -100,7 +100,7 @@ fn the_stream_is_cut_everywhere() {
     assert!(forth.ends_with(&commit));
     let point_of_no_return = forth.len() - commit.len();
 
-    // In the pages every 97th byte, elsewhere every one.
+    // In the pages every 997th byte, elsewhere every one.
     let pages = 3000..point_of_no_return - 2500;
     assert!(pages.len() > 40_000, "the stream has {} bytes", forth.len());
     for cut in (0..forth.len()).filter(|cut| !pages.contains(cut) || cut % 997 == 0) {

@@ -1,0 +1,138 @@
+/* The self-checking guest: types, instructions, and what its parts know of each other. */
+#ifndef SELFCHECK_H
+#define SELFCHECK_H
+
+typedef unsigned char u8;
+typedef signed char s8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#define MAX_CPUS 64
+#define PAGE 4096UL
+/* The page to which a SIPI sends a vCPU. Memory below LOWEST is left to the loader and to it. */
+#define TRAMPOLINE 0x8000UL
+#define LOWEST 0x10000UL
+
+static inline void out8(u16 port, u8 v) { asm volatile("outb %0, %1" ::"a"(v), "Nd"(port)); }
+static inline void out16(u16 port, u16 v) { asm volatile("outw %0, %1" ::"a"(v), "Nd"(port)); }
+static inline u8 in8(u16 port)
+{
+    u8 v;
+    asm volatile("inb %1, %0" : "=a"(v) : "Nd"(port));
+    return v;
+}
+static inline u64 rdtsc(void)
+{
+    u32 low, high;
+    asm volatile("rdtsc" : "=a"(low), "=d"(high)::"memory");
+    return (u64)high << 32 | low;
+}
+static inline void wrmsr(u32 msr, u64 v)
+{
+    asm volatile("wrmsr" ::"c"(msr), "a"((u32)v), "d"((u32)(v >> 32)) : "memory");
+}
+static inline void cpuid(u32 leaf, u32 out[4])
+{
+    asm volatile("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(0));
+}
+static inline void barrier(void) { asm volatile("" ::: "memory"); }
+static inline void pause(void) { asm volatile("pause" ::: "memory"); }
+static inline void interrupts_off(void) { asm volatile("cli" ::: "memory"); }
+static inline void interrupts_on(void) { asm volatile("sti" ::: "memory"); }
+/* No interrupt comes between the two instructions. */
+static inline void interrupts_on_and_halt(void) { asm volatile("sti; hlt" ::: "memory"); }
+
+/* What KVM writes for a vCPU to compute its clock from the TSC (KVM's documentation, "msr.rst"). */
+struct pvclock {
+    volatile u32 version;
+    u32 pad0;
+    volatile u64 tsc;
+    volatile u64 system_ns;
+    volatile u32 multiplier;
+    volatile s8 shift;
+    volatile u8 flags;
+    u8 pad[2];
+};
+
+/* All that a vCPU owns. Only it writes here, but for the starter and the command `r`. */
+struct cpu {
+    struct pvclock pvclock;
+    u32 index;
+    volatile u32 alive;
+
+    /* Its time, written with interrupts off only. */
+    volatile u64 last_tsc, last_clock;
+    volatile u64 ticks;
+    u64 tick_clock, tick_real;
+    volatile u64 gap, max_gap;           /* ns between ticks by the guest's clock */
+    volatile u64 real_gap, max_real_gap; /* by the host's real time */
+    volatile u64 skew_ns;
+
+    /* Its memory: pages first .. first + pages of all, of which `set`, `stride` apart, are rewritten. */
+    u64 first, pages, set, stride;
+    volatile u64 generation, position;
+    u64 roll;
+    volatile u64 filled, rewritten, verified;
+
+    /* Its work. */
+    u64 seen_ticks, rewrite_credit, verify_credit;
+    volatile u64 pass, pass_position; /* the complete verification it has done or is doing */
+} __attribute__((aligned(64)));
+
+struct params {
+    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew;
+};
+
+extern struct params params;
+extern struct cpu cpus[MAX_CPUS];
+extern volatile u32 failed;
+extern char image_start[], image_constant_end[], image_end[];
+
+/* The vCPU that executes this: known by its stack. */
+static inline struct cpu *this_cpu(void)
+{
+    extern char stacks[];
+    u64 sp;
+    asm("mov %%rsp, %0" : "=r"(sp));
+    return &cpus[(sp - (u64)stacks) / PAGE];
+}
+
+/* console.c: %s string, %u decimal u64, %x hexadecimal u64 */
+void console_init(void);
+void print(const char *format, ...);
+int console_read(void);
+/* Prints "selfcheck: FAIL " and the rest, once for all vCPUs, and halts. */
+__attribute__((noreturn)) void fail(const char *format, ...);
+__attribute__((noreturn)) void halt_for_ever(void);
+
+/* clock.c: all times in ns */
+void clock_init(void);
+void clock_init_cpu(struct cpu *cpu);
+u64 clock_now(struct cpu *cpu);
+u64 clock_real(struct cpu *cpu);
+void clock_wait(struct cpu *cpu, u64 ns);
+void clock_calibrate(struct cpu *cpu);
+u64 clock_check(struct cpu *cpu);
+extern u32 clock_is_kvm, clock_has_real;
+extern u64 tsc_khz, timer_khz;
+
+/* cpus.c */
+void cpus_init(void);
+void cpu_init(struct cpu *cpu);
+void cpus_start(void);
+void timer_start(void);
+u32 timer_count(void);
+void timer_free_run(void);
+
+/* memory.c */
+void memory_init(u64 start_info);
+void memory_share(void);
+u64 memory_pages(void);
+u64 ram_pages(void);
+void memory_fill(struct cpu *cpu, void (*meanwhile)(struct cpu *));
+void memory_rewrite_next(struct cpu *cpu);
+void memory_verify(struct cpu *cpu, u64 page);
+u64 memory_corrupt(struct cpu *cpu);
+
+#endif

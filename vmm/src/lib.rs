@@ -10,6 +10,7 @@ pub mod firmware;
 pub mod kvm;
 pub mod memory;
 pub mod ram_access;
+pub mod selfcheck;
 pub mod timers;
 pub mod vcpu;
 

@@ -7,6 +7,9 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use migration::params::{ParameterError, Parameters};
+use migration::phase::Phase;
+use migration::stats::{MigrationInfo, Report};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::broadcast;
@@ -94,14 +97,6 @@ pub struct RuntimeInfo {
     pub migrate_listen: Option<MigrationUri>,
 }
 
-/// What may be said along with `migrate`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MigrateOptions {
-    /// Compare RAM and device state on both sides at the switchover (slow; the guest stands still
-    /// meanwhile). Only between two mini-vmms.
-    pub verify: bool,
-}
-
 /// Who or what ended the VM, as QMP's `ShutdownCause` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -144,7 +139,7 @@ pub enum Event {
     /// The power button was pressed on behalf of the host.
     Powerdown,
     /// The migration's status changed (sent to QMP clients only while the capability `events` is on).
-    Migration(MigrationStatus),
+    Migration(Phase),
     /// A pass over RAM begins; the first is 1 (same condition).
     MigrationPass(u64),
 }
@@ -226,17 +221,12 @@ pub enum ControlError {
         /// The state found.
         state: RunState,
     },
-    /// A parameter's value is out of its range.
-    #[error("Parameter '{name}' expects {expected}")]
-    InvalidParameter {
-        /// The QMP name.
-        name: &'static str,
-        /// The range, in words: "an integer in the range of 0 to 2000 seconds".
-        expected: String,
-    },
-    /// A capability that this VM doesn't have.
-    #[error("Capability '{0}' is not supported by mini-vmm")]
-    UnsupportedCapability(&'static str),
+    /// A migration parameter or capability that doesn't exist, or doesn't take that value.
+    #[error(transparent)]
+    Parameter(#[from] ParameterError),
+    /// `migrate-continue` while nothing waits for it.
+    #[error("Migration not in expected state: {0}")]
+    NotWaiting(Phase),
     /// The VM can't be migrated, for these reasons.
     #[error("The VM can't be migrated: {}", .0.join("; "))]
     Blocked(Vec<String>),
@@ -257,149 +247,6 @@ impl ControlError {
     pub fn chain(&self) -> String {
         crate::error_chain(self)
     }
-}
-
-/// State of a migration, in the words of QMP's `MigrationStatus`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MigrationStatus {
-    /// None has been asked for.
-    #[default]
-    None,
-    /// Connecting and comparing.
-    Setup,
-    /// RAM is on its way while the guest runs.
-    Active,
-    /// The guest stands still; waiting for `migrate-continue`.
-    PreSwitchover,
-    /// The guest stands still; device state is on its way.
-    Device,
-    /// A cancel has been asked for.
-    Cancelling,
-    /// Cancelled; the guest stayed.
-    Cancelled,
-    /// The destination runs the guest.
-    Completed,
-    /// It failed, and the guest stayed (or, on a destination, never ran here).
-    Failed,
-}
-
-impl MigrationStatus {
-    /// The word on the wire.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Setup => "setup",
-            Self::Active => "active",
-            Self::PreSwitchover => "pre-switchover",
-            Self::Device => "device",
-            Self::Cancelling => "cancelling",
-            Self::Cancelled => "cancelled",
-            Self::Completed => "completed",
-            Self::Failed => "failed",
-        }
-    }
-
-    /// Whether nothing more will happen by itself.
-    #[must_use]
-    pub fn is_final(self) -> bool {
-        matches!(self, Self::None | Self::Cancelled | Self::Completed | Self::Failed)
-    }
-}
-
-/// RAM counters of `query-migrate`, with QMP's names; bytes unless said otherwise.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub struct RamStats {
-    /// Sent so far, headers included.
-    pub transferred: u64,
-    /// Left to send, as known at the last look at the dirty bitmaps.
-    pub remaining: u64,
-    /// RAM of the guest.
-    pub total: u64,
-    /// Pages of zeros.
-    pub duplicate: u64,
-    /// Always 0 (QEMU removed it later).
-    pub skipped: u64,
-    /// Pages sent whole.
-    pub normal: u64,
-    /// The same in bytes.
-    pub normal_bytes: u64,
-    /// Pages dirtied each second.
-    pub dirty_pages_rate: u64,
-    /// Throughput in megabits a second.
-    pub mbps: f64,
-    /// Passes begun.
-    pub dirty_sync_count: u64,
-    /// Pages the destination asked for (0: no postcopy).
-    pub postcopy_requests: u64,
-    /// Size of a page.
-    pub page_size: u64,
-    /// Sent over multifd channels.
-    pub multifd_bytes: u64,
-    /// Pages sent each second.
-    pub pages_per_second: u64,
-    /// Sent while the guest ran.
-    pub precopy_bytes: u64,
-    /// Sent while the guest stood still.
-    pub downtime_bytes: u64,
-    /// Sent after the switchover (0: no postcopy).
-    pub postcopy_bytes: u64,
-    /// Zero-copy sends that the kernel copied after all (0: not used).
-    pub dirty_sync_missed_zero_copy: u64,
-}
-
-/// The answer to `query-migrate`: fields and meanings of QEMU 7.2. Times in milliseconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub struct MigrationInfo {
-    /// Where it stands.
-    pub status: MigrationStatus,
-    /// RAM counters, once RAM is known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ram: Option<RamStats>,
-    /// Since the start, to the end.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub total_time: Option<u64>,
-    /// Before the first page.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub setup_time: Option<u64>,
-    /// Forecast, while it runs.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub expected_downtime: Option<u64>,
-    /// Measured, when it has completed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub downtime: Option<u64>,
-    /// Why it failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error_desc: Option<String>,
-    /// Why none can be started.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub blocked_reasons: Option<Vec<String>>,
-}
-
-/// What `migrate-set-parameters` sets and `query-migrate-parameters` shows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MigrationParams {
-    /// Bytes a second; 0 is no limit.
-    pub max_bandwidth: u64,
-    /// Longest stand-still of the guest, in milliseconds.
-    pub downtime_limit: u64,
-}
-
-/// Switches of `migrate-set-capabilities`, those that exist here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Capability {
-    /// MIGRATION and MIGRATION_PASS reach QMP clients.
-    Events,
-    /// The destination answers; always on here.
-    ReturnPath,
-    /// The destination refuses a VM with another UUID.
-    ValidateUuid,
-    /// Stop before the switchover until `migrate-continue`.
-    PauseBeforeSwitchover,
 }
 
 /// A running VM, as seen by whoever controls it. Implemented by the machine.
@@ -443,35 +290,35 @@ pub trait VmControl: Send + Sync {
     /// Ends the VM now, without asking the guest; returns at once.
     fn quit(&self);
 
-    /// Starts to migrate, and returns as soon as it has started.
+    /// Starts to migrate by the parameters set, and returns as soon as it has started.
     ///
     /// # Errors
     /// If one runs already, or this VM can't be migrated.
-    fn migrate(&self, uri: &MigrationUri, options: MigrateOptions) -> Result<(), ControlError>;
+    fn migrate(&self, uri: &MigrationUri) -> Result<(), ControlError>;
     /// Asks the running migration to end; the guest stays. Nothing happens if none runs.
     fn migrate_cancel(&self);
-    /// Where the migration stands, outgoing or incoming.
-    fn query_migrate(&self) -> MigrationInfo;
+    /// Goes on from `pre-switchover`.
+    ///
+    /// # Errors
+    /// [`ControlError::NotWaiting`].
+    fn migrate_continue(&self) -> Result<(), ControlError>;
     /// Listens for a migration, for a VM started with `--migrate-listen defer`.
     ///
     /// # Errors
     /// If this VM does not wait for one, or the address can't be taken.
     fn migrate_incoming(&self, uri: &MigrationUri) -> Result<(), ControlError>;
-
-    /// Parameters of the next or the running migration.
-    fn migrate_parameters(&self) -> MigrationParams;
+    /// Where the migration stands, outgoing or incoming.
+    fn query_migrate(&self) -> MigrationInfo;
+    /// What there is to say about the last migration, outgoing or incoming, finished or not; nothing
+    /// if there has been none.
+    fn migrate_report(&self) -> Option<Report>;
+    /// Parameters and capabilities of the next or the running migration.
+    fn migrate_parameters(&self) -> Parameters;
     /// Sets them; the running migration takes bandwidth and downtime over at once.
     ///
     /// # Errors
-    /// [`ControlError::InvalidParameter`]; nothing has changed then.
-    fn set_migrate_parameters(&self, params: MigrationParams) -> Result<(), ControlError>;
-    /// All capabilities and whether each is on.
-    fn migrate_capabilities(&self) -> Vec<(Capability, bool)>;
-    /// Switches some of them; all or none.
-    ///
-    /// # Errors
-    /// If one can't be switched so, or a migration runs.
-    fn set_migrate_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), ControlError>;
+    /// If one of them can't be changed now; nothing has changed then.
+    fn set_migrate_parameters(&self, parameters: Parameters) -> Result<(), ControlError>;
 
     /// All events from now on.
     fn events(&self) -> broadcast::Receiver<TimedEvent>;

@@ -179,7 +179,7 @@ fn assign(
         let is_64 = !is_io && mask & 0b110 == 0b100;
         let size = if is_io {
             // Bits 31-16 of an I/O BAR may be hard-wired to zero.
-            u64::from(!(mask | 0xffff_0003) + 1) & 0xffff
+            u64::from(!(mask & !0b11) & 0xffff) + 1
         } else {
             u64::from(!(mask & !0xf)) + 1
         };

@@ -1,5 +1,6 @@
 //! The machine put together: configuration, board wiring, vCPU threads, lifecycle, control socket.
 
+pub mod board;
 pub mod chardev;
 pub mod clock;
 pub mod config;
@@ -8,11 +9,20 @@ pub mod dirty;
 pub mod event_loop;
 pub mod firmware;
 pub mod kvm;
+pub mod kvm_state;
+pub mod machine;
 pub mod memory;
+pub mod migrate;
+pub mod power;
+pub mod qmp;
 pub mod ram_access;
+pub mod run;
+pub mod rundir;
 pub mod selfcheck;
 pub mod timers;
 pub mod vcpu;
+pub mod vm;
+mod vm_control;
 
 /// An error and all its causes as one line: "this: because of that: because of that".
 #[must_use]

@@ -13,7 +13,9 @@ thread_local! {
 }
 
 /// The first real-time signal that the C library leaves to programs.
-const KICK: i32 = 0;
+fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let run = RUN.get();
@@ -26,12 +28,12 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 /// Installs the handler, once for the process.
 pub fn install_kick_handler() -> std::io::Result<()> {
-    register_signal_handler(libc::SIGRTMIN() + KICK, on_kick).map_err(std::io::Error::from)
+    register_signal_handler(kick_signal(), on_kick).map_err(std::io::Error::from)
 }
 
 /// Kicks the vCPU that `thread` runs.
 pub(super) fn kick<T>(thread: &std::thread::JoinHandle<T>) {
-    if let Err(e) = thread.kill(KICK) {
+    if let Err(e) = thread.kill(kick_signal()) {
         tracing::warn!("cannot signal a vCPU thread: {e}");
     }
 }

@@ -52,6 +52,7 @@ enum Is {
 type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 
 struct Mailbox {
+    thread_id: i32,
     wanted: Wanted,
     is: Is,
     jobs: VecDeque<Job>,
@@ -86,6 +87,7 @@ impl Vcpu {
     ) -> Result<Self, VcpuError> {
         let shared = Arc::new(Shared {
             mailbox: Mutex::new(Mailbox {
+                thread_id: 0,
                 wanted: Wanted::Pause,
                 is: Is::Paused,
                 jobs: VecDeque::new(),
@@ -103,6 +105,11 @@ impl Vcpu {
     /// Its number, from 0.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The host's id of its thread; 0 until it has started.
+    pub fn thread_id(&self) -> i32 {
+        self.shared.lock().thread_id
     }
 
     /// Asks for a pause and returns at once, so that all vCPUs can be asked before any is waited
@@ -213,6 +220,7 @@ enum Next {
 impl Runner {
     fn live(mut self) {
         let _armed = Armed::new(&mut self.fd);
+        self.shared.lock().thread_id = nix::unistd::gettid().as_raw();
         loop {
             match self.wait_for_work() {
                 Wanted::Run => {}

@@ -1,0 +1,267 @@
+//! The board `pc-i440fx-7.2`: which device is where, on which interrupt, and in which order their
+//! states travel. This is the only file that knows all devices by name.
+
+use std::sync::{Arc, Mutex};
+
+use devices::bus::{BusError, IoBus};
+use devices::chipset::holders::{AcpiBuildState, Holder, I2cBusState};
+use devices::chipset::i440fx::I440fx;
+use devices::chipset::ide::{self, Ide};
+use devices::chipset::piix3::{Piix3, ResetRegister};
+use devices::chipset::piix4_pm::{Piix4Pm, PmSection};
+use devices::chipset::pirq::PirqRouter;
+use devices::device::{Device, PowerControl};
+use devices::irq::{IoEvents, IrqLine, MsiController};
+use devices::isa::dma::{Dma, Which};
+use devices::isa::fdc::Fdc;
+use devices::isa::fw_cfg::FwCfg;
+use devices::isa::i8042::I8042;
+use devices::isa::pcspk::PcSpeaker;
+use devices::isa::port92::Port92;
+use devices::isa::post::SinkPort;
+use devices::isa::ps2::{Keyboard, Mouse};
+use devices::isa::rtc::{CmosConfig, Rtc};
+use devices::isa::serial::SerialPort;
+use devices::pci::{PciBus, PciBusError, PciBusLines, PciHost};
+use devices::timer::Timed;
+use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
+
+use crate::chardev::{CharError, CharService, Chardev};
+use crate::clock::VirtualClock;
+use crate::config::Config;
+use crate::event_loop::{EventLoop, EventLoopError};
+use crate::kvm::KvmRouting;
+use crate::memory::Ram;
+use crate::power::MachineEvents;
+use crate::timers::TimerBell;
+
+/// First port and number of ports of the two DMA controllers and their page registers.
+const DMA1_PORTS: [(u16, u16); 3] = [(0x00, 16), (0x81, 3), (0x87, 1)];
+const DMA2_PORTS: [(u16, u16); 3] = [(0xc0, 32), (0x89, 3), (0x8f, 1)];
+
+/// Everything that devices are built from.
+pub struct BoardParts<'a> {
+    /// What the machine shall have.
+    pub config: &'a Config,
+    /// Guest memory.
+    pub ram: &'a Ram,
+    /// Ports and device memory.
+    pub bus: &'a Arc<IoBus>,
+    /// Time.
+    pub clock: &'a Arc<VirtualClock>,
+    /// Rung when a deadline moves.
+    pub bell: &'a Arc<TimerBell>,
+    /// Interrupt lines.
+    pub routing: &'a Arc<KvmRouting>,
+    /// Message-signalled interrupts.
+    pub msi: Arc<dyn MsiController>,
+    /// Doorbells.
+    pub doorbells: Arc<dyn IoEvents>,
+    /// What guests ask of the machine.
+    pub events: &'a MachineEvents,
+    /// The I/O thread.
+    pub io: &'a EventLoop,
+}
+
+/// A device could not be built or put where it belongs.
+#[derive(Debug, thiserror::Error)]
+pub enum BoardError {
+    /// Two devices want the same ports.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// A PCI slot.
+    #[error(transparent)]
+    Pci(#[from] PciBusError),
+    /// The I/O thread.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    /// A serial line or console.
+    #[error(transparent)]
+    Char(#[from] CharError),
+    /// The host has no more descriptors.
+    #[error("cannot make an eventfd")]
+    EventFd(#[source] std::io::Error),
+}
+
+type MakeSection = Box<dyn Fn() -> Box<dyn Section> + Send + Sync>;
+
+/// The devices of a machine.
+#[derive(Default)]
+pub struct Board {
+    /// All that have a life, in the order of the bus.
+    pub devices: Vec<Arc<Mutex<dyn Device>>>,
+    /// Those that have deadlines.
+    pub timed: Vec<Arc<Mutex<dyn Timed>>>,
+    /// Where a terminal can attach to the serial port.
+    pub serial_path: Option<std::path::PathBuf>,
+    /// The same for the virtio console.
+    pub console_path: Option<std::path::PathBuf>,
+    pm: Option<Arc<Mutex<Piix4Pm>>>,
+    pci: Option<Arc<PciBus>>,
+    sections: Vec<MakeSection>,
+}
+
+impl Board {
+    /// Builds and wires all devices.
+    pub fn build(parts: BoardParts<'_>) -> Result<Self, BoardError> {
+        let mut board = Self::default();
+        let p = &parts;
+        let power: Arc<dyn PowerControl> = Arc::new(p.events.clone());
+        let line = |irq: u32| -> Arc<dyn IrqLine> { p.routing.line(irq) };
+
+        let cpus = u16::try_from(p.config.smp).unwrap_or(u16::MAX);
+        let fw_cfg = FwCfg::new(p.ram.guest().clone(), p.ram.size(), cpus, cpus);
+        let fw_cfg = board.device("fw_cfg", 0, fw_cfg);
+        p.bus.map_pio(0x510, 2, fw_cfg.clone())?;
+        p.bus.map_pio(0x514, 8, fw_cfg)?;
+
+        let router = PirqRouter::new(std::array::from_fn(|irq| line(irq as u32)));
+        let reset_register = ResetRegister::new(power.clone());
+        let pci = PciBus::new(p.bus.clone(), router.clone(), reset_register.clone())?;
+        board.devices.push(Arc::new(Mutex::new(pci.clone())));
+        board.state("PCIHost", 0, Arc::new(Mutex::new(PciHost(pci.clone()))));
+        board.state("PCIBUS", 0, Arc::new(Mutex::new(PciBusLines(pci.clone()))));
+        let host = board.device("0000:00:00.0/I440FX", 0, I440fx::new());
+        pci.attach(0, 0, host)?;
+
+        for (instance, which, ports) in
+            [(0, Which::First, DMA1_PORTS), (1, Which::Second, DMA2_PORTS)]
+        {
+            let dma = board.device("dma", instance, Dma::new(which));
+            for (base, len) in ports {
+                p.bus.map_pio(base, len, dma.clone())?;
+            }
+        }
+
+        let piix3 = Piix3::new(router, reset_register);
+        let piix3 = board.device("0000:00:01.0/PIIX3", 0, piix3);
+        pci.attach(1, 0, piix3)?;
+
+        let low = arch::layout::low_ram_size(p.ram.size());
+        let cmos =
+            CmosConfig { ram_below_4g: low, ram_above_4g: p.ram.size() - low, cpus: p.config.smp };
+        let rtc = Rtc::new(cmos, line(8), p.clock.clone(), p.bell.clone());
+        let rtc = board.device("mc146818rtc", 0, rtc);
+        board.timed.push(rtc.clone());
+        p.bus.map_pio(0x70, 2, rtc)?;
+
+        board.device("pcspk", 0, PcSpeaker::new());
+
+        let chardev = Chardev::open(&p.config.serial)?;
+        board.serial_path = chardev.path();
+        let serial = SerialPort::new(arch::layout::port::COM1, line(4), chardev.writer());
+        let serial = board.device("serial", 0, serial);
+        let (service, room) =
+            CharService::new(chardev, serial.clone()).map_err(BoardError::EventFd)?;
+        lock(&serial).on_room(Box::new(move || {
+            let _ = room.write(1);
+        }));
+        p.io.add(Arc::new(Mutex::new(service)))?;
+        p.bus.map_pio(arch::layout::port::COM1, 8, serial)?;
+
+        board.device("fdc", 0, Fdc::new());
+        let keyboard = board.device("ps2kbd", 0, Keyboard::new());
+        let mouse = board.device("ps2mouse", 0, Mouse::new());
+        let i8042 = I8042::new(keyboard, mouse, line(1), line(12), power.clone());
+        let i8042 = board.device("pckbd", 0, i8042);
+        p.bus.map_pio(0x60, 1, i8042.clone())?;
+        p.bus.map_pio(0x64, 1, i8042)?;
+        let port92 = board.device("port92", 0, Port92::new(power.clone()));
+        p.bus.map_pio(0x92, 1, port92)?;
+        let ide = board.device("0000:00:01.1/ide", 0, Ide::new());
+        for (base, len) in ide::PORTS {
+            p.bus.map_pio(base, len, ide.clone())?;
+        }
+        pci.attach(1, 1, ide)?;
+        board.device("i2c_bus", 0, Holder::<I2cBusState>::new());
+        let pm = Piix4Pm::new(
+            p.config.smp,
+            p.bus.clone(),
+            line(9),
+            p.clock.clone(),
+            p.bell.clone(),
+            power,
+        )?;
+        board.devices.push(pm.clone());
+        board.timed.push(pm.clone());
+        let (state, cpus) = (pm.clone(), p.config.smp);
+        board.sections.push(Box::new(move || {
+            let id = SectionId::new("0000:00:01.3/piix4_pm", 0);
+            Box::new(PmSection::new(id, state.clone(), cpus))
+        }));
+        pci.attach(1, 3, pm.clone())?;
+        board.pm = Some(pm);
+        board.device("acpi_build", 0, Holder::<AcpiBuildState>::new());
+        board.pci = Some(pci);
+        for port in [0x80, 0xf0] {
+            p.bus.map_pio(port, 1, Arc::new(Mutex::new(SinkPort)))?;
+        }
+        Ok(board)
+    }
+
+    /// Takes a device in: it lives with the machine, and its state travels as section `name`.
+    fn device<D>(&mut self, name: &str, instance: u32, device: D) -> Arc<Mutex<D>>
+    where
+        D: Device + Migratable + 'static,
+    {
+        let device = Arc::new(Mutex::new(device));
+        self.devices.push(device.clone());
+        self.state(name, instance, device.clone());
+        device
+    }
+
+    /// Lets a device's state travel as section `name`.
+    fn state<D>(&mut self, name: &str, instance: u32, device: Arc<Mutex<D>>)
+    where
+        D: Migratable + Send + 'static,
+    {
+        let id = SectionId::new(name, instance);
+        self.sections.push(Box::new(move || Box::new(SectionOf::new(id.clone(), device.clone()))));
+    }
+
+    /// Presses the power button on behalf of the host.
+    pub fn press_power_button(&self) {
+        if let Some(pm) = &self.pm {
+            lock(pm).power_button();
+        }
+    }
+
+    /// Makes all that disks hold in memory durable.
+    pub fn flush_disks(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// Opens the disks' images for use by this machine.
+    pub fn activate_disks(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// Gives the disks' images up.
+    pub fn deactivate_disks(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// Rebuilds what follows from several devices' states at once.
+    pub fn refresh(&self) {
+        if let Some(pci) = &self.pci {
+            pci.refresh();
+        }
+    }
+
+    /// Tells the networks where the guest is now.
+    pub fn announce(&self) {}
+
+    /// What there is on the PCI bus, for a manifest.
+    pub fn describe_devices(&self) -> Vec<crate::migrate::DeviceDetails> {
+        Vec::new()
+    }
+
+    /// The devices' sections, in the order in which they travel.
+    pub fn sections(&self) -> Vec<Box<dyn Section>> {
+        self.sections.iter().map(|make| make()).collect()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

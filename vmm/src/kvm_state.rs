@@ -1,0 +1,214 @@
+//! The state that KVM holds, as sections: vCPUs, interrupt controllers, PIT and clocks.
+//!
+//! ```text
+//! leaving    vCPUs and devices stand still → snapshot(): everything is read once, the vCPUs each in
+//!            its own thread → every section writes its part of it
+//! arriving   every section decodes and checks its part → apply() keeps it → install(): everything
+//!            is given to KVM → start_clocks(): kvmclock and TSCs, right before the vCPUs run
+//! ```
+
+mod differences;
+mod section;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arch::clock::ClockState;
+use arch::irqchip::IrqchipState;
+use arch::vcpu_state::VcpuState;
+use arch::wire::{self, IrqchipWire, VcpuWire, WireContext};
+use devices::chipset::holders::GlobalState;
+use devices::clock::Clock;
+use migration::vmstate::{Audience, FieldError, SectionId};
+
+pub(crate) use section::global_state;
+pub use section::sections;
+
+use crate::clock::monotonic_ns;
+use crate::machine::{Machine, MachineError};
+
+/// Everything that KVM holds, at one moment.
+pub struct Snapshot {
+    vcpus: Vec<VcpuState>,
+    chips: IrqchipState,
+    clock: ClockState,
+    /// What time it was, and what the vCPUs are.
+    context: WireContext,
+    /// The host's monotonic clock, on which KVM counts the PIT's times.
+    monotonic_ns: i64,
+}
+
+impl Snapshot {
+    fn vcpu(&self, index: u32, audience: Audience) -> Result<VcpuWire, FieldError> {
+        let state = self
+            .vcpus
+            .get(index as usize)
+            .ok_or_else(|| FieldError::new("index", "a vCPU of this machine", index))?;
+        VcpuWire::from_state(state, audience, &self.context)
+    }
+
+    fn chips(&self, audience: Audience) -> IrqchipWire {
+        let virtual_ns = self.context.virtual_ns;
+        IrqchipWire::from_state(&self.chips, audience, virtual_ns, self.monotonic_ns)
+    }
+}
+
+/// What has come so far.
+#[derive(Default)]
+pub(crate) struct Arrived {
+    pub(crate) timer: Option<wire::TimerSection>,
+    pub(crate) cpu_common: BTreeMap<u32, wire::CpuCommon>,
+    pub(crate) cpu: BTreeMap<u32, wire::Cpu>,
+    pub(crate) apic: BTreeMap<u32, wire::Apic>,
+    pub(crate) kvmclock: Option<wire::Kvmclock>,
+    pub(crate) pic: BTreeMap<u32, wire::I8259>,
+    pub(crate) ioapic: Option<wire::Ioapic>,
+    pub(crate) pit: Option<wire::I8254>,
+    pub(crate) global: Option<GlobalState>,
+    /// Clocks and TSCs that wait for the start.
+    clocks: Option<(ClockState, Vec<VcpuState>, i64)>,
+}
+
+/// The state of one machine's kernel half, on its way out or in.
+#[derive(Default)]
+pub struct KvmState {
+    snapshot: Mutex<Option<Arc<Snapshot>>>,
+    arrived: Mutex<Arrived>,
+}
+
+/// The state that came can't be given to KVM.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// A section without which no vCPU can run has not come.
+    #[error("the section {0} has not come")]
+    Missing(SectionId),
+    /// A section has a value that KVM can't be given.
+    #[error("{section}: {error}")]
+    Field {
+        /// Which section.
+        section: SectionId,
+        /// Which field.
+        #[source]
+        error: FieldError,
+    },
+    /// The machine refused.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] arch::error::KvmError),
+}
+
+fn context(machine: &Machine, virtual_ns: i64) -> WireContext {
+    WireContext {
+        virtual_ns,
+        phys_bits: machine.cpu.phys_bits(),
+        xsave: machine.xsave.clone(),
+        host: machine.host.clone(),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl KvmState {
+    /// Forgets what was read or has come before.
+    pub fn forget(&self) {
+        *lock(&self.snapshot) = None;
+        *lock(&self.arrived) = Arrived::default();
+    }
+
+    /// Everything, read from KVM at the first call after [`forget`](Self::forget). The vCPUs and
+    /// the devices must stand still.
+    pub(crate) fn snapshot(&self, machine: &Machine) -> Result<Arc<Snapshot>, MachineError> {
+        let mut slot = lock(&self.snapshot);
+        if let Some(snapshot) = slot.as_ref() {
+            return Ok(snapshot.clone());
+        }
+        // The chips after the vCPUs: an interrupt that a LAPIC has accepted leaves the chips. The
+        // clocks last, side by side.
+        let vcpus = machine.capture_vcpus()?;
+        let chips = IrqchipState::capture(&machine.vm)?;
+        let clock = ClockState::capture(&machine.vm)?;
+        let context = context(machine, machine.clock.virtual_ns());
+        let monotonic_ns = monotonic_ns();
+        let snapshot = Arc::new(Snapshot { vcpus, chips, clock, context, monotonic_ns });
+        *slot = Some(snapshot.clone());
+        Ok(snapshot)
+    }
+
+    pub(crate) fn arrived(&self) -> MutexGuard<'_, Arrived> {
+        lock(&self.arrived)
+    }
+
+    /// Gives what has come to KVM. Nothing runs afterwards that did not before.
+    pub fn install(&self, machine: &Machine) -> Result<(), InstallError> {
+        let mut arrived = self.arrived();
+        let missing = |name: &str, instance| InstallError::Missing(SectionId::new(name, instance));
+        let virtual_ns = arrived.timer.as_ref().ok_or(missing("timer", 0))?.cpu_clock_offset;
+        // What is saved from now on is what KVM has then.
+        *lock(&self.snapshot) = None;
+        // Devices that look at the time while they are restored must see the one that came.
+        machine.clock.set(virtual_ns);
+
+        let context = context(machine, virtual_ns);
+        let field = |name: &str, instance| {
+            let section = SectionId::new(name, instance);
+            move |error| InstallError::Field { section, error }
+        };
+        let mut states = Vec::new();
+        for index in 0..machine.config().smp {
+            let vcpu = VcpuWire {
+                cpu: arrived.cpu.remove(&index).ok_or(missing("cpu", index))?,
+                common: arrived.cpu_common.remove(&index).unwrap_or_default(),
+                apic: arrived.apic.remove(&index).ok_or(missing("apic", index))?,
+            };
+            states.push(vcpu.to_state(index, &context).map_err(field("cpu", index))?);
+        }
+        let pic = |n| arrived.pic.get(&n).copied().ok_or(missing("i8259", n));
+        let chips = IrqchipWire {
+            pic: [pic(0)?, pic(1)?],
+            ioapic: arrived.ioapic.clone().ok_or(missing("ioapic", 0))?,
+            pit: arrived.pit.clone().ok_or(missing("i8254", 0))?,
+        };
+        let chips = chips
+            .to_state(virtual_ns, monotonic_ns())
+            .map_err(field("interrupt controllers", 0))?;
+        let clock = match &arrived.kvmclock {
+            Some(section) => section.to_state(),
+            None => ClockState {
+                clock: virtual_ns.max(0) as u64,
+                realtime: None,
+                host_tsc: None,
+                stable: false,
+            },
+        };
+        chips.restore(&machine.vm)?;
+        machine.restore_vcpus(&states)?;
+        arrived.clocks = Some((clock, states, virtual_ns));
+        Ok(())
+    }
+
+    /// What is different about a section that was received and one saved again after
+    /// [`install`](Self::install).
+    pub fn differences(
+        &self,
+        section: &SectionId,
+        received: &[u8],
+        saved_again: &[u8],
+    ) -> Vec<FieldError> {
+        differences::find(section, received, saved_again)
+    }
+
+    /// Sets the clocks to what they must be now. Called once, right before the vCPUs may run.
+    pub fn start_clocks(&self, machine: &Machine) -> Result<(), MachineError> {
+        let Some((clock, states, virtual_ns)) = self.arrived().clocks.take() else {
+            return Ok(());
+        };
+        let base = clock.restore(&machine.vm)?;
+        let advanced = i64::try_from(base.advanced).unwrap_or(i64::MAX);
+        machine.clock.set(virtual_ns.saturating_add(advanced));
+        machine.restore_tscs(&states, base)
+    }
+}

@@ -1,0 +1,268 @@
+//! One machine: its RAM, its vCPUs, its board, and the order in which they stop and go on.
+
+mod boot;
+mod error;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arch::clock::ClockBase;
+use arch::cpu_model::{CpuModel, CpuModelName};
+use arch::cpuid::CpuProfile;
+use arch::host::KvmHost;
+use arch::irqchip::IrqchipState;
+use arch::vcpu_state::VcpuState;
+use arch::wire::XsaveLayout;
+use devices::bus::IoBus;
+use kvm_ioctls::VmFd;
+
+pub use error::MachineError;
+
+use crate::board::{Board, BoardParts};
+use crate::clock::VirtualClock;
+use crate::config::{self, Config};
+use crate::event_loop::EventLoop;
+use crate::kvm::{self, DirtyLog, KvmIoEvents, KvmMsi, KvmRouting};
+use crate::memory::Ram;
+use crate::power::{MachineEvent, MachineEvents};
+use crate::timers::{TimerBell, Timers};
+use crate::vcpu::{Vcpu, install_kick_handler};
+
+/// How long a vCPU may take to leave the kernel. It does so within microseconds unless the host
+/// is overloaded; a guest cannot hold it up.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What the machine was when it was switched on, to be that again after a reset.
+struct PowerOn {
+    vcpus: Vec<VcpuState>,
+    chips: IrqchipState,
+}
+
+/// A machine. Its vCPUs stand still until [`resume`](Self::resume).
+///
+/// Fields are dropped in this order: vCPUs first, so that nobody uses a device that is going.
+pub struct Machine {
+    vcpus: Vec<Vcpu>,
+    io: EventLoop,
+    /// The devices and how they are wired.
+    pub board: Board,
+    bell: Arc<TimerBell>,
+    /// The machine's own clock.
+    pub clock: Arc<VirtualClock>,
+    bus: Arc<IoBus>,
+    power_on: PowerOn,
+    /// What KVM offers here.
+    pub host: KvmHost,
+    /// What CPUID tells the guest.
+    pub cpu: CpuProfile,
+    /// Where the host's processor keeps extended state.
+    pub xsave: XsaveLayout,
+    /// The memory slots and their dirty logs.
+    pub dirty_log: Arc<DirtyLog>,
+    /// The VM in the kernel.
+    pub vm: Arc<VmFd>,
+    /// Its memory; last, since KVM and devices point into it.
+    pub ram: Ram,
+    config: Config,
+}
+
+fn cpu_model(config: &config::CpuConfig) -> CpuModel {
+    let name = match config.model {
+        config::CpuModel::Host => CpuModelName::Host,
+        config::CpuModel::X86_64V2 => CpuModelName::X86_64V2,
+        config::CpuModel::X86_64V3 => CpuModelName::X86_64V3,
+    };
+    CpuModel { name, migratable: config.migratable }
+}
+
+impl Machine {
+    /// Builds the machine of `config`, switched on and standing at the first instruction of its
+    /// kernel, or blank if it waits for a migration.
+    pub fn new(config: &Config, events: &MachineEvents) -> Result<Self, MachineError> {
+        install_kick_handler().map_err(MachineError::host("cannot install a signal handler"))?;
+        let kvm = kvm::open()?;
+        let most = u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX);
+        if config.smp > most {
+            return Err(MachineError::TooManyCpus { wanted: config.smp, most });
+        }
+        let vm = kvm::create_vm(&kvm)?;
+        let host = KvmHost::probe(&kvm, &vm)?;
+        let cpu = CpuProfile::for_model(&kvm, cpu_model(&config.cpu))?;
+        let xsave = XsaveLayout::new(&CpuProfile::host(&kvm)?);
+        host.setup_vm(&vm)?;
+        let ram = Ram::new(config.memory.0, cpu.phys_bits())?;
+        // SAFETY: the machine keeps `ram` longer than anything that holds the VM's descriptor.
+        let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots().to_vec()) }?;
+
+        let bus = Arc::new(IoBus::new());
+        let clock = Arc::new(VirtualClock::default());
+        let bell = TimerBell::new().map_err(MachineError::host("cannot make an eventfd"))?;
+        let io = EventLoop::start()?;
+        let routing = KvmRouting::new(vm.clone())?;
+        let board = Board::build(BoardParts {
+            config,
+            ram: &ram,
+            bus: &bus,
+            clock: &clock,
+            bell: &bell,
+            routing: &routing,
+            msi: Arc::new(KvmMsi(routing.clone())),
+            doorbells: Arc::new(KvmIoEvents(vm.clone())),
+            events,
+            io: &io,
+        })?;
+        let timers = Timers::new(bell.clone(), clock.clone(), board.timed.clone())
+            .map_err(MachineError::host("cannot make timers"))?;
+        io.add(Arc::new(Mutex::new(timers)))?;
+
+        let mut vcpus = Vec::new();
+        for index in 0..config.smp {
+            let fd = vm
+                .create_vcpu(index.into())
+                .map_err(|e| kvm::KvmError::ioctl(format!("KVM_CREATE_VCPU {index}"), e))?;
+            arch::vcpu_init::init_vcpu(index, config.smp, &fd, &cpu, &host)?;
+            let died = events.clone();
+            vcpus.push(Vcpu::spawn(
+                index,
+                fd,
+                bus.clone(),
+                ram.guest().clone(),
+                Arc::new(move |report| died.send(MachineEvent::Crashed(report))),
+            )?);
+        }
+        let power_on =
+            PowerOn { vcpus: capture_vcpus(&vcpus, &host)?, chips: IrqchipState::capture(&vm)? };
+        let machine = Self {
+            vcpus,
+            io,
+            board,
+            bell,
+            clock,
+            bus,
+            power_on,
+            host,
+            cpu,
+            xsave,
+            dirty_log: Arc::new(dirty_log),
+            vm,
+            ram,
+            config: config.clone(),
+        };
+        machine.boot()?;
+        Ok(machine)
+    }
+
+    /// The configuration it was built from.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+
+    /// Stops every vCPU; when one does not stop, all go on and the error says which.
+    pub fn pause_vcpus(&self) -> Result<(), MachineError> {
+        for vcpu in &self.vcpus {
+            vcpu.ask_pause();
+        }
+        for vcpu in &self.vcpus {
+            if let Err(e) = vcpu.wait_paused(PAUSE_DEADLINE) {
+                self.vcpus.iter().for_each(Vcpu::resume);
+                return Err(e.into());
+            }
+        }
+        self.bell.set_running(false);
+        Ok(())
+    }
+
+    /// Brings every device to a stand-still: requests in flight are finished, disks flushed, and
+    /// nothing is written to guest memory or to a back end any more.
+    pub fn pause_devices(&self) {
+        for device in &self.board.devices {
+            device.lock().unwrap_or_else(PoisonError::into_inner).pause();
+        }
+    }
+
+    /// Lets devices and vCPUs go on.
+    pub fn resume(&self) {
+        self.resume_devices();
+        self.tell_guests_they_stood_still();
+        self.bell.set_running(true);
+        self.vcpus.iter().for_each(Vcpu::resume);
+    }
+
+    /// Lets the devices go on while the vCPUs stand still.
+    pub fn resume_devices(&self) {
+        for device in &self.board.devices {
+            device.lock().unwrap_or_else(PoisonError::into_inner).resume();
+        }
+    }
+
+    /// A guest's watchdogs would take the time for a hang (Linux, api.rst, KVM_KVMCLOCK_CTRL).
+    fn tell_guests_they_stood_still(&self) {
+        let told: Vec<_> =
+            self.vcpus.iter().map(|vcpu| vcpu.start_job(|fd| fd.kvmclock_ctrl())).collect();
+        for answer in told {
+            // A guest that does not use kvmclock has nothing to be told (EINVAL).
+            let _ = answer.recv();
+        }
+    }
+
+    /// All vCPUs' states, read at the same time in their own threads. They must be paused.
+    pub fn capture_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
+        capture_vcpus(&self.vcpus, &self.host)
+    }
+
+    /// Gives all vCPUs their states, at the same time in their own threads.
+    pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
+        let answers: Vec<_> = self
+            .vcpus
+            .iter()
+            .zip(states)
+            .map(|(vcpu, state)| {
+                let (state, host) = (state.clone(), self.host.clone());
+                (vcpu.index(), vcpu.start_job(move |fd| state.restore(fd, &host)))
+            })
+            .collect();
+        for (index, answer) in answers {
+            answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// Sets all vCPUs' TSCs to what they must be now that the VM's clock has been set.
+    pub fn restore_tscs(&self, states: &[VcpuState], base: ClockBase) -> Result<(), MachineError> {
+        let answers: Vec<_> = self
+            .vcpus
+            .iter()
+            .zip(states)
+            .map(|(vcpu, state)| {
+                let (state, host) = (state.clone(), self.host.clone());
+                (vcpu.index(), vcpu.start_job(move |fd| state.restore_tsc(fd, &host, &base)))
+            })
+            .collect();
+        for (index, answer) in answers {
+            answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
+        }
+        Ok(())
+    }
+}
+
+fn capture_vcpus(vcpus: &[Vcpu], host: &KvmHost) -> Result<Vec<VcpuState>, MachineError> {
+    let answers: Vec<_> = vcpus
+        .iter()
+        .map(|vcpu| {
+            let (index, host) = (vcpu.index(), host.clone());
+            (index, vcpu.start_job(move |fd| VcpuState::capture(index, fd, &host)))
+        })
+        .collect();
+    let mut states = Vec::new();
+    for (index, answer) in answers {
+        states.push(answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??);
+    }
+    Ok(states)
+}

@@ -1,0 +1,105 @@
+//! This machine as the engine's destination sees it.
+
+use std::sync::Arc;
+
+use migration::guest::{DestinationVm, GuestRam, Machine, VmError};
+use migration::manifest::Problem;
+use migration::vmstate::{FieldError, Section, SectionId};
+use serde_json::Value;
+
+use super::details;
+use crate::control::RunState;
+use crate::vm::Vm;
+
+/// A VM that waits to become what another one was.
+pub(super) struct Arriving {
+    vm: Arc<Vm>,
+}
+
+impl Arriving {
+    pub(super) fn new(vm: Arc<Vm>) -> Self {
+        vm.kvm_state.forget();
+        Self { vm }
+    }
+}
+
+impl Machine for Arriving {
+    fn machine_type(&self) -> String {
+        self.vm.config().machine.to_string()
+    }
+    fn vcpus(&self) -> u32 {
+        self.vm.config().smp
+    }
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        Arc::new(self.vm.machine.ram.clone())
+    }
+    fn sections(&self) -> Vec<Box<dyn Section>> {
+        self.vm.sections(RunState::Running)
+    }
+    fn details(&self) -> Value {
+        details::of(&self.vm)
+    }
+}
+
+impl DestinationVm for Arriving {
+    fn check_details(&self, source: &Value) -> Vec<Problem> {
+        details::compare(&details::of(&self.vm), source)
+    }
+
+    fn may_discard_block(&self, name: &str) -> bool {
+        // Firmware, option ROMs and ACPI tables of a QEMU. What the guest uses of them is in its
+        // RAM as well.
+        matches!(name, "pc.bios" | "pc.rom")
+            || name.starts_with("/rom@")
+            || (name.starts_with("0000:") && name.ends_with(".rom"))
+    }
+
+    fn prepare(&mut self) -> Result<(), VmError> {
+        self.vm
+            .kvm_state
+            .install(&self.vm.machine)
+            .map_err(|e| VmError::with("the vCPUs' state could not be loaded", e))?;
+        self.vm.machine.board.refresh();
+        Ok(())
+    }
+
+    fn take_disks(&mut self) -> Result<(), VmError> {
+        self.vm
+            .machine
+            .board
+            .activate_disks()
+            .map_err(|e| VmError::with("a disk could not be taken", e))
+    }
+
+    fn release_disks(&mut self) {
+        if let Err(e) = self.vm.machine.board.deactivate_disks() {
+            tracing::error!("a disk could not be given back: {e}");
+        }
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        self.vm
+            .kvm_state
+            .start_clocks(&self.vm.machine)
+            .map_err(|e| VmError::with("the clocks could not be set", e))?;
+        let mut life = self.vm.life();
+        let came_running = self.vm.came_running();
+        if came_running && life.autostart {
+            self.vm.start_running(&mut life);
+        } else {
+            life.state = RunState::Paused;
+        }
+        drop(life);
+        self.vm.machine.board.announce();
+        Ok(())
+    }
+
+    fn section_differences(
+        &self,
+        section: &SectionId,
+        received: &[u8],
+        saved_again: &[u8],
+    ) -> Vec<FieldError> {
+        self.vm.kvm_state.differences(section, received, saved_again)
+    }
+}

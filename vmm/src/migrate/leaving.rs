@@ -1,0 +1,110 @@
+//! This machine as the engine's source sees it.
+
+use std::sync::Arc;
+
+use migration::guest::{DirtyTracker, GuestRam, Machine, SourceVm, VmError};
+use migration::vmstate::Section;
+
+use super::details;
+use crate::control::RunState;
+use crate::dirty::RamTracker;
+use crate::vm::Vm;
+
+/// A VM that is being given away.
+pub(super) struct Leaving {
+    vm: Arc<Vm>,
+    /// What it was doing before the engine stopped it.
+    before: Option<RunState>,
+}
+
+impl Leaving {
+    pub(super) fn new(vm: Arc<Vm>) -> Self {
+        Self { vm, before: None }
+    }
+}
+
+impl Machine for Leaving {
+    fn machine_type(&self) -> String {
+        self.vm.config().machine.to_string()
+    }
+    fn vcpus(&self) -> u32 {
+        self.vm.config().smp
+    }
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        Arc::new(self.vm.machine.ram.clone())
+    }
+    fn sections(&self) -> Vec<Box<dyn Section>> {
+        self.vm.sections(self.before.unwrap_or(self.vm.state()))
+    }
+    fn details(&self) -> serde_json::Value {
+        details::of(&self.vm)
+    }
+}
+
+impl SourceVm for Leaving {
+    fn blockers(&self) -> Vec<String> {
+        self.vm.blockers()
+    }
+
+    fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
+        let machine = &self.vm.machine;
+        Ok(Box::new(RamTracker::new(machine.ram.clone(), machine.dirty_log.clone())))
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        let mut life = self.vm.life();
+        match life.state {
+            RunState::Running => {
+                self.vm
+                    .machine
+                    .pause_vcpus()
+                    .map_err(|e| VmError::with("the vCPUs could not be stopped", e))?;
+                self.vm.says_stopped();
+            }
+            RunState::Paused | RunState::Prelaunch => {}
+            state => return Err(VmError::new(format!("the VM is in state '{state}' now"))),
+        }
+        self.before = Some(life.state);
+        life.state = RunState::FinishMigrate;
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<(), VmError> {
+        if self.before == Some(RunState::Running) {
+            self.vm.machine.pause_devices();
+        }
+        self.vm.kvm_state.forget();
+        self.vm.machine.board.flush_disks().map_err(|e| VmError::with("a disk's flush failed", e))
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.vm.kvm_state.forget();
+        let mut life = self.vm.life();
+        let Some(before) = self.before.take() else { return Ok(()) };
+        life.state = before;
+        if before == RunState::Running {
+            self.vm.start_running(&mut life);
+        }
+        Ok(())
+    }
+
+    fn release_disks(&mut self) -> Result<(), VmError> {
+        self.vm
+            .machine
+            .board
+            .deactivate_disks()
+            .map_err(|e| VmError::with("a disk could not be given up", e))
+    }
+
+    fn reacquire_disks(&mut self) -> Result<(), VmError> {
+        self.vm
+            .machine
+            .board
+            .activate_disks()
+            .map_err(|e| VmError::with("a disk could not be taken back", e))
+    }
+
+    fn hand_over(&mut self) {
+        self.vm.life().state = RunState::Postmigrate;
+    }
+}

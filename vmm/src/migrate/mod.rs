@@ -1,0 +1,107 @@
+//! Migration as this VM does it: one at a time, on a thread of its own, steered from outside.
+//!
+//! The engine is `migration::{source, destination}`; [`leaving`] and [`arriving`] are what it sees
+//! of this machine. Here is who may start one, who watches it, and what its end means for the VM.
+
+mod arriving;
+mod details;
+mod leaving;
+mod outgoing;
+
+pub use details::Device as DeviceDetails;
+pub use outgoing::{IncomingError, MigrateError};
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use migration::control::{Control, Events};
+use migration::params::Parameters;
+use migration::phase::Phase;
+use migration::source::Doubt;
+use migration::stats::{MigrationInfo, Report};
+use migration::transport::Address;
+
+use crate::control::{Event, EventBus};
+
+/// What is known of this VM's migrations: the last one or the one that runs.
+#[derive(Default)]
+pub struct MigrationDesk {
+    inner: Mutex<Desk>,
+}
+
+#[derive(Default)]
+pub(crate) struct Desk {
+    pub(crate) parameters: Parameters,
+    pub(crate) control: Option<Arc<Control>>,
+    thread: Option<JoinHandle<()>>,
+    /// A hand-over of which nobody knows how it ended.
+    pub(crate) doubt: Option<Doubt>,
+    /// Where a migration is waited for.
+    pub(crate) listening: Option<Address>,
+    /// The process is ending: an incoming thread stops waiting.
+    pub(crate) closing: bool,
+}
+
+impl Desk {
+    /// Whether a thread of a migration still works.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Notes a new migration and its thread; the one before has ended and is joined.
+    fn begin(&mut self, control: Arc<Control>, thread: JoinHandle<()>) {
+        if let Some(before) = self.thread.take()
+            && before.join().is_err()
+        {
+            tracing::error!("a migration's thread panicked");
+        }
+        self.control = Some(control);
+        self.thread = Some(thread);
+    }
+}
+
+impl MigrationDesk {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Desk> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What `query-migrate` answers.
+    pub fn info(&self) -> MigrationInfo {
+        let desk = self.lock();
+        desk.control.as_ref().map(|control| control.info()).unwrap_or_default()
+    }
+
+    /// The last migration's report, also while it runs.
+    pub fn report(&self) -> Option<Report> {
+        self.lock().control.as_ref().map(|control| control.report())
+    }
+
+    /// Breaks off what still runs and joins its thread.
+    pub fn shut_down(&self) {
+        let thread = {
+            let mut desk = self.lock();
+            desk.closing = true;
+            if let Some(control) = &desk.control {
+                control.abort();
+            }
+            desk.thread.take()
+        };
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("a migration's thread panicked");
+        }
+    }
+}
+
+/// Passes the engine's events on to everyone who listens to the VM.
+struct Tell(EventBus);
+
+impl Events for Tell {
+    fn phase(&self, phase: Phase) {
+        self.0.send(Event::Migration(phase));
+    }
+    fn pass(&self, pass: u64) {
+        self.0.send(Event::MigrationPass(pass));
+    }
+}

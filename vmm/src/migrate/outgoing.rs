@@ -1,0 +1,157 @@
+//! Starting a migration, out or in, and acting on how it ended.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use migration::control::Control;
+use migration::destination::{self, Failure};
+use migration::source::{self, Outcome};
+use migration::transport::{Address, Connection, Listener, TransportError};
+
+use super::arriving::Arriving;
+use super::leaving::Leaving;
+use super::{MigrationDesk, Tell};
+use crate::control::RunState;
+use crate::power::MachineEvent;
+use crate::vm::Vm;
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a thread that waits for a source looks whether the process is ending.
+const ACCEPT_STEP: Duration = Duration::from_millis(100);
+
+/// Why a migration was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// The destination can't be reached.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The thread.
+    #[error("cannot start the migration's thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Why the VM that was waited for is not here.
+#[derive(Debug, thiserror::Error)]
+pub enum IncomingError {
+    /// The address can't be listened at.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The thread.
+    #[error("cannot start the thread that waits for the migration")]
+    Thread(#[source] std::io::Error),
+    /// It came, but could not be taken.
+    #[error("the incoming migration failed")]
+    Failed(#[from] Failure),
+}
+
+impl MigrationDesk {
+    fn control(&self, vm: &Vm) -> Arc<Control> {
+        let parameters = self.lock().parameters.clone();
+        Arc::new(Control::new(parameters, Box::new(Tell(vm.events.clone()))))
+    }
+}
+
+impl Vm {
+    /// Connects to `address` and starts to migrate there. The caller has made sure that none runs.
+    pub(crate) fn begin_outgoing(self: &Arc<Self>, address: &Address) -> Result<(), MigrateError> {
+        let connection = Connection::connect(address, CONNECT_TIMEOUT)?;
+        let control = self.migration.control(self);
+        let (vm, shared) = (self.clone(), control.clone());
+        // Held until the new migration is noted, so that its end finds itself there.
+        let mut desk = self.migration.lock();
+        let thread = thread::Builder::new()
+            .name("migration-out".into())
+            .spawn(move || vm.go(connection, &shared))
+            .map_err(MigrateError::Thread)?;
+        desk.begin(control, thread);
+        Ok(())
+    }
+
+    fn go(self: &Arc<Self>, connection: Connection, control: &Control) {
+        let mut leaving = Leaving::new(self.clone());
+        match source::run(&mut leaving, connection, control) {
+            Outcome::Completed(_) => self.queue(MachineEvent::HandedOver),
+            Outcome::Kept { error } => {
+                tracing::warn!("the migration ended and the guest stays here: {}", error.chain());
+            }
+            Outcome::KeptStopped { error, resume } => {
+                tracing::error!(
+                    "the migration failed ({}), and the guest stands still here: {}",
+                    error.chain(),
+                    crate::error_chain(&resume)
+                );
+            }
+            Outcome::InDoubt { error, doubt } => {
+                tracing::error!(
+                    "the destination was told to run the guest and has not answered ({}). The \
+                     guest stands still here with everything it has; find out whether it runs \
+                     there before doing anything else",
+                    error.chain()
+                );
+                self.migration.lock().doubt = Some(doubt);
+            }
+        }
+    }
+
+    /// Listens at `address` and waits for a source there.
+    pub(crate) fn begin_incoming(self: &Arc<Self>, address: &Address) -> Result<(), IncomingError> {
+        let listener = Listener::bind(address)?;
+        let control = self.migration.control(self);
+        let (vm, shared) = (self.clone(), control.clone());
+        let mut desk = self.migration.lock();
+        desk.listening = Some(listener.address().clone());
+        let thread = thread::Builder::new()
+            .name("migration-in".into())
+            .spawn(move || {
+                if let Err(e) = vm.receive(&listener, shared) {
+                    vm.queue(MachineEvent::IncomingFailed(e));
+                }
+            })
+            .map_err(IncomingError::Thread)?;
+        desk.begin(control, thread);
+        Ok(())
+    }
+
+    /// Waits for sources until one has given its VM, or the process ends. Whoever connects and is
+    /// no source, or one whose VM does not fit, is sent away, and the next may come.
+    fn receive(
+        self: &Arc<Self>,
+        listener: &Listener,
+        mut control: Arc<Control>,
+    ) -> Result<(), IncomingError> {
+        loop {
+            let connection = loop {
+                if self.migration.lock().closing {
+                    return Ok(());
+                }
+                match listener.accept(ACCEPT_STEP) {
+                    Ok(Some(connection)) => break connection,
+                    Ok(None) => {}
+                    Err(e) => return Err(e.into()),
+                }
+            };
+            let peer = connection.peer().to_string();
+            let mut arriving = Arriving::new(self.clone());
+            match destination::run(&mut arriving, connection, &control) {
+                Ok(_) => {
+                    self.migration.lock().listening = None;
+                    return Ok(());
+                }
+                Err(failure) if failure.vm_untouched && !self.migration.lock().closing => {
+                    tracing::warn!(
+                        "{peer} was sent away, waiting for the next: {}",
+                        crate::error_chain(&failure)
+                    );
+                    control = self.migration.control(self);
+                    self.migration.lock().control = Some(control.clone());
+                }
+                Err(failure) => {
+                    self.life().state = RunState::InternalError;
+                    return Err(failure.into());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! `mini-vmm run`: a VM from its configuration to its end.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::thread;
+use std::time::Duration;
+
+use devices::device::PowerRequest;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::config::{Config, MigrateListen};
+use crate::control::{ControlError, RunState, ShutdownReason};
+use crate::machine::{Machine, MachineError};
+use crate::migrate::IncomingError;
+use crate::power::{MachineEvent, MachineEvents};
+use crate::qmp::{self, QmpServer, ServerError};
+use crate::rundir::{RunDir, RunDirError};
+use crate::vcpu::{CrashKind, CrashReport};
+use crate::vm::Vm;
+use crate::vm_control::VmHandle;
+
+/// How long a VM that has moved away still answers on its control socket, unless it is told to
+/// quit.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+/// How a VM ended.
+#[derive(Debug)]
+pub enum RunOutcome {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// Somebody ended it with `quit` or a signal.
+    Quit,
+    /// It goes on elsewhere.
+    Migrated,
+}
+
+/// Why a VM could not run, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It could not be built.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its directory.
+    #[error(transparent)]
+    Directory(#[from] RunDirError),
+    /// Its control socket.
+    #[error(transparent)]
+    Socket(#[from] ServerError),
+    /// The process' signals.
+    #[error("cannot watch for signals")]
+    Signals(#[source] std::io::Error),
+    /// The guest died.
+    #[error("{0}")]
+    Crashed(Box<CrashReport>),
+    /// It did not arrive.
+    #[error(transparent)]
+    Incoming(#[from] IncomingError),
+    /// The guest asked for something that failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The process' main thread was left alone.
+    #[error("nobody is left to say when the VM ends")]
+    Abandoned,
+}
+
+/// Runs a VM until it ends.
+pub fn run(config: &Config) -> Result<RunOutcome, RunError> {
+    let (queue, events) = MachineEvents::new();
+    // Before the machine: a signal that comes while it is built must end it too.
+    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(RunError::Signals)?;
+    let handle = signals.handle();
+    let watcher = watch_signals(signals, queue.clone()).map_err(RunError::Signals)?;
+    let outcome = build_and_live(config, &events, queue);
+    handle.close();
+    if watcher.join().is_err() {
+        tracing::error!("the thread that watches for signals panicked");
+    }
+    outcome
+}
+
+fn build_and_live(
+    config: &Config,
+    events: &Receiver<MachineEvent>,
+    queue: MachineEvents,
+) -> Result<RunOutcome, RunError> {
+    let directory = RunDir::claim(config)?;
+    let mut listeners = vec![qmp::bind(&directory.socket())?];
+    if let Some(more) = &config.qmp {
+        listeners.push(qmp::bind(&more.0)?);
+    }
+    let machine = Machine::new(config, &queue)?;
+    let vm = Vm::new(machine, queue);
+    if let Some(MigrateListen::At(uri)) = &config.migrate_listen {
+        vm.begin_incoming(&uri.into())?;
+    }
+    let server = QmpServer::start(listeners, Arc::new(VmHandle(vm.clone())))?;
+    let outcome = begin(&vm).and_then(|()| serve(&vm, events));
+    // In this order: what still migrates is told, then whoever watches, then the machine goes.
+    vm.migration.shut_down();
+    server.stop();
+    outcome
+}
+
+fn begin(vm: &Vm) -> Result<(), RunError> {
+    let prelaunch = vm.state() == RunState::Prelaunch;
+    if prelaunch && vm.life().autostart {
+        vm.cont()?;
+    }
+    Ok(())
+}
+
+/// Serves the machine's events until one of them is the end.
+fn serve(vm: &Arc<Vm>, events: &Receiver<MachineEvent>) -> Result<RunOutcome, RunError> {
+    loop {
+        match events.recv().map_err(|_| RunError::Abandoned)? {
+            MachineEvent::Guest(PowerRequest::PowerOff) => {
+                vm.end(RunState::Shutdown, ShutdownReason::GuestShutdown);
+                return Ok(RunOutcome::PoweredOff);
+            }
+            MachineEvent::Guest(PowerRequest::Reset) => {
+                match vm.reset(ShutdownReason::GuestReset) {
+                    // The guest asked and was stopped or given away before it was heard.
+                    Err(ControlError::WrongState { state, .. }) => {
+                        tracing::warn!("the guest's reset was dropped in state {state}");
+                    }
+                    r => r?,
+                }
+            }
+            MachineEvent::Crashed(report) => {
+                let (state, reason) = match report.kind {
+                    CrashKind::TripleFault => (RunState::GuestPanicked, ShutdownReason::GuestPanic),
+                    _ => (RunState::InternalError, ShutdownReason::HostError),
+                };
+                vm.end(state, reason);
+                return Err(RunError::Crashed(Box::new(report)));
+            }
+            MachineEvent::HandedOver => {
+                // Whoever asked for the migration may still want to read how it went.
+                let _ = events.recv_timeout(FAREWELL);
+                return Ok(RunOutcome::Migrated);
+            }
+            MachineEvent::IncomingFailed(e) => return Err(e.into()),
+            MachineEvent::Quit(reason) => {
+                vm.end(RunState::Shutdown, reason);
+                return Ok(RunOutcome::Quit);
+            }
+        }
+    }
+}
+
+fn watch_signals(
+    mut signals: Signals,
+    queue: MachineEvents,
+) -> std::io::Result<thread::JoinHandle<()>> {
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        for _ in signals.forever() {
+            queue.send(MachineEvent::Quit(ShutdownReason::HostSignal));
+        }
+    })
+}

@@ -1,0 +1,179 @@
+//! [`VmControl`] as the machine gives it.
+
+use std::sync::Arc;
+
+use migration::params::Parameters;
+use migration::phase::Phase;
+use migration::stats::{MigrationInfo, Report};
+use migration::transport::Address;
+use tokio::sync::broadcast;
+use uuid::Uuid;
+
+use crate::config::{MigrateListen, MigrationUri};
+use crate::control::{
+    ControlError, CpuInfo, RunState, RuntimeInfo, ShutdownReason, TimedEvent, VmControl,
+};
+use crate::vm::Vm;
+
+/// The VM as its control plane holds it.
+pub struct VmHandle(pub Arc<Vm>);
+
+impl From<&MigrationUri> for Address {
+    fn from(uri: &MigrationUri) -> Self {
+        match uri {
+            MigrationUri::Tcp { host, port } => Self::Tcp { host: host.clone(), port: *port },
+            MigrationUri::Unix(path) => Self::Unix(path.clone()),
+        }
+    }
+}
+
+fn uri(address: &Address) -> MigrationUri {
+    match address {
+        Address::Tcp { host, port } => MigrationUri::Tcp { host: host.clone(), port: *port },
+        Address::Unix(path) => MigrationUri::Unix(path.clone()),
+    }
+}
+
+fn failed(
+    what: impl Into<String>,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> ControlError {
+    ControlError::Failed { what: what.into(), source: Box::new(source) }
+}
+
+impl VmControl for VmHandle {
+    fn status(&self) -> RunState {
+        self.0.state()
+    }
+
+    fn name(&self) -> String {
+        self.0.config().name.to_string()
+    }
+
+    fn uuid(&self) -> Uuid {
+        self.0.config().uuid
+    }
+
+    fn config(&self) -> serde_json::Value {
+        // Plain values always have a JSON form.
+        serde_json::to_value(self.0.config()).unwrap_or_default()
+    }
+
+    fn runtime(&self) -> RuntimeInfo {
+        let board = &self.0.machine.board;
+        RuntimeInfo {
+            serial: board.serial_path.clone(),
+            console: board.console_path.clone(),
+            migrate_listen: self.0.migration.lock().listening.as_ref().map(uri),
+        }
+    }
+
+    fn cpus(&self) -> Vec<CpuInfo> {
+        let vcpus = self.0.machine.vcpus().iter();
+        vcpus
+            .map(|vcpu| CpuInfo {
+                index: vcpu.index(),
+                apic_id: vcpu.index(),
+                thread_id: vcpu.thread_id(),
+            })
+            .collect()
+    }
+
+    fn stop(&self) -> Result<(), ControlError> {
+        self.0.stop()
+    }
+
+    fn cont(&self) -> Result<(), ControlError> {
+        self.0.cont()
+    }
+
+    fn system_powerdown(&self) -> Result<(), ControlError> {
+        self.0.powerdown()
+    }
+
+    fn system_reset(&self) -> Result<(), ControlError> {
+        self.0.reset(ShutdownReason::HostQmpSystemReset)
+    }
+
+    fn quit(&self) {
+        self.0.ask_quit(ShutdownReason::HostQmpQuit);
+    }
+
+    fn migrate(&self, to: &MigrationUri) -> Result<(), ControlError> {
+        match self.0.state() {
+            RunState::Running | RunState::Paused | RunState::Prelaunch => {}
+            RunState::Inmigrate => return Err(ControlError::Inmigrate),
+            RunState::FinishMigrate => return Err(ControlError::MigrationInProgress),
+            RunState::Postmigrate => return Err(ControlError::AlreadyMigrated),
+            state => return Err(ControlError::WrongState { command: "migrate", state }),
+        }
+        let blockers = self.0.blockers();
+        if !blockers.is_empty() {
+            return Err(ControlError::Blocked(blockers));
+        }
+        if self.0.migration.lock().is_busy() {
+            return Err(ControlError::MigrationInProgress);
+        }
+        let to = Address::from(to);
+        self.0
+            .begin_outgoing(&to)
+            .map_err(|e| failed(format!("The migration to {to} could not be started"), e))
+    }
+
+    fn migrate_cancel(&self) {
+        if let Some(control) = &self.0.migration.lock().control
+            && let Err(e) = control.cancel()
+        {
+            tracing::warn!("{e}");
+        }
+    }
+
+    fn migrate_continue(&self) -> Result<(), ControlError> {
+        let control = self.0.migration.lock().control.clone();
+        let phase = control.as_ref().map_or(Phase::None, |control| control.stats().phase());
+        match control {
+            Some(control) if phase == Phase::PreSwitchover => {
+                control.proceed();
+                Ok(())
+            }
+            _ => Err(ControlError::NotWaiting(phase)),
+        }
+    }
+
+    fn migrate_incoming(&self, at: &MigrationUri) -> Result<(), ControlError> {
+        let deferred = self.0.config().migrate_listen == Some(MigrateListen::Defer);
+        let waits = self.0.state() == RunState::Inmigrate;
+        if !deferred || !waits || self.0.migration.lock().is_busy() {
+            return Err(ControlError::NotDeferred);
+        }
+        let at = Address::from(at);
+        self.0
+            .begin_incoming(&at)
+            .map_err(|e| failed(format!("Nothing can be received at {at}"), e))
+    }
+
+    fn query_migrate(&self) -> MigrationInfo {
+        self.0.migration.info()
+    }
+
+    fn migrate_report(&self) -> Option<Report> {
+        self.0.migration.report()
+    }
+
+    fn migrate_parameters(&self) -> Parameters {
+        self.0.migration.lock().parameters.clone()
+    }
+
+    fn set_migrate_parameters(&self, parameters: Parameters) -> Result<(), ControlError> {
+        let mut desk = self.0.migration.lock();
+        if let Some(control) = &desk.control {
+            control.set_parameters(parameters.clone());
+        }
+        desk.parameters = parameters;
+        Ok(())
+    }
+
+    fn events(&self) -> broadcast::Receiver<TimedEvent> {
+        self.0.events.subscribe()
+    }
+}

@@ -145,7 +145,7 @@ impl VcpuState {
     /// Gives everything but TSC and deadline to a vCPU that has its CPUID
     /// ([`VcpuState::restore_tsc`] follows when the clock has been set). The kernel refuses what it
     /// does not like; the error says which part, and the vCPU is then good for nothing but another
-    /// complete restore.
+    /// complete restore. Guest memory must be mapped already: some MSRs name an address in it.
     pub fn restore(&self, vcpu: &VcpuFd, host: &KvmHost) -> Result<(), KvmError> {
         // The order, and why (CPUID comes before all: it decides which bits are legal below):
         // - TSC_KHZ before anything that counts in TSC ticks.

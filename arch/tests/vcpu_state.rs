@@ -5,6 +5,7 @@ mod common;
 use arch::clock::ClockState;
 use arch::error::KvmError;
 use common::{Vm, at_rest, scramble};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 #[test]
 fn a_scrambled_vcpu_arrives_as_it_was() {
@@ -109,6 +110,48 @@ fn clocks_go_on_by_the_time_that_has_passed() {
     assert_eq!(far.advance_at(1_790_000_000_000_000_000), 0);
     assert_eq!(ClockState { realtime: Some(10), ..clock }.advance_at(9), 0);
     assert_eq!(ClockState { realtime: Some(10), ..clock }.advance_at(17), 7);
+}
+
+#[test]
+fn guest_memory_is_touched_only_when_the_clock_is_set() {
+    const WALL_CLOCK: u64 = 0x2000;
+    let vm = Vm::new(2);
+    let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let region = kvm_bindings::kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: 1 << 20,
+        userspace_addr: ram.get_host_address(GuestAddress(0)).unwrap() as u64,
+    };
+    // SAFETY: `ram` is mapped for the whole region and outlives the last use of the VM.
+    unsafe { vm.fd.set_user_memory_region(region) }.unwrap();
+    let mut states = [vm.capture(0), vm.capture(1)];
+    for state in &mut states {
+        common::set_msr(state, 0x4b56_4d00, WALL_CLOCK);
+        common::set_msr(state, 0x4b56_4d01, 0x3001 + 0x40 * u64::from(state.index));
+        common::set_msr(state, 0x4b56_4d03, 0x4001 + 0x40 * u64::from(state.index));
+        common::set_msr(state, 0x4b56_4d04, 0x5001 + 0x40 * u64::from(state.index));
+        vm.restore(state);
+    }
+    let mut bytes = vec![0u8; 1 << 20];
+    ram.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 0), "memory was written too early");
+
+    let clock = ClockState { clock: 3_600_000_000_000, ..ClockState::capture(&vm.fd).unwrap() };
+    let base = clock.restore(&vm.fd).unwrap();
+    for state in &states {
+        state.restore_tsc(&vm.vcpus[state.index as usize], &vm.host, &base).unwrap();
+    }
+    // struct pvclock_wall_clock: version, then the seconds at which the guest booted.
+    let version: u32 = ram.read_obj(GuestAddress(WALL_CLOCK)).unwrap();
+    let booted: u32 = ram.read_obj(GuestAddress(WALL_CLOCK + 4)).unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    assert!(version != 0 && version.is_multiple_of(2));
+    assert!((3599..=3660).contains(&(now.as_secs() as u32 - booted)), "booted at {booted}");
+    for index in 0..2 {
+        assert_eq!(vm.capture(index).msrs, states[index as usize].msrs);
+    }
 }
 
 fn tsc_can_be_set(vm: &Vm) -> bool {

@@ -186,7 +186,7 @@ fn chips_keep_their_state_on_either_wire() {
     wanted.pic[1].elcr = 0x0c;
     wanted.ioapic.select = 0x24;
     for (n, entry) in wanted.ioapic.redirection.iter_mut().enumerate() {
-        *entry = 0x1_0000 | 0x20 + n as u64 | (n as u64) << 56;
+        *entry = 0x1_0000 | (0x20 + n as u64) | ((n as u64) << 56);
     }
     let now = monotonic_ns();
     for (n, channel) in wanted.pit.channels.iter_mut().enumerate() {

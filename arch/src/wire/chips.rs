@@ -11,10 +11,6 @@ use super::platform::{
 use crate::clock::ClockState;
 use crate::irqchip::{ELCR_MASK, IoapicState, IrqchipState};
 
-/// The PIT's input clock in Hz.
-const PIT_HZ: i128 = 1_193_182;
-const NS_PER_S: i128 = 1_000_000_000;
-
 /// The sections of the chips that KVM emulates.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IrqchipWire {
@@ -45,7 +41,7 @@ impl IrqchipWire {
                 irr: state.ioapic.irr,
                 ioredtbl: state.ioapic.redirection,
             },
-            pit: pit_to_wire(&state.pit, audience, virtual_ns, to_virtual),
+            pit: pit_to_wire(&state.pit, audience, to_virtual),
         }
     }
 
@@ -124,12 +120,7 @@ fn pic_from_wire(name: &str, p: &I8259, elcr_mask: u8) -> Result<kvm_pic_state, 
     })
 }
 
-fn pit_to_wire(
-    pit: &kvm_pit_state2,
-    audience: Audience,
-    virtual_ns: i64,
-    to_virtual: i64,
-) -> I8254 {
+fn pit_to_wire(pit: &kvm_pit_state2, audience: Audience, to_virtual: i64) -> I8254 {
     let mut channels = pit.channels.each_ref().map(|c| PitChannel {
         count: if c.count == 0 { 0x10000 } else { c.count as i32 },
         latched_count: c.latched_count,
@@ -146,8 +137,9 @@ fn pit_to_wire(
         count_load_time: c.count_load_time.wrapping_add(to_virtual),
         next_transition_time: 0,
     });
-    // Only channel 0 raises interrupts, so only its next one is scheduled.
-    channels[0].next_transition_time = next_transition(&channels[0], virtual_ns);
+    // Only channel 0 raises interrupts. The kernel schedules its next one itself, so QEMU on KVM
+    // writes a moment that is past, and so do we.
+    channels[0].next_transition_time = channels[0].count_load_time.wrapping_add(1);
     I8254 {
         irq_disabled: pit.flags & kvm_bindings::KVM_PIT_FLAGS_HPET_LEGACY,
         next_transition_time: channels[0].next_transition_time,
@@ -156,39 +148,6 @@ fn pit_to_wire(
             mini: (audience == Audience::MiniVmm).then_some(PitFlags { flags: pit.flags }),
         },
     }
-}
-
-/// When the output of a channel changes next after `now` (8254 data sheet, "Mode Definitions");
-/// -1 if it does not.
-fn next_transition(c: &PitChannel, now: i64) -> i64 {
-    let count = i128::from(c.count.clamp(1, 0x10000));
-    let load = i128::from(c.count_load_time);
-    let ticks = (i128::from(now) - load).max(0) * PIT_HZ / NS_PER_S;
-    let in_period = |period: i128| ticks / period * period;
-    let next = match c.mode {
-        // Low until the count has run out, then high for good.
-        0 | 1 if ticks < count => count,
-        // High, and low for the last tick of each period.
-        2 => match in_period(count) {
-            start if ticks - start == 0 && ticks != 0 => start + 1,
-            start => start + count,
-        },
-        // High for the first half of each period, low for the second.
-        3 => {
-            let half = (count + 1) >> 1;
-            match in_period(count) {
-                start if ticks - start < half => start + half,
-                start => start + count,
-            }
-        }
-        // Low for one tick when the count has run out.
-        4 | 5 if ticks < count => count,
-        4 | 5 if ticks == count => count + 1,
-        _ => return -1,
-    };
-    let ns = load + next * NS_PER_S / PIT_HZ;
-    // Rounding must not schedule it for the past.
-    i64::try_from(ns.max(i128::from(now) + 1)).unwrap_or(i64::MAX)
 }
 
 fn pit_from_wire(pit: &I8254, to_monotonic: i64) -> Result<kvm_pit_state2, FieldError> {

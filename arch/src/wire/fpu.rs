@@ -104,7 +104,7 @@ fn set(bytes: &mut [u8], at: usize, value: &[u8]) {
 }
 
 /// Fills QEMU's fields from an XSAVE area.
-pub(crate) fn to_wire(area: &[u8], layout: &XsaveLayout, cpu: &mut Cpu) -> Result<(), FieldError> {
+pub(crate) fn to_wire(area: &[u8], layout: &XsaveLayout, cpu: &mut Cpu) {
     let bv = xstate_bv(area);
     // A component whose bit is clear is in its initial state, whatever its bytes are.
     let (x87, sse) = (bv & 1 != 0, bv & 2 != 0);
@@ -154,9 +154,12 @@ pub(crate) fn to_wire(area: &[u8], layout: &XsaveLayout, cpu: &mut Cpu) -> Resul
     cpu.subs.avx512 = (avx512 != Avx512::default()).then_some(avx512);
     let pkru = layout.get(area, PKRU).map_or(0, |bytes| u32_at(bytes, 0));
     cpu.subs.pkru = (pkru != 0).then_some(One32 { value: pkru });
-    for n in [8].into_iter().chain(PKRU + 1..64) {
-        let bytes = if n < 32 { layout.get(area, n).unwrap_or(&[]) } else { &[] };
-        if bytes.iter().any(|&byte| byte != 0) {
+}
+
+/// Refuses an area in which a component is in use that QEMU 7.2's layouts do not have.
+pub(crate) fn expressible(area: &[u8], layout: &XsaveLayout) -> Result<(), FieldError> {
+    for n in [8].into_iter().chain(PKRU + 1..layout.components.len()) {
+        if layout.get(area, n).unwrap_or(&[]).iter().any(|&byte| byte != 0) {
             return Err(FieldError::new(
                 format!("XSAVE component {n}"),
                 "one that QEMU 7.2's layouts have",

@@ -68,6 +68,10 @@ const SUBS64: &[Sub<One64>] = &[
 const SUBS32: &[Sub<One32>] =
     &[(0xe1, 0, |s| &mut s.umwait), (0x6e1, 0, |s| &mut s.pkrs), (0x122, 0, |s| &mut s.tsx_ctrl)];
 
+/// The general counters that processors have at most; QEMU's layout has room for more, whose numbers
+/// would be those of other registers.
+const PMU_COUNTERS: usize = 8;
+
 /// The registers of the performance monitor, in the subsection's order.
 fn pmu_registers(pmu: &mut Pmu) -> impl Iterator<Item = (u32, &mut u64)> {
     let head = [
@@ -78,8 +82,8 @@ fn pmu_registers(pmu: &mut Pmu) -> impl Iterator<Item = (u32, &mut u64)> {
     ];
     head.into_iter()
         .chain((0x309..).zip(&mut pmu.fixed_counters))
-        .chain((0xc1..).zip(&mut pmu.gp_counters))
-        .chain((0x186..).zip(&mut pmu.gp_evtsel))
+        .chain((0xc1..).zip(pmu.gp_counters.iter_mut().take(PMU_COUNTERS)))
+        .chain((0x186..).zip(pmu.gp_evtsel.iter_mut().take(PMU_COUNTERS)))
 }
 
 fn trace_registers(pt: &mut IntelPt) -> impl Iterator<Item = (u32, &mut u64)> {
@@ -177,6 +181,12 @@ pub(crate) fn from_wire(cpu: &Cpu, context: &WireContext) -> Result<Vec<Msr>, Fi
     }
     for (index, default, place) in SUBS32 {
         put(*index, place(&mut cpu.subs).as_ref().map_or(*default, |sub| sub.value.into()));
+    }
+    if let Some(pmu) = &cpu.subs.pmu {
+        let beyond = [&pmu.gp_counters, &pmu.gp_evtsel].map(|regs| &regs[PMU_COUNTERS..]);
+        if beyond.concat().iter().any(|value| *value != 0) {
+            return Err(FieldError::new("env.msr_gp_counters", "at most 8 in use", "more"));
+        }
     }
     pmu_registers(&mut cpu.subs.pmu.take().unwrap_or_default()).for_each(|(i, v)| put(i, *v));
     trace_registers(&mut cpu.subs.intel_pt.take().unwrap_or_default())

@@ -31,6 +31,7 @@ pub(super) fn vcpu(
 ) -> Result<VcpuWire, FieldError> {
     if audience == Audience::Qemu {
         expressible(state)?;
+        fpu::expressible(&state.xsave, &context.xsave)?;
     }
     let s = &state.sregs;
     let r = &state.regs;
@@ -77,10 +78,10 @@ pub(super) fn vcpu(
         ..Cpu::default()
     };
     msrs::to_wire(&state.msrs, &mut cpu, context);
-    fpu::to_wire(&state.xsave, &context.xsave, &mut cpu)?;
+    fpu::to_wire(&state.xsave, &context.xsave, &mut cpu);
     let subs = &mut cpu.subs;
     let pending = e.exception.pending != 0;
-    subs.exception_info = pending.then(|| ExceptionInfo {
+    subs.exception_info = pending.then_some(ExceptionInfo {
         pending: e.exception.pending,
         injected: e.exception.injected,
         has_payload: e.exception_has_payload,

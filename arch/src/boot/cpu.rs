@@ -1,5 +1,4 @@
-//! The first vCPU's registers at the entry of a kernel, and the MSRs that a firmware would have set
-//! on every vCPU.
+//! The first vCPU's registers at the entry of a kernel, and the tables that they point to.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -110,7 +109,7 @@ pub(super) fn write_long_mode_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(
 }
 
 /// Sets the first vCPU's registers so that it begins at `entry`. All others stay as KVM resets
-/// them.
+/// them. The MSRs that firmware would set are [`crate::vcpu_init::reset_msrs`]'s.
 pub fn setup_bsp(vcpu: &VcpuFd, entry: &Entry) -> Result<(), BootError> {
     let vcpu_error = |what| move |source| BootError::Vcpu { what, source };
     let mut sregs = vcpu.get_sregs().map_err(vcpu_error("special registers"))?;
@@ -156,39 +155,6 @@ fn set_mode(sregs: &mut kvm_sregs, protocol: Protocol) {
     sregs.idt.limit = 0;
 }
 
-// Memory types of the MTRRs (SDM vol. 3, 12.11).
-const UNCACHEABLE: u64 = 0;
-const WRITE_PROTECTED: u64 = 5;
-const WRITE_BACK: u64 = 6;
-/// Eight fixed ranges of one type in one MSR.
-const EIGHT: u64 = 0x0101_0101_0101_0101;
-
-/// MSRs (index, value) that firmware sets on every vCPU, boot processor or not, as SeaBIOS leaves
-/// them on this board: memory is write-back, video memory and the PCI hole are not cached, the ROM
-/// area is write-protected. Without them Linux complains of a BIOS that forgot the MTRRs.
-///
-/// `low_ram` is the size of RAM below 4 GiB, `phys_bits` the physical address width that the
-/// guest's CPUID tells.
-pub fn boot_msrs(low_ram: u64, phys_bits: u8) -> Vec<(u32, u64)> {
-    // The start of the hole is that of the first of these that RAM leaves free.
-    let hole = [0x8000_0000, 0xc000_0000, 0xe000_0000u64];
-    let hole = hole.into_iter().find(|&start| low_ram <= start).unwrap_or(0xe000_0000);
-    let width = u64::MAX.checked_shr(64 - u32::from(phys_bits.clamp(36, 52))).unwrap_or(u64::MAX);
-    let mask = !((1 << 32) - hole - 1) & width;
-    let mut msrs = vec![
-        (0x1a0, 1),                   // IA32_MISC_ENABLE: fast strings
-        (0x250, WRITE_BACK * EIGHT),  // fixed, 64 KiB from 0
-        (0x258, WRITE_BACK * EIGHT),  // fixed, 16 KiB from 0x80000
-        (0x259, UNCACHEABLE * EIGHT), // fixed, 16 KiB from 0xa0000
-        (0x200, hole | UNCACHEABLE),  // variable 0, base
-        (0x201, mask | 1 << 11),      // variable 0, mask, valid
-    ];
-    msrs.extend((0x268..=0x26f).map(|index| (index, WRITE_PROTECTED * EIGHT)));
-    // Last, for it turns the others on: default type, fixed and all enabled.
-    msrs.push((0x2ff, 1 << 11 | 1 << 10 | WRITE_BACK));
-    msrs
-}
-
 #[cfg(test)]
 mod tests {
     use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
@@ -198,18 +164,6 @@ mod tests {
     use super::super::load;
     use super::super::testing::*;
     use super::*;
-
-    #[test]
-    fn the_pci_hole_is_not_cached() {
-        let msr = |low, index| {
-            let msrs = boot_msrs(low, 40);
-            msrs.iter().find(|msr| msr.0 == index).unwrap().1
-        };
-        assert_eq!((msr(64 << 20, 0x200), msr(64 << 20, 0x201)), (0x8000_0000, 0xff_8000_0800));
-        assert_eq!((msr(3 << 30, 0x200), msr(3 << 30, 0x201)), (0xc000_0000, 0xff_c000_0800));
-        assert_eq!(msr(0xd000_0000, 0x200), 0xe000_0000);
-        assert_eq!(msr(64 << 20, 0x2ff), 0xc06);
-    }
 
     /// Runs a kernel under KVM to its first exit, which must be `out` to port 0x80, and gives the
     /// value.

@@ -22,7 +22,7 @@ use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, ReadVolatile};
 
-pub use cpu::{boot_msrs, setup_bsp};
+pub use cpu::setup_bsp;
 pub use error::BootError;
 use memory_map::MemoryMap;
 

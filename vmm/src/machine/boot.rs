@@ -5,13 +5,12 @@ use std::sync::PoisonError;
 use arch::acpi::{self, AcpiConfig};
 use arch::boot::{self, AcpiArea, BootConfig, KernelSource, RamMap};
 use arch::layout;
-use arch::msr::Msr;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Machine, MachineError};
 use crate::config::Boot;
 use crate::firmware;
-use crate::selfcheck;
+use crate::selfcheck::{self, SelfcheckParams};
 
 impl Machine {
     /// Puts the kernel, what it is told, and the board where a firmware would have put them.
@@ -24,7 +23,11 @@ impl Machine {
             Boot::SelfCheck { selfcheck: params } => (
                 KernelSource::Image { name: "the self-checking guest", bytes: selfcheck::IMAGE },
                 None,
-                selfcheck::command_line(params, self.config.smp),
+                {
+                    let mut params: SelfcheckParams = params.parse()?;
+                    params.vcpus.get_or_insert(self.config.smp.into());
+                    params.to_string()
+                },
             ),
         };
         firmware::set_up(&self.bus, self.ram.size())?;
@@ -52,14 +55,10 @@ impl Machine {
                 }),
             },
         )?;
-        let msrs: Vec<_> = boot::boot_msrs(low, self.cpu.phys_bits())
-            .into_iter()
-            .map(|(index, value)| Msr { index, value })
-            .collect();
         for vcpu in &self.vcpus {
-            let (index, msrs) = (vcpu.index(), msrs.clone());
+            let index = vcpu.index();
             vcpu.job(move |fd| {
-                arch::msr::write(index, fd, &msrs)?;
+                arch::vcpu_init::reset_msrs(index, fd)?;
                 if index == 0 {
                     boot::setup_bsp(fd, &entry)?;
                 }

@@ -26,6 +26,9 @@ pub enum MachineError {
     /// The kernel to boot.
     #[error(transparent)]
     Boot(#[from] arch::boot::BootError),
+    /// Parameters of the self-checking guest.
+    #[error(transparent)]
+    Selfcheck(#[from] crate::selfcheck::SelfcheckError),
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] arch::acpi::AcpiError),

@@ -3,6 +3,7 @@
 mod common;
 
 use arch::clock::ClockState;
+use arch::cpuid::{Feature, Reg};
 use arch::error::KvmError;
 use common::{Vm, at_rest, scramble};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -110,6 +111,30 @@ fn clocks_go_on_by_the_time_that_has_passed() {
     assert_eq!(far.advance_at(1_790_000_000_000_000_000), 0);
     assert_eq!(ClockState { realtime: Some(10), ..clock }.advance_at(9), 0);
     assert_eq!(ClockState { realtime: Some(10), ..clock }.advance_at(17), 7);
+}
+
+#[test]
+fn a_guest_that_is_a_hypervisor_moves_or_is_refused() {
+    const SVM: Feature = Feature { function: 0x8000_0001, index: 0, reg: Reg::Ecx, bit: 2 };
+    let (source, destination) = (Vm::new(1), Vm::new(1));
+    let mut state = source.capture(0);
+    scramble(&mut state);
+    state.sregs.efer |= 1 << 12; // SVME
+    let tried = state.restore(&source.vcpus[0], &source.host);
+    if source.profile.has(SVM) {
+        tried.unwrap();
+        let captured = source.capture(0);
+        assert!(captured.nested.is_some());
+        destination.restore(&captured);
+        assert_eq!(at_rest(destination.capture(0)), at_rest(captured));
+    } else {
+        // No such feature, no such guest: the processor refuses the bit, or the capture the state.
+        let refused = tried.err().or_else(|| {
+            arch::vcpu_state::VcpuState::capture(0, &source.vcpus[0], &source.host).err()
+        });
+        let text = refused.unwrap().to_string();
+        assert!(text.contains("KVM_SET_SREGS") || text.contains("nested state"), "{text}");
+    }
 }
 
 #[test]

@@ -122,12 +122,13 @@ pub(crate) fn scramble(state: &mut VcpuState) {
     set_msr(state, 0xc000_0084, 0x0025_7fd5);
     set_msr(state, 0xc000_0102, 0xffff_8880_0002_0000);
     set_msr(state, 0x174, 0x10);
-    set_msr(state, 0x175, 0xffff_fe00_0000_3000);
-    set_msr(state, 0x176, 0xffff_ffff_8180_17b0);
+    // KVM on AMD keeps 32 bits of these two.
+    set_msr(state, 0x175, 0x3000);
+    set_msr(state, 0x176, 0x8180_17b0);
     set_msr(state, 0x277, 0x0407_0506_0007_0106);
     set_msr(state, 0x3b, 0x1234_5678);
     set_msr(state, 0x200, 0x8000_0000);
-    set_msr(state, 0x201, 0x000f_ffff_8000_0800 & 0xffff_8000_0800);
+    set_msr(state, 0x201, 0x00ff_8000_0800);
     set_msr(state, 0x250, 0x0606_0606_0606_0600);
     set_msr(state, 0x26f, 0x0505_0505_0505_0505);
     set_msr(state, 0x404, 0);

@@ -6,7 +6,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use crate::cpuid::Lack;
 use crate::error::{KvmError, vm_error};
+use crate::msr::Msr;
+use crate::vcpu_state::tsc_khz_close;
 use crate::{layout, msr, sys};
 
 /// `IA32_MCG_CAP` of the board's processors: ten banks, a control register (bit 8) and
@@ -82,5 +85,73 @@ impl KvmHost {
                 .map_err(vm_error("KVM_ENABLE_CAP(X86_TRIPLE_FAULT_EVENT)"))?;
         }
         Ok(())
+    }
+
+    /// What this host lacks to go on with vCPUs that ran on `source`: the speed of their TSC, room
+    /// for their extended state. (A processor's features are [`CpuProfile::lacks`]'s.)
+    ///
+    /// [`CpuProfile::lacks`]: crate::cpuid::CpuProfile::lacks
+    pub fn lacks(&self, source: &Self) -> Vec<Lack> {
+        let mut lacks = Vec::new();
+        if let (Some(wanted), Some(here)) = (source.tsc_khz, self.tsc_khz)
+            && !self.tsc_scaling
+            && !tsc_khz_close(wanted, here)
+        {
+            lacks.push(Lack::Value {
+                what: "TSC frequency".into(),
+                wanted: format!("{wanted} kHz"),
+                found: format!("{here} kHz, and cannot scale it"),
+            });
+        }
+        // The old call has 4096 bytes.
+        let (wanted, here) = (source.xsave_size.max(4096), self.xsave_size.max(4096));
+        if wanted > here {
+            lacks.push(Lack::Value {
+                what: "size of the XSAVE area".into(),
+                wanted: format!("{wanted} bytes"),
+                found: format!("{here} bytes"),
+            });
+        }
+        lacks
+    }
+
+    /// Those of a vCPU's MSRs that this host does not know though they hold something: restoring
+    /// them would fail. A list that is merely longer than this host's is no obstacle.
+    pub fn unknown_msrs(&self, values: &[Msr]) -> Vec<Msr> {
+        let unknown = |msr: &&Msr| msr.value != 0 && self.msrs.binary_search(&msr.index).is_err();
+        values.iter().filter(unknown).copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> KvmHost {
+        KvmHost {
+            sregs2: true,
+            xsave_size: 0,
+            nested_state_size: 0,
+            tsc_scaling: false,
+            tsc_khz: Some(2_600_000),
+            exception_payload: true,
+            triple_fault: true,
+            kvmclock_ctrl: true,
+            mcg_cap: 10,
+            msrs: vec![0x10, 0x277],
+        }
+    }
+
+    #[test]
+    fn what_a_host_lacks_is_named() {
+        assert!(host().lacks(&KvmHost { tsc_khz: Some(2_600_600), ..host() }).is_empty());
+        assert!(host().lacks(&KvmHost { xsave_size: 4096, tsc_khz: None, ..host() }).is_empty());
+        let source = KvmHost { tsc_khz: Some(2_601_000), xsave_size: 11_008, ..host() };
+        let texts: Vec<_> = host().lacks(&source).iter().map(ToString::to_string).collect();
+        assert_eq!(texts.len(), 2);
+        assert!(texts[0].contains("2601000 kHz") && texts[1].contains("11008 bytes"), "{texts:?}");
+        assert_eq!(KvmHost { tsc_scaling: true, ..host() }.lacks(&source).len(), 1);
+        let values = [(0x277, 7), (0x48, 0), (0xda0, 1)].map(|(index, value)| Msr { index, value });
+        assert_eq!(host().unknown_msrs(&values), [values[2]]);
     }
 }

@@ -183,10 +183,12 @@ static void attend(struct cpu *cpu)
 }
 
 /* Credit is counted in pages times `hz` times vCPUs, so that any rate can be kept exactly. */
-static int spend(u64 *credit)
+static u64 spend(u64 *credit, u64 most)
 {
-    u64 price = params.hz * params.vcpus;
-    return *credit >= price ? *credit -= price, 1 : 0;
+    u64 price = params.hz * params.vcpus, pages = *credit / price;
+    pages = pages < most ? pages : most;
+    *credit -= pages * price;
+    return pages;
 }
 
 static void earn(u64 *credit, u64 rate, u64 ticks)
@@ -197,26 +199,35 @@ static void earn(u64 *credit, u64 rate, u64 ticks)
         *credit = most;
 }
 
-#define BATCH 32
+/* Pages in one round. */
+#define BATCH 64UL
+
+/* Verifies up to `count` pages from `*page` on, to this vCPU's last page; moves `*page`. */
+static void verify_some(struct cpu *cpu, volatile u64 *page, u64 count)
+{
+    u64 left = cpu->pages - *page;
+    count = count < left ? count : left;
+    memory_verify(cpu, *page, count);
+    *page += count;
+}
 
 /* One round of a vCPU's work; gives 0 when there is nothing to do before the next tick. */
 static int work(struct cpu *cpu)
 {
-    u32 i;
+    u64 pages, wanted = pass_wanted;
     int more = 0;
-    for (i = 0; i < BATCH && cpu->set && !paused && (!params.rate || spend(&cpu->rewrite_credit)); i++)
-        memory_rewrite_next(cpu);
-    more |= i == BATCH;
-    for (i = 0; i < BATCH && cpu->pages && spend(&cpu->verify_credit); i++) {
-        memory_verify(cpu, cpu->roll);
-        if (++cpu->roll >= cpu->pages)
-            cpu->roll = 0;
+    if (cpu->set && !paused) {
+        pages = params.rate ? spend(&cpu->rewrite_credit, BATCH) : BATCH;
+        memory_rewrite(cpu, pages);
+        more |= pages == BATCH;
     }
-    more |= i == BATCH;
-    u64 wanted = pass_wanted;
+    pages = spend(&cpu->verify_credit, BATCH);
+    verify_some(cpu, &cpu->roll, pages);
+    if (cpu->roll == cpu->pages)
+        cpu->roll = 0;
+    more |= pages == BATCH;
     if (cpu->pass != wanted) {
-        for (i = 0; i < 8 * BATCH && cpu->pass_position < cpu->pages; i++)
-            memory_verify(cpu, cpu->pass_position++);
+        verify_some(cpu, &cpu->pass_position, 4 * BATCH);
         if (cpu->pass_position == cpu->pages) {
             cpu->pass_position = 0;
             cpu->pass = wanted;

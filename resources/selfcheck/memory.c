@@ -31,6 +31,8 @@ static struct {
 } ranges[MAX_RANGES];
 static u32 range_count;
 static u64 all_pages, held_pages;
+/* With `fill` less than all, the pages held are in two halves, at both ends of memory. */
+static u64 held_low;
 
 u64 ram_pages(void) { return all_pages; }
 u64 memory_pages(void) { return held_pages; }
@@ -94,6 +96,9 @@ void memory_share(void)
 {
     u64 n = params.vcpus;
     held_pages = params.fill / PAGE < all_pages ? params.fill / PAGE : all_pages;
+    if (held_pages < n)
+        fail("less than one page for each vCPU: pages=%u vcpus=%u", held_pages, n);
+    held_low = held_pages == all_pages ? all_pages : held_pages - held_pages / 2;
     for (u64 i = 0; i < n; i++) {
         struct cpu *cpu = &cpus[i];
         cpu->first = held_pages * i / n;
@@ -106,13 +111,20 @@ void memory_share(void)
     }
 }
 
-/* The physical page number of a vCPU's page. */
-static u64 number(struct cpu *cpu, u64 page)
+static u64 least(u64 a, u64 b) { return a < b ? a : b; }
+
+/* The physical number of a vCPU's page, and how many pages follow it in one piece, itself included. */
+static u64 number(struct cpu *cpu, u64 page, u64 *in_one_piece)
 {
-    u64 index = cpu->first + page;
+    u64 index = cpu->first + page, left = held_pages - index;
     u32 r = 0;
+    if (index < held_low)
+        left = held_low - index;
+    else
+        index += all_pages - held_pages;
     while (index >= ranges[r].pages)
         index -= ranges[r++].pages;
+    *in_one_piece = least(left, ranges[r].pages - index);
     return ranges[r].start + index;
 }
 
@@ -121,19 +133,74 @@ static u64 value(u64 number, u64 generation)
     return number * PER_PAGE + generation * PER_GENERATION + params.seed * PER_SEED;
 }
 
-/* Two words between the first and the last, at places that depend on the page. */
-static u64 place1(u64 number) { return 1 + number % 256; }
-static u64 place2(u64 number) { return 257 + number / 2 % 254; }
+/* Between the first and the last, one word in each half, at places that depend on the page. */
+static u64 place1(u64 number) { return number % 256; }
+static u64 place2(u64 number) { return 256 + number / 256 % 256; }
 
-static void write_page(u64 number, u64 v)
+static int is_held(u64 number, u64 word)
 {
-    u64 *page = (u64 *)(number * PAGE);
-    if (params.full) {
-        u64 count = WORDS;
-        asm volatile("rep stosq" : "+D"(page), "+c"(count) : "a"(v) : "memory");
-    } else {
-        page[0] = page[place1(number)] = page[place2(number)] = page[WORDS - 1] = v;
+    return params.full || !word || word == WORDS - 1 || word == place1(number) || word == place2(number);
+}
+
+/*
+ * The loops below are where an interpreting KVM spends its time, so they do little else than touch
+ * memory. A run is `count` pages, `stride` apart, from page number `n` on, the first of which holds
+ * `v`. Both checking loops give how many pages were right before the first that was wrong.
+ */
+static inline void write_page(u64 n, u64 v, u64 full)
+{
+    u64 *page = (u64 *)(n * PAGE);
+    if (full) {
+        u64 left = WORDS;
+        asm volatile("rep stosq" : "+D"(page), "+c"(left) : "a"(v) : "memory");
+        return;
     }
+    page[0] = v;
+    page[place1(n)] = v;
+    page[place2(n)] = v;
+    page[WORDS - 1] = v;
+}
+
+static inline int page_holds(u64 n, u64 v, u64 full)
+{
+    u64 *page = (u64 *)(n * PAGE);
+    if (full) {
+        u64 left = WORDS;
+        u8 same;
+        asm volatile("repe scasq; sete %2"
+                     : "+D"(page), "+c"(left), "=r"(same)
+                     : "a"(v)
+                     : "memory", "cc");
+        return same;
+    }
+    volatile u64 *word = page;
+    return word[0] == v && word[place1(n)] == v && word[place2(n)] == v && word[WORDS - 1] == v;
+}
+
+static void write_run(u64 n, u64 count, u64 v)
+{
+    u64 full = params.full;
+    for (; count; count--, n++, v += PER_PAGE)
+        write_page(n, v, full);
+}
+
+static u64 verify_run(u64 n, u64 count, u64 v)
+{
+    u64 left = count, full = params.full;
+    for (; left && page_holds(n, v, full); left--, n++)
+        v += PER_PAGE;
+    return count - left;
+}
+
+static u64 rewrite_run(u64 n, u64 count, u64 stride, u64 v)
+{
+    u64 left = count, full = params.full;
+    for (; left && page_holds(n, v, full); left--) {
+        write_page(n, v + PER_GENERATION, full);
+        n += stride;
+        v += stride * PER_PAGE;
+    }
+    return count - left;
 }
 
 static u64 generation_of(struct cpu *cpu, u64 page)
@@ -155,12 +222,15 @@ static u64 inverse(u64 odd)
     return x;
 }
 
-__attribute__((noreturn)) static void mismatch(struct cpu *cpu, u64 number, u64 word,
-                                               u64 generation, u64 expected)
+__attribute__((noreturn)) static void mismatch(struct cpu *cpu, u64 number, u64 generation)
 {
-    u64 found = ((volatile u64 *)(number * PAGE))[word];
+    volatile u64 *page = (u64 *)(number * PAGE);
+    u64 expected = value(number, generation), word = 0;
+    while (word < WORDS - 1 && (!is_held(number, word) || page[word] == expected))
+        word++;
+    u64 found = page[word];
     u64 older = (expected - found) * inverse(PER_GENERATION), newer = -older;
-    u64 page = number + (found - expected) * inverse(PER_PAGE), n = 0;
+    u64 other = number + (found - expected) * inverse(PER_PAGE), n = 0;
 #define WRONG "page=%x offset=%x expected=%x found=%x gen=%u vcpu=%u hint="
     const char *format = WRONG "unknown";
     if (found == 0)
@@ -169,64 +239,67 @@ __attribute__((noreturn)) static void mismatch(struct cpu *cpu, u64 number, u64 
         format = WRONG "stale:%u", n = older;
     else if (newer < 1UL << 32)
         format = WRONG "ahead:%u", n = newer;
-    else if (page < 1UL << 40)
-        format = WRONG "page:%x", n = page;
+    else if (other < 1UL << 40)
+        format = WRONG "page:%x", n = other;
     fail(format, number, word * 8, expected, found, generation, (u64)cpu->index, n);
 }
 
-static void verify_page(struct cpu *cpu, u64 number, u64 generation)
+/* Verifies `count` pages from a vCPU's page `page` on. */
+void memory_verify(struct cpu *cpu, u64 page, u64 count)
 {
-    volatile u64 *page = (u64 *)(number * PAGE);
-    u64 v = value(number, generation), word;
-    if (params.full) {
-        u64 *at = (u64 *)page, left = WORDS;
-        u8 same;
-        asm volatile("repe scasq; sete %2"
-                     : "+D"(at), "+c"(left), "=r"(same)
-                     : "a"(v)
-                     : "memory", "cc");
-        if (!same)
-            mismatch(cpu, number, WORDS - left - 1, generation, v);
-    } else if (page[word = 0] != v || page[word = place1(number)] != v ||
-               page[word = place2(number)] != v || page[word = WORDS - 1] != v) {
-        mismatch(cpu, number, word, generation, v);
+    while (count) {
+        u64 piece, n = number(cpu, page, &piece), generation = generation_of(cpu, page);
+        u64 run = least(count, piece);
+        /* The generation changes at most at the position and at the working set's end. */
+        if (cpu->stride > 1)
+            run = 1;
+        else if (page < cpu->position)
+            run = least(run, cpu->position - page);
+        else if (page < cpu->set)
+            run = least(run, cpu->set - page);
+        u64 right = verify_run(n, run, value(n, generation));
+        if (right < run)
+            mismatch(cpu, n + right, generation);
+        cpu->verified += run;
+        page += run;
+        count -= run;
     }
-    cpu->verified++;
 }
 
-void memory_verify(struct cpu *cpu, u64 page)
+/* Verifies the next pages of the working set and gives them their next generation. */
+void memory_rewrite(struct cpu *cpu, u64 count)
 {
-    verify_page(cpu, number(cpu, page), generation_of(cpu, page));
+    u64 piece, n = number(cpu, cpu->position * cpu->stride, &piece);
+    u64 run = least(count, least(cpu->set - cpu->position, (piece - 1) / cpu->stride + 1));
+    u64 right = rewrite_run(n, run, cpu->stride, value(n, cpu->generation));
+    if (right < run)
+        mismatch(cpu, n + right * cpu->stride, cpu->generation);
+    cpu->verified += run;
+    cpu->rewritten += run;
+    cpu->position += run;
+    if (cpu->position == cpu->set) {
+        cpu->position = 0;
+        cpu->generation++;
+    }
+    if (run < count)
+        memory_rewrite(cpu, count - run);
 }
 
 void memory_fill(struct cpu *cpu, void (*meanwhile)(struct cpu *))
 {
-    for (u64 page = 0; page < cpu->pages; page++) {
-        u64 n = number(cpu, page);
-        write_page(n, value(n, 1));
-        cpu->filled = page + 1;
-        if (page % 512 == 0)
-            meanwhile(cpu);
-    }
-}
-
-/* Verifies the next page of the working set and gives it its next generation. */
-void memory_rewrite_next(struct cpu *cpu)
-{
-    u64 n = number(cpu, cpu->position * cpu->stride);
-    verify_page(cpu, n, cpu->generation);
-    write_page(n, value(n, cpu->generation + 1));
-    cpu->rewritten++;
-    if (++cpu->position == cpu->set) {
-        cpu->position = 0;
-        cpu->generation++;
+    while (cpu->filled < cpu->pages) {
+        u64 piece, n = number(cpu, cpu->filled, &piece);
+        u64 run = least(512, least(piece, cpu->pages - cpu->filled));
+        write_run(n, run, value(n, 1));
+        cpu->filled += run;
+        meanwhile(cpu);
     }
 }
 
 /* Flips a bit in the last page of this vCPU; gives the page's number. */
 u64 memory_corrupt(struct cpu *cpu)
 {
-    u64 n = number(cpu, cpu->pages - 1);
+    u64 piece, n = number(cpu, cpu->pages - 1, &piece);
     *(volatile u64 *)(n * PAGE) ^= 1;
     return n;
 }

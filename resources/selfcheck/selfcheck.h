@@ -72,7 +72,7 @@ struct cpu {
     /* Its memory: pages first .. first + pages of all, of which `set`, `stride` apart, are rewritten. */
     u64 first, pages, set, stride;
     volatile u64 generation, position;
-    u64 roll;
+    volatile u64 roll;
     volatile u64 filled, rewritten, verified;
 
     /* Its work. */
@@ -131,8 +131,8 @@ void memory_share(void);
 u64 memory_pages(void);
 u64 ram_pages(void);
 void memory_fill(struct cpu *cpu, void (*meanwhile)(struct cpu *));
-void memory_rewrite_next(struct cpu *cpu);
-void memory_verify(struct cpu *cpu, u64 page);
+void memory_rewrite(struct cpu *cpu, u64 count);
+void memory_verify(struct cpu *cpu, u64 page, u64 count);
 u64 memory_corrupt(struct cpu *cpu);
 
 #endif

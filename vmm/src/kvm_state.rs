@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::clock::ClockState;
+use arch::cpuid::CpuProfile;
 use arch::irqchip::IrqchipState;
 use arch::vcpu_state::VcpuState;
 use arch::wire::{self, IrqchipWire, VcpuWire, WireContext};
@@ -74,6 +75,8 @@ pub(crate) struct Arrived {
 pub struct KvmState {
     snapshot: Mutex<Option<Arc<Snapshot>>>,
     arrived: Mutex<Arrived>,
+    /// The processor that the source's guest has been shown.
+    promised: Mutex<Option<CpuProfile>>,
 }
 
 /// The state that came can't be given to KVM.
@@ -142,6 +145,11 @@ impl KvmState {
         lock(&self.arrived)
     }
 
+    /// Notes what the source's guest has been told of its processor.
+    pub(crate) fn promise(&self, cpu: CpuProfile) {
+        *lock(&self.promised) = Some(cpu);
+    }
+
     /// Gives what has come to KVM. Nothing runs afterwards that did not before.
     pub fn install(&self, machine: &Machine) -> Result<(), InstallError> {
         let mut arrived = self.arrived();
@@ -184,8 +192,13 @@ impl KvmState {
                 stable: false,
             },
         };
-        chips.restore(&machine.vm)?;
+        // A guest must not see its processor change, not even for the better.
+        if let Some(cpu) = lock(&self.promised).take() {
+            machine.show_cpu(&cpu)?;
+        }
+        // The chips after the LAPICs: what the IOAPIC has to deliver goes into them at once.
         machine.restore_vcpus(&states)?;
+        chips.restore(&machine.vm)?;
         arrived.clocks = Some((clock, states, virtual_ns));
         Ok(())
     }

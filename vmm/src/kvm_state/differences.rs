@@ -1,12 +1,13 @@
 //! For a verified migration: what is different about a section that was received, given to KVM and
 //! read again, leaving out what moves by itself while nothing runs.
 
+use arch::msr::KVM_WALL_CLOCK;
 use arch::wire;
 use migration::vmstate::{self, FieldError, SectionId, SliceSource, VmState};
 use serde_json::Value;
 
 /// Fields that count time. They are set when the guest starts, not when its state is loaded.
-const CLOCKS: [&str; 14] = [
+const CLOCKS: [&str; 17] = [
     "tsc",
     "offset",
     "has_offset",
@@ -16,11 +17,15 @@ const CLOCKS: [&str; 14] = [
     "clock",
     "realtime",
     "host_tsc",
+    "has_host_tsc",
+    "stable",
     "initial_count_load_time",
     "next_time",
     "timer_expiry",
     "count_load_time",
     "next_transition_time",
+    // Writing it makes the kernel compute the guest's wall clock.
+    "wall_clock_msr",
 ];
 
 /// The LAPIC timer's current count in the register page (Intel SDM vol. 3, table 11-1).
@@ -82,8 +87,11 @@ fn walk(path: &str, a: &Value, b: &Value, out: &mut Vec<FieldError>) {
         }
         (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
             let lapic_page = path.ends_with(".page");
+            let msrs = path.ends_with(".msrs");
             for (n, (a, b)) in a.iter().zip(b).enumerate() {
-                if !(lapic_page && LAPIC_CURRENT_COUNT.contains(&n)) {
+                let counts = lapic_page && LAPIC_CURRENT_COUNT.contains(&n);
+                let wall_clock = msrs && a.get("index") == Some(&Value::from(KVM_WALL_CLOCK));
+                if !counts && !wall_clock {
                     walk(&format!("{path}[{n}]"), a, b, out);
                 }
             }

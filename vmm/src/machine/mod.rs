@@ -53,8 +53,10 @@ pub struct Machine {
     power_on: PowerOn,
     /// What KVM offers here.
     pub host: KvmHost,
-    /// What CPUID tells the guest.
+    /// What CPUID tells a guest that starts here.
     pub cpu: CpuProfile,
+    /// What CPUID could tell a guest here at most.
+    pub host_cpu: CpuProfile,
     /// Where the host's processor keeps extended state.
     pub xsave: XsaveLayout,
     /// The memory slots and their dirty logs.
@@ -88,7 +90,8 @@ impl Machine {
         let vm = kvm::create_vm(&kvm)?;
         let host = KvmHost::probe(&kvm, &vm)?;
         let cpu = CpuProfile::for_model(&kvm, cpu_model(&config.cpu))?;
-        let xsave = XsaveLayout::new(&CpuProfile::host(&kvm)?);
+        let host_cpu = CpuProfile::host(&kvm)?;
+        let xsave = XsaveLayout::new(&host_cpu);
         host.setup_vm(&vm)?;
         let ram = Ram::new(config.memory.0, cpu.phys_bits())?;
         // SAFETY: the machine keeps `ram` longer than anything that holds the VM's descriptor.
@@ -142,6 +145,7 @@ impl Machine {
             power_on,
             host,
             cpu,
+            host_cpu,
             xsave,
             dirty_log: Arc::new(dirty_log),
             vm,
@@ -234,6 +238,16 @@ impl Machine {
 }
 
 impl Machine {
+    /// Gives vCPUs that have never run another processor's CPUID.
+    pub fn show_cpu(&self, cpu: &CpuProfile) -> Result<(), MachineError> {
+        let count = self.config.smp;
+        for vcpu in &self.vcpus {
+            let (index, cpu, host) = (vcpu.index(), cpu.clone(), self.host.clone());
+            vcpu.job(move |fd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host))??;
+        }
+        Ok(())
+    }
+
     /// Sets all vCPUs' TSCs to what they must be now that the VM's clock has been set.
     pub fn restore_tscs(&self, states: &[VcpuState], base: ClockBase) -> Result<(), MachineError> {
         let answers: Vec<_> = self

@@ -43,7 +43,7 @@ impl Machine for Arriving {
 
 impl DestinationVm for Arriving {
     fn check_details(&self, source: &Value) -> Vec<Problem> {
-        details::compare(&details::of(&self.vm), source)
+        details::compare(&self.vm, source)
     }
 
     fn may_discard_block(&self, name: &str) -> bool {

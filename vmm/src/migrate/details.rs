@@ -1,6 +1,7 @@
 //! What a machine says of itself beyond RAM and sections, and what a destination makes of it.
 
 use arch::cpuid::CpuProfile;
+use arch::host::KvmHost;
 use migration::manifest::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -71,12 +72,12 @@ fn problem(
     }
 }
 
-/// Everything about `source` that does not fit `here`.
-pub(super) fn compare(here: &Value, source: &Value) -> Vec<Problem> {
-    let read = |value: &Value| serde_json::from_value::<Details>(value.clone());
-    let (here, source) = match (read(here), read(source)) {
-        (Ok(here), Ok(source)) => (here, source),
-        (Err(e), _) | (_, Err(e)) => {
+/// Everything about `source` that does not fit this machine. When nothing does not, the guest's
+/// processor is noted, to be shown again.
+pub(super) fn compare(vm: &Vm, source: &Value) -> Vec<Problem> {
+    let source = match serde_json::from_value::<Details>(source.clone()) {
+        Ok(source) => source,
+        Err(e) => {
             return vec![problem(
                 "details",
                 "the description of the machine",
@@ -86,8 +87,12 @@ pub(super) fn compare(here: &Value, source: &Value) -> Vec<Problem> {
             )];
         }
     };
-    let mut problems = devices(&here.devices, &source.devices);
-    problems.extend(here.cpu.lacks(&source.cpu).iter().map(|lack| {
+    let machine = &vm.machine;
+    let mut problems = devices(&machine.board.describe_devices(), &source.devices);
+    let theirs =
+        KvmHost { tsc_khz: source.tsc_khz, xsave_size: source.xsave_size, ..machine.host.clone() };
+    let lacks = machine.host_cpu.lacks(&source.cpu).into_iter().chain(machine.host.lacks(&theirs));
+    problems.extend(lacks.map(|lack| {
         problem(
             "cpu",
             "the processor",
@@ -97,14 +102,8 @@ pub(super) fn compare(here: &Value, source: &Value) -> Vec<Problem> {
              and give the destination the same --cpu",
         )
     }));
-    if here.xsave_size != 0 && source.xsave_size > here.xsave_size {
-        problems.push(problem(
-            "xsave-size",
-            "the XSAVE area of a vCPU",
-            format!("{} bytes", here.xsave_size),
-            format!("{} bytes", source.xsave_size),
-            "use a CPU model that both hosts have",
-        ));
+    if problems.is_empty() {
+        vm.kvm_state.promise(source.cpu);
     }
     problems
 }

@@ -12,3 +12,4 @@ pub mod isa;
 pub mod memory;
 pub mod pci;
 pub mod timer;
+pub mod virtio;

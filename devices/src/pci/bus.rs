@@ -75,7 +75,8 @@ pub struct PciBus {
 }
 
 impl PciBus {
-    /// An empty bus whose interrupts end at `router`, answering at ports 0xcf8 to 0xcff of `io`.
+    /// An empty bus whose interrupts end at `router`, answering at ports 0xcf8 to 0xcff of `io` for
+    /// as long as the caller keeps it.
     pub fn new(
         io: Arc<IoBus>,
         router: Arc<dyn IntxRouter>,
@@ -88,7 +89,8 @@ impl PciBus {
             config_address: AtomicU32::new(0),
             functions: RwLock::default(),
         });
-        io.map_pio(FIRST_PORT, PORTS, bus.clone()).map_err(PciBusError::Ports)?;
+        let ports = Arc::new(ConfigPorts(Arc::downgrade(&bus)));
+        io.map_pio(FIRST_PORT, PORTS, ports).map_err(PciBusError::Ports)?;
         Ok(bus)
     }
 
@@ -289,8 +291,27 @@ impl DeviceMmio for Window {
     }
 }
 
-impl DevicePio for PciBus {
+/// What stands on the I/O bus for the configuration ports. It does not keep the bus alive, which
+/// keeps the I/O bus alive.
+struct ConfigPorts(Weak<PciBus>);
+
+impl DevicePio for ConfigPorts {
     fn pio_read(&self, _: PioAddress, offset: u16, data: &mut [u8]) {
+        match self.0.upgrade() {
+            Some(bus) => bus.port_read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn pio_write(&self, _: PioAddress, offset: u16, data: &[u8]) {
+        if let Some(bus) = self.0.upgrade() {
+            bus.port_write(offset, data);
+        }
+    }
+}
+
+impl PciBus {
+    fn port_read(&self, offset: u16, data: &mut [u8]) {
         match (offset, data) {
             (0, data) if data.len() == 4 => {
                 let address = self.config_address.load(Ordering::Relaxed);
@@ -302,7 +323,7 @@ impl DevicePio for PciBus {
         }
     }
 
-    fn pio_write(&self, _: PioAddress, offset: u16, data: &[u8]) {
+    fn port_write(&self, offset: u16, data: &[u8]) {
         match (offset, data) {
             (0, &[a, b, c, d]) => {
                 self.config_address.store(u32::from_le_bytes([a, b, c, d]), Ordering::Relaxed);

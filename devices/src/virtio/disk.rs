@@ -1,0 +1,269 @@
+//! A raw disk image, or a block device, on the host.
+//!
+//! While a VM may write to an image it holds locks on it that QEMU understands, so that neither a
+//! second mini-vmm nor a QEMU runs on the same image: QEMU announces what it does by read locks on
+//! bytes 100 and up, and what it does not want others to do on bytes 200 and up.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+
+use super::chain::Buffers;
+
+/// Bytes of a sector, the unit of every request.
+pub(super) const SECTOR: u64 = 512;
+/// `O_DIRECT` wants buffers and offsets aligned; this is enough for any disk.
+const ALIGNMENT: usize = 4096;
+/// Size of the buffer that direct and zeroing requests go through.
+const BUFFER: usize = 1 << 20;
+
+/// How an image is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheMode {
+    /// Through the host's page cache; a guest's flush reaches the disk.
+    #[default]
+    Writeback,
+    /// Through the host's page cache; every write reaches the disk.
+    Writethrough,
+    /// Around the host's page cache; a guest's flush reaches the disk.
+    Direct,
+    /// Through the host's page cache; a guest's flush does nothing.
+    Unsafe,
+}
+
+/// An image that is not necessarily open.
+#[derive(Debug, Clone)]
+pub struct DiskImage {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub readonly: bool,
+    /// How it is written.
+    pub cache: CacheMode,
+}
+
+impl DiskImage {
+    /// How large it is, in bytes. Takes no lock.
+    pub fn size(&self) -> io::Result<u64> {
+        File::open(&self.path)?.seek(SeekFrom::End(0))
+    }
+
+    /// Opens and locks it.
+    pub fn open(&self) -> io::Result<OpenDisk> {
+        let direct = self.cache == CacheMode::Direct;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!self.readonly)
+            .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+            .open(&self.path)?;
+        lock(&file, self.readonly).map_err(|e| locked(&self.path, e))?;
+        let size = file.seek(SeekFrom::End(0))?;
+        let buffer = if direct { vec![0; BUFFER + ALIGNMENT] } else { Vec::new() };
+        Ok(OpenDisk { file, size, buffer, cache: self.cache, readonly: self.readonly })
+    }
+}
+
+fn locked(path: &Path, error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!("{} is in use by another virtual machine", path.display()),
+        ),
+        _ => error,
+    }
+}
+
+/// The bytes that QEMU locks: what a program does with an image (from 100 on), and what it does
+/// not want others to do (from 200 on).
+mod lock_byte {
+    /// Reads and relies on what it reads.
+    pub(super) const READS: i64 = 100;
+    /// Writes.
+    pub(super) const WRITES: i64 = 101;
+    /// Changes the size.
+    pub(super) const RESIZES: i64 = 103;
+    /// Nobody else may write.
+    pub(super) const NO_WRITERS: i64 = 201;
+    /// Nobody else may change the size.
+    pub(super) const NO_RESIZERS: i64 = 203;
+    /// All of them.
+    pub(super) const FIRST: i64 = 100;
+    pub(super) const COUNT: i64 = 200;
+}
+
+fn flock(kind: i32, start: i64, len: i64) -> libc::flock {
+    let narrow = |value: i32| i16::try_from(value).unwrap_or(0);
+    libc::flock {
+        l_type: narrow(kind),
+        l_whence: narrow(libc::SEEK_SET),
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    }
+}
+
+/// A writer shuts out everyone. Readers tolerate each other.
+fn lock(file: &File, readonly: bool) -> io::Result<()> {
+    let take = |kind, start, len| -> io::Result<()> {
+        fcntl(file, FcntlArg::F_OFD_SETLK(&flock(kind, start, len)))?;
+        Ok(())
+    };
+    if !readonly {
+        return take(libc::F_WRLCK, lock_byte::FIRST, lock_byte::COUNT);
+    }
+    for byte in [lock_byte::READS, lock_byte::NO_WRITERS, lock_byte::NO_RESIZERS] {
+        take(libc::F_RDLCK, byte, 1)?;
+    }
+    for byte in [lock_byte::WRITES, lock_byte::RESIZES] {
+        let mut held = flock(libc::F_WRLCK, byte, 1);
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut held))?;
+        if i32::from(held.l_type) != libc::F_UNLCK {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+    }
+    Ok(())
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct OpenDisk {
+    file: File,
+    /// In bytes, when it was opened.
+    size: u64,
+    /// What direct requests go through; empty for all others.
+    buffer: Vec<u8>,
+    cache: CacheMode,
+    readonly: bool,
+}
+
+impl OpenDisk {
+    /// Its size in bytes, when it was opened.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Reads at byte `offset` until `to` is full; zeros behind the image's end.
+    pub fn read(&mut self, offset: u64, to: &mut Buffers<'_>) -> io::Result<()> {
+        if self.cache == CacheMode::Direct {
+            return self.read_direct(offset, to);
+        }
+        self.file.seek(SeekFrom::Start(offset))?;
+        to.fill_from(&mut self.file)?;
+        zero(to);
+        Ok(())
+    }
+
+    /// Writes all of `from` at byte `offset`.
+    pub fn write(&mut self, offset: u64, from: &mut Buffers<'_>) -> io::Result<()> {
+        if self.cache == CacheMode::Direct {
+            self.write_direct(offset, from)?;
+        } else {
+            self.file.seek(SeekFrom::Start(offset))?;
+            from.drain_to(&mut self.file)?;
+        }
+        Ok(())
+    }
+
+    fn read_direct(&mut self, offset: u64, to: &mut Buffers<'_>) -> io::Result<()> {
+        let (file, buffer) = (&self.file, aligned(&mut self.buffer));
+        let mut at = offset;
+        while !to.is_empty() {
+            let wanted = to.len().min(buffer.len());
+            let Some(piece) = buffer.get_mut(..wanted) else { break };
+            let mut got = 0;
+            // What comes in parts ends at a boundary, except at the image's end.
+            while let Some(rest) = piece.get_mut(got..).filter(|rest| !rest.is_empty()) {
+                match file.read_at(rest, at.saturating_add(to_u64(got))) {
+                    Ok(0) => break,
+                    Ok(n) => got += n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    // Behind an unaligned end nothing more can be read directly.
+                    Err(_) if got % 512 != 0 => break,
+                    Err(e) => return Err(e),
+                }
+            }
+            if let Some(rest) = piece.get_mut(got..) {
+                rest.fill(0);
+            }
+            to.write(piece);
+            at = at.saturating_add(to_u64(wanted));
+        }
+        Ok(())
+    }
+
+    fn write_direct(&mut self, offset: u64, from: &mut Buffers<'_>) -> io::Result<()> {
+        let (file, buffer) = (&self.file, aligned(&mut self.buffer));
+        let mut at = offset;
+        while !from.is_empty() {
+            let n = from.read(buffer);
+            file.write_all_at(buffer.get(..n).unwrap_or_default(), at)?;
+            at = at.saturating_add(to_u64(n));
+        }
+        Ok(())
+    }
+
+    /// Brings what was written to the disk.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.readonly || self.cache == CacheMode::Unsafe {
+            return Ok(());
+        }
+        self.file.sync_data()
+    }
+
+    /// Gives up what is stored in a range. A host file system that cannot do that keeps it.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.fallocate(flags, offset, len) {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Makes a range read as zeros; `unmap` allows to give up its storage.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let how = if unmap {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        } else {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE
+        };
+        match self.fallocate(how | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len) {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
+            other => return other,
+        }
+        let mut zeros = vec![0; BUFFER + ALIGNMENT];
+        let zeros = aligned(&mut zeros);
+        let end = offset.saturating_add(len);
+        let mut at = offset;
+        while at < end {
+            let n = usize::try_from(end - at).unwrap_or(usize::MAX).min(zeros.len());
+            self.file.write_all_at(zeros.get(..n).unwrap_or_default(), at)?;
+            at = at.saturating_add(to_u64(n));
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        let signed =
+            |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+        Ok(fallocate(&self.file, flags, signed(offset)?, signed(len)?)?)
+    }
+}
+
+fn zero(to: &mut Buffers<'_>) {
+    let zeros = [0; 512];
+    while to.write(&zeros) != 0 {}
+}
+
+/// The aligned part of `buffer`.
+fn aligned(buffer: &mut [u8]) -> &mut [u8] {
+    let start = buffer.as_ptr().align_offset(ALIGNMENT);
+    let end = start.saturating_add(BUFFER);
+    buffer.get_mut(start..end).unwrap_or_default()
+}
+
+fn to_u64(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}

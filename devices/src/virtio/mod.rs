@@ -1,0 +1,38 @@
+//! virtio: devices that know they are in a virtual machine (virtio 1.2).
+//!
+//! - [`VirtioPci`] is a device as a PCI function, for legacy and modern drivers; [`registers`] is
+//!   what drivers see of it, [`VirtioSection`] its state;
+//! - a device type implements [`VirtioDevice`]: [`block`] and others;
+//! - [`Core`] holds the queues. All guest memory is reached through [`Chain`]s, whose writes mark
+//!   it dirty.
+//!
+//! A device is made paused; its first [`resume`](crate::device::Device::resume) sets it going. Its
+//! host side is opened when the VM is to run here, and not before: see
+//! [`VirtioPci::open`].
+
+pub mod block;
+mod chain;
+mod core;
+mod device;
+mod disk;
+mod element;
+pub mod features;
+mod interrupt;
+mod pci;
+mod queue;
+mod registers;
+mod state;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use self::core::{Core, VirtioError, status};
+pub use block::{Block, BlockOptions};
+pub use chain::{Buffers, Chain, ChainError, Slice};
+pub use device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+pub use disk::{CacheMode, DiskImage, OpenDisk};
+pub use interrupt::Interrupts;
+pub use pci::{Generation, VirtioEvents, VirtioPci, Wiring};
+pub use queue::{MAX_QUEUE_SIZE, NO_VECTOR, QueueError, RingAddresses, VirtQueue};
+pub use state::VirtioSection;

@@ -24,14 +24,19 @@ use devices::isa::rtc::{CmosConfig, Rtc};
 use devices::isa::serial::SerialPort;
 use devices::pci::{PciBus, PciBusError, PciBusLines, PciHost};
 use devices::timer::Timed;
+use devices::virtio::{
+    BackendError, Block, BlockOptions, CacheMode, DiskImage, Generation, VirtioDevice, VirtioError,
+    VirtioEvents, VirtioPci, VirtioSection, Wiring,
+};
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
-use crate::config::Config;
+use crate::config::{Config, DiskCache};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::KvmRouting;
 use crate::memory::Ram;
+use crate::migrate::DeviceDetails;
 use crate::power::MachineEvents;
 use crate::timers::TimerBell;
 
@@ -72,6 +77,12 @@ pub enum BoardError {
     /// A PCI slot.
     #[error(transparent)]
     Pci(#[from] PciBusError),
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
+    /// The host side of a virtio device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// The I/O thread.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -98,6 +109,8 @@ pub struct Board {
     pub console_path: Option<std::path::PathBuf>,
     pm: Option<Arc<Mutex<Piix4Pm>>>,
     pci: Option<Arc<PciBus>>,
+    /// The virtio functions and their slots.
+    virtio: Vec<(u8, Arc<Mutex<VirtioPci>>)>,
     sections: Vec<MakeSection>,
 }
 
@@ -191,12 +204,55 @@ impl Board {
         }));
         pci.attach(1, 3, pm.clone())?;
         board.pm = Some(pm);
+        board.virtio_devices(p, &pci)?;
         board.device("acpi_build", 0, Holder::<AcpiBuildState>::new());
         board.pci = Some(pci);
         for port in [0x80, 0xf0] {
             p.bus.map_pio(port, 1, Arc::new(Mutex::new(SinkPort)))?;
         }
         Ok(board)
+    }
+
+    /// The devices that the configuration asks for, in the order of their slots.
+    fn virtio_devices(&mut self, p: &BoardParts<'_>, pci: &Arc<PciBus>) -> Result<(), BoardError> {
+        let mut wanted: Vec<(u8, Box<dyn VirtioDevice>)> = Vec::new();
+        for disk in &p.config.disk {
+            let block = Block::new(BlockOptions {
+                image: DiskImage {
+                    path: disk.path.clone(),
+                    readonly: disk.readonly,
+                    cache: match disk.cache {
+                        DiskCache::Writeback => CacheMode::Writeback,
+                        DiskCache::None => CacheMode::Direct,
+                    },
+                },
+                id: disk.id.to_string(),
+                // QEMU's drives have no serial number unless they are given one.
+                serial: String::new(),
+                queues: disk.queues,
+            })?;
+            wanted.push((disk.addr.number(), Box::new(block)));
+        }
+        wanted.sort_by_key(|(slot, _)| *slot);
+        for (slot, device) in wanted {
+            let wiring = Wiring {
+                ram: p.ram.guest().clone(),
+                msi: p.msi.clone(),
+                io_events: p.doorbells.clone(),
+                pin: pci.inta(slot),
+                slot,
+                generation: Generation::Transitional,
+            };
+            let function = Arc::new(Mutex::new(VirtioPci::new(device, wiring)?));
+            pci.attach(slot, 0, function.clone())?;
+            p.io.add(Arc::new(Mutex::new(VirtioEvents(function.clone()))))?;
+            self.devices.push(function.clone());
+            let (state, bus) = (function.clone(), pci.clone());
+            self.sections
+                .push(Box::new(move || Box::new(VirtioSection::new(state.clone(), bus.clone()))));
+            self.virtio.push((slot, function));
+        }
+        Ok(())
     }
 
     /// Takes a device in: it lives with the machine, and its state travels as section `name`.
@@ -226,19 +282,22 @@ impl Board {
         }
     }
 
-    /// Makes all that disks hold in memory durable.
-    pub fn flush_disks(&self) -> std::io::Result<()> {
+    /// Opens the host sides of all devices for use by this machine, disks with their locks. When
+    /// one can't be opened, all are closed again.
+    pub fn open_backends(&self) -> Result<(), BackendError> {
+        for (_, function) in &self.virtio {
+            if let Err(e) = lock(function).open() {
+                let _ = self.close_backends();
+                return Err(e);
+            }
+        }
         Ok(())
     }
 
-    /// Opens the disks' images for use by this machine.
-    pub fn activate_disks(&self) -> std::io::Result<()> {
-        Ok(())
-    }
-
-    /// Gives the disks' images up.
-    pub fn deactivate_disks(&self) -> std::io::Result<()> {
-        Ok(())
+    /// Gives the host sides up, for another process to open them.
+    pub fn close_backends(&self) -> Result<(), BackendError> {
+        let closed = self.virtio.iter().map(|(_, function)| lock(function).close());
+        closed.fold(Ok(()), Result::and)
     }
 
     /// Rebuilds what follows from several devices' states at once.
@@ -249,11 +308,32 @@ impl Board {
     }
 
     /// Tells the networks where the guest is now.
-    pub fn announce(&self) {}
+    pub fn announce(&self) {
+        for (_, function) in &self.virtio {
+            lock(function).device().announce();
+        }
+    }
 
     /// What there is on the PCI bus, for a manifest.
-    pub fn describe_devices(&self) -> Vec<crate::migrate::DeviceDetails> {
-        Vec::new()
+    pub fn describe_devices(&self) -> Vec<DeviceDetails> {
+        let describe = |(slot, function): &(u8, Arc<Mutex<VirtioPci>>)| {
+            let mut function = lock(function);
+            let device = function.device();
+            let kind = device.kind().name;
+            // Capacity, the first field of a block device's configuration (virtio 1.2, 5.2.4).
+            let sectors = (kind == "virtio-blk")
+                .then(|| device.config().first_chunk().map(|bytes| u64::from_le_bytes(*bytes)))
+                .flatten();
+            DeviceDetails {
+                kind: kind.into(),
+                slot: *slot,
+                queues: device.queue_sizes().len() as u32,
+                vectors: device.vectors().into(),
+                features: device.features(),
+                sectors,
+            }
+        };
+        self.virtio.iter().map(describe).collect()
     }
 
     /// The devices' sections, in the order in which they travel.

@@ -18,7 +18,7 @@ use kvm_ioctls::VmFd;
 
 pub use error::MachineError;
 
-use crate::board::{Board, BoardParts};
+use crate::board::{Board, BoardError, BoardParts};
 use crate::clock::VirtualClock;
 use crate::config::{self, Config};
 use crate::event_loop::EventLoop;
@@ -152,7 +152,10 @@ impl Machine {
             ram,
             config: config.clone(),
         };
-        machine.boot()?;
+        if config.migrate_listen.is_none() {
+            machine.board.open_backends().map_err(BoardError::from)?;
+            machine.boot()?;
+        }
         Ok(machine)
     }
 

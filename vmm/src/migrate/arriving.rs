@@ -67,12 +67,12 @@ impl DestinationVm for Arriving {
         self.vm
             .machine
             .board
-            .activate_disks()
+            .open_backends()
             .map_err(|e| VmError::with("a disk could not be taken", e))
     }
 
     fn release_disks(&mut self) {
-        if let Err(e) = self.vm.machine.board.deactivate_disks() {
+        if let Err(e) = self.vm.machine.board.close_backends() {
             tracing::error!("a disk could not be given back: {e}");
         }
     }

@@ -39,9 +39,6 @@ pub struct Device {
     /// Capacity in 512-byte sectors, of a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sectors: Option<u64>,
-    /// Whether a disk may only be read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub readonly: Option<bool>,
 }
 
 pub(super) fn of(vm: &Vm) -> Value {
@@ -158,13 +155,6 @@ fn devices(here: &[Device], source: &[Device]) -> Vec<Problem> {
             show(ours.sectors),
             show(theirs.sectors),
             "both sides must use the same image",
-        );
-        differs(
-            "readonly",
-            "the read-only flag",
-            format!("{:?}", ours.readonly.unwrap_or_default()),
-            format!("{:?}", theirs.readonly.unwrap_or_default()),
-            "give both sides the same readonly=",
         );
         let missing = theirs.features & !ours.features;
         if missing != 0 {

@@ -74,7 +74,7 @@ impl SourceVm for Leaving {
             self.vm.machine.pause_devices();
         }
         self.vm.kvm_state.forget();
-        self.vm.machine.board.flush_disks().map_err(|e| VmError::with("a disk's flush failed", e))
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -92,7 +92,7 @@ impl SourceVm for Leaving {
         self.vm
             .machine
             .board
-            .deactivate_disks()
+            .close_backends()
             .map_err(|e| VmError::with("a disk could not be given up", e))
     }
 
@@ -100,7 +100,7 @@ impl SourceVm for Leaving {
         self.vm
             .machine
             .board
-            .activate_disks()
+            .open_backends()
             .map_err(|e| VmError::with("a disk could not be taken back", e))
     }
 

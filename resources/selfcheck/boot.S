@@ -26,7 +26,7 @@ start32:                            /* EBX: hvm_start_info; flat segments, pagin
     mov %eax, %ss
 
     mov $bss_start, %edi            /* a loader may leave what a former guest had there */
-    mov $image_end, %ecx
+    mov $bss_end, %ecx
     sub %edi, %ecx
     shr $2, %ecx
     xor %eax, %eax
@@ -163,9 +163,13 @@ gdt_pointer:
 
     .bss
     .balign 4096
-    .globl page_pointers, stacks
+    .globl page_pointers
 page_root: .skip 4096
 page_pointers: .skip 4096
+
+    .section .uncleared, "aw", @nobits
+    .balign 4096
+    .globl stacks
 page_directories: .skip 4 * 4096
 stacks: .skip 64 * STACK_SIZE
 

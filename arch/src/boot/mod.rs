@@ -1,8 +1,8 @@
 //! Booting without a firmware: a kernel, its initrd and its command line are put into guest
 //! memory, and the first vCPU is set to where the boot protocol says it begins.
 //!
-//! Two kinds of kernel are known: a Linux `bzImage`, entered in 64-bit mode ([`linux`]), and an
-//! ELF file with a PVH entry note, entered in 32-bit mode ([`pvh`]). Both are read straight into
+//! Two kinds of kernel are known: a Linux `bzImage`, entered in 64-bit mode (`linux.rs`), and an
+//! ELF file with a PVH entry note, entered in 32-bit mode (`pvh.rs`). Both are read straight into
 //! guest memory, never into a buffer of their size. Files are hostile: every number that addresses
 //! or sizes something is checked against the file and against RAM before it is used.
 //!

@@ -2,6 +2,8 @@
 
 pub mod board;
 pub mod chardev;
+pub mod cli;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod control;

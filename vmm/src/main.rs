@@ -1,2 +1,5 @@
 //! The `mini-vmm` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    vmm::cli::main()
+}

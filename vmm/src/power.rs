@@ -14,7 +14,7 @@ pub enum MachineEvent {
     /// The guest asked for it.
     Guest(PowerRequest),
     /// A vCPU died.
-    Crashed(CrashReport),
+    Crashed(Box<CrashReport>),
     /// The destination runs the guest; nothing is left to do here.
     HandedOver,
     /// The guest that was waited for has not come.

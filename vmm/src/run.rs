@@ -133,7 +133,7 @@ fn serve(vm: &Arc<Vm>, events: &Receiver<MachineEvent>) -> Result<RunOutcome, Ru
                     _ => (RunState::InternalError, ShutdownReason::HostError),
                 };
                 vm.end(state, reason);
-                return Err(RunError::Crashed(Box::new(report)));
+                return Err(RunError::Crashed(report));
             }
             MachineEvent::HandedOver => {
                 // Whoever asked for the migration may still want to read how it went.

@@ -16,7 +16,7 @@ use crate::control::{
 use crate::vm::Vm;
 
 /// The VM as its control plane holds it.
-pub struct VmHandle(pub Arc<Vm>);
+pub(crate) struct VmHandle(pub(crate) Arc<Vm>);
 
 impl From<&MigrationUri> for Address {
     fn from(uri: &MigrationUri) -> Self {

@@ -121,11 +121,12 @@ impl CharService {
     fn watch_input(&mut self, ops: &mut EventOps<'_>, on: bool) {
         let fd = lock(&self.dev.line).input.as_ref().map(AsRawFd::as_raw_fd);
         match (self.reading, fd) {
-            (None, Some(fd)) if on => {
+            (None, Some(fd))
+                if on
                 // A regular file or /dev/null cannot be watched; such an input gives nothing.
-                if ops.add(Events::new_raw(fd, EventSet::IN | EventSet::HANG_UP)).is_ok() {
-                    self.reading = Some(fd);
-                }
+                && ops.add(Events::new_raw(fd, EventSet::IN | EventSet::HANG_UP)).is_ok() =>
+            {
+                self.reading = Some(fd);
             }
             (Some(fd), _) if !on => {
                 let _ = ops.remove(Events::new_raw(fd, EventSet::IN));
@@ -140,10 +141,8 @@ impl CharService {
         // output's own descriptor.
         let fd = lock(&self.dev.line).output.as_ref().map(AsRawFd::as_raw_fd);
         match (self.writing, fd) {
-            (None, Some(fd)) if on => {
-                if ops.add(Events::new_raw(fd, EventSet::OUT)).is_ok() {
-                    self.writing = Some(fd);
-                }
+            (None, Some(fd)) if on && ops.add(Events::new_raw(fd, EventSet::OUT)).is_ok() => {
+                self.writing = Some(fd);
             }
             (Some(fd), _) if !on => {
                 let _ = ops.remove(Events::new_raw(fd, EventSet::OUT));

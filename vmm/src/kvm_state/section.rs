@@ -134,21 +134,27 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
             "cpu_common",
             index,
             move |s, audience| s.vcpu(index, audience).map(|v| v.common),
-            move |a, t| drop(a.cpu_common.insert(index, t)),
+            move |a, t| {
+                let _ = a.cpu_common.insert(index, t);
+            },
         ));
         first.push(part(
             vm,
             "cpu",
             index,
             move |s, audience| s.vcpu(index, audience).map(|v| v.cpu),
-            move |a, t| drop(a.cpu.insert(index, t)),
+            move |a, t| {
+                let _ = a.cpu.insert(index, t);
+            },
         ));
         first.push(part(
             vm,
             "apic",
             index,
             move |s, audience| s.vcpu(index, audience).map(|v| v.apic),
-            move |a, t| drop(a.apic.insert(index, t)),
+            move |a, t| {
+                let _ = a.apic.insert(index, t);
+            },
         ));
     }
     first.push(part(
@@ -167,7 +173,9 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
                 let [master, slave] = s.chips(audience).pic;
                 Ok(if n == 0 { master } else { slave })
             },
-            move |a, t| drop(a.pic.insert(n, t)),
+            move |a, t| {
+                let _ = a.pic.insert(n, t);
+            },
         )
     });
     let ioapic = part(

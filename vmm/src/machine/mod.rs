@@ -43,7 +43,8 @@ struct PowerOn {
 /// Fields are dropped in this order: vCPUs first, so that nobody uses a device that is going.
 pub struct Machine {
     vcpus: Vec<Vcpu>,
-    io: EventLoop,
+    /// Kept for its thread, which ends when this is dropped.
+    _io: EventLoop,
     /// The devices and how they are wired.
     pub board: Board,
     bell: Arc<TimerBell>,
@@ -130,14 +131,14 @@ impl Machine {
                 fd,
                 bus.clone(),
                 ram.guest().clone(),
-                Arc::new(move |report| died.send(MachineEvent::Crashed(report))),
+                Arc::new(move |report| died.send(MachineEvent::Crashed(Box::new(report)))),
             )?);
         }
         let power_on =
             PowerOn { vcpus: capture_vcpus(&vcpus, &host)?, chips: IrqchipState::capture(&vm)? };
         let machine = Self {
             vcpus,
-            io,
+            _io: io,
             board,
             bell,
             clock,

@@ -93,24 +93,23 @@ fn transcripts_are_true() {
         let mut pending: Option<(bool, String)> = None;
         for line in comments.chain([None]) {
             let starts = line.filter(|l| l.starts_with("->") || l.starts_with("<-"));
-            if starts.is_some()
-                || !pending.as_ref().is_some_and(|_| line.is_some_and(|l| !l.starts_with("```")))
+            if (starts.is_some()
+                || pending.as_ref().is_none_or(|_| line.is_none_or(|l| l.starts_with("```"))))
+                && let Some((sent, text)) = pending.take()
             {
-                if let Some((sent, text)) = pending.take() {
-                    let (_, client) = session.as_mut().unwrap();
-                    steps += 1;
-                    let text = text.replace("VERSION", env!("CARGO_PKG_VERSION"));
-                    if sent {
-                        client.send(text);
-                    } else {
-                        let want: Value = serde_json::from_str(&text)
-                            .unwrap_or_else(|e| panic!("{file}: {text}: {e}"));
-                        let mut got = client.receive();
-                        if let Some(stamp) = got.as_object_mut().unwrap().remove("timestamp") {
-                            assert!(stamp["seconds"].is_u64() && stamp["microseconds"].is_u64());
-                        }
-                        assert_eq!(got, want, "{file}");
+                let (_, client) = session.as_mut().unwrap();
+                steps += 1;
+                let text = text.replace("VERSION", env!("CARGO_PKG_VERSION"));
+                if sent {
+                    client.send(text);
+                } else {
+                    let want: Value = serde_json::from_str(&text)
+                        .unwrap_or_else(|e| panic!("{file}: {text}: {e}"));
+                    let mut got = client.receive();
+                    if let Some(stamp) = got.as_object_mut().unwrap().remove("timestamp") {
+                        assert!(stamp["seconds"].is_u64() && stamp["microseconds"].is_u64());
                     }
+                    assert_eq!(got, want, "{file}");
                 }
             }
             match (line, starts) {

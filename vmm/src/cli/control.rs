@@ -1,0 +1,92 @@
+//! Commands that ask a running VM one thing.
+
+use serde_json::{Value, json};
+
+use super::{CliError, VmArg};
+use crate::client::QmpClient;
+use crate::rundir;
+
+pub(super) fn simple(vm: &VmArg, command: &str) -> Result<(), CliError> {
+    vm.connect()?.execute(command, json!({}))?;
+    Ok(())
+}
+
+pub(super) fn quit(vm: &VmArg) -> Result<(), CliError> {
+    let mut client = vm.connect()?;
+    client.execute("quit", json!({}))?;
+    client.wait_for_end()?;
+    Ok(())
+}
+
+pub(super) fn list(as_json: bool) -> Result<(), CliError> {
+    let mut rows = Vec::new();
+    for vm in rundir::running() {
+        let status = QmpClient::connect(&vm.socket)
+            .and_then(|mut client| client.execute("query-status", json!({})))
+            .map_or_else(
+                // It runs, since its directory is locked, but it does not answer.
+                |_| "unreachable".to_string(),
+                |answer| answer["status"].as_str().unwrap_or("unknown").to_string(),
+            );
+        rows.push((vm.name, status, vm.socket));
+    }
+    if as_json {
+        let rows: Vec<_> = rows
+            .into_iter()
+            .map(|(name, status, qmp)| json!({ "name": name, "status": status, "qmp": qmp }))
+            .collect();
+        println!("{}", Value::from(rows));
+    } else if rows.is_empty() {
+        println!("no VM runs here");
+    } else {
+        let width = rows.iter().map(|(name, ..)| name.len()).max().unwrap_or(0).max(4);
+        println!("{:width$}  {:14}  CONTROL SOCKET", "NAME", "STATUS");
+        for (name, status, socket) in rows {
+            println!("{name:width$}  {status:14}  {}", socket.display());
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn status(vm: &VmArg, as_json: bool) -> Result<(), CliError> {
+    let status = vm.connect()?.execute("x-mini-vmm-status", json!({}))?;
+    if as_json {
+        println!("{status:#}");
+        return Ok(());
+    }
+    let text = |pointer: &str| {
+        status.pointer(pointer).map_or_else(
+            || "-".to_string(),
+            |v| match v {
+                Value::String(s) => s.clone(),
+                other => other.to_string(),
+            },
+        )
+    };
+    println!("name      {}", text("/name"));
+    println!("status    {}", text("/status"));
+    println!("process   {}", text("/pid"));
+    println!(
+        "machine   {}, {} vCPU(s), {} of memory, --cpu {}",
+        text("/config/machine"),
+        text("/config/smp"),
+        text("/config/memory"),
+        text("/config/cpu")
+    );
+    for (label, pointer) in [
+        ("serial", "/runtime/serial"),
+        ("console", "/runtime/console"),
+        ("listens", "/runtime/migrate-listen"),
+    ] {
+        if status.pointer(pointer).is_some_and(|v| !v.is_null()) {
+            println!("{label:9} {}", text(pointer));
+        }
+    }
+    if status.pointer("/migration/status").is_some_and(|s| s != "none") {
+        println!("migration {}", text("/migration/status"));
+        if status.pointer("/migration/error-desc").is_some() {
+            println!("          {}", text("/migration/error-desc"));
+        }
+    }
+    Ok(())
+}

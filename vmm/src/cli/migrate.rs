@@ -1,0 +1,207 @@
+//! `mini-vmm migrate`: starts a migration, shows how it goes, and reports how it went.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use signal_hook::consts::SIGINT;
+
+use super::{CliError, VmArg, checked_uri};
+use crate::client::{ClientError, QmpClient};
+use crate::config::{HumanDuration, Rate};
+
+/// How often the VM is asked how far it has come.
+const STEP: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Args)]
+pub(super) struct MigrateArgs {
+    #[command(flatten)]
+    vm: VmArg,
+    /// Where to: tcp:HOST:PORT or unix:PATH
+    uri: String,
+    /// How long the guest may stand still [default: 300ms]
+    #[arg(long, value_name = "TIME")]
+    downtime: Option<HumanDuration>,
+    /// The most to send in a second while the guest runs [default: no limit]
+    #[arg(long, value_name = "RATE")]
+    bandwidth: Option<Rate>,
+    /// How long the migration may take before --on-timeout happens [default: for ever]
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<HumanDuration>,
+    /// What happens then: cancel (the guest stays) or force (it moves, however long it stands still)
+    #[arg(long, value_name = "WHAT", requires = "timeout")]
+    on_timeout: Option<OnTimeout>,
+    /// Compare memory and device state of both sides before the guest runs there (the guest stands
+    /// still meanwhile)
+    #[arg(long)]
+    verify: bool,
+    /// Start it, and do not wait for its end
+    #[arg(long)]
+    detach: bool,
+    /// No progress bar; the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OnTimeout {
+    Cancel,
+    Force,
+}
+
+impl MigrateArgs {
+    /// Only what was said; the VM keeps its own settings for the rest.
+    fn parameters(&self) -> Map<String, Value> {
+        let ms = |time: HumanDuration| u64::try_from(time.0.as_millis()).unwrap_or(u64::MAX);
+        let mut p = Map::new();
+        let mut put = |key: &str, value: Value| drop(p.insert(key.to_string(), value));
+        if let Some(time) = self.downtime {
+            put("downtime-limit", ms(time).into());
+        }
+        if let Some(rate) = self.bandwidth {
+            put("max-bandwidth", rate.0.into());
+        }
+        if let Some(time) = self.timeout {
+            put("x-timeout", ms(time).into());
+        }
+        match self.on_timeout {
+            Some(OnTimeout::Cancel) => put("x-on-timeout", "cancel".into()),
+            Some(OnTimeout::Force) => put("x-on-timeout", "force".into()),
+            None => {}
+        }
+        if self.verify {
+            put("x-verify", true.into());
+        }
+        p
+    }
+}
+
+pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
+    let uri = checked_uri(&args.uri)?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let mut client = args.vm.connect()?;
+    let parameters = args.parameters();
+    if !parameters.is_empty() {
+        client.execute("migrate-set-parameters", Value::from(parameters))?;
+    }
+    signal_hook::flag::register(SIGINT, interrupted.clone())
+        .map_err(CliError::io("cannot watch for Ctrl-C"))?;
+    client.execute("migrate", json!({ "uri": uri, "detach": true }))?;
+    if args.detach {
+        return Ok(());
+    }
+    let bar = if args.json { ProgressBar::hidden() } else { progress_bar() };
+    let last = follow(&mut client, &interrupted, &bar);
+    bar.finish_and_clear();
+    let last = last?;
+    let report = client.execute("x-mini-vmm-status", json!({}));
+    let report = report.map(|mut status| status["report"].take()).unwrap_or(Value::Null);
+    if args.json {
+        println!("{}", json!({ "migration": last, "report": report }));
+    }
+    match last["status"].as_str() {
+        Some("completed") => {
+            if !args.json {
+                print_report(&report);
+            }
+            // The source has nothing left to do; it would say goodbye by itself a little later.
+            let _ = client.execute("quit", json!({}));
+            Ok(())
+        }
+        Some("cancelled") => {
+            Err(CliError::Migration("the migration was cancelled; the guest goes on here".into()))
+        }
+        _ => Err(CliError::Migration(format!(
+            "the migration failed: {}",
+            last["error-desc"].as_str().unwrap_or("the VM gives no reason")
+        ))),
+    }
+}
+
+fn progress_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}");
+    ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Watches until the status is one that does not change any more, and gives the last answer.
+fn follow(
+    client: &mut QmpClient,
+    interrupted: &AtomicBool,
+    bar: &ProgressBar,
+) -> Result<Value, CliError> {
+    let mut asked_to_cancel = false;
+    loop {
+        if interrupted.load(Ordering::Relaxed) && !asked_to_cancel {
+            asked_to_cancel = true;
+            bar.println("cancelling …");
+            client.execute("migrate_cancel", json!({}))?;
+        }
+        let info = client.execute("query-migrate", json!({})).map_err(|e| match e {
+            ClientError::Closed => CliError::Migration(
+                "the source ended before it said how the migration went; look at its log and at \
+                 the destination before you start the VM anywhere"
+                    .into(),
+            ),
+            e => e.into(),
+        })?;
+        if matches!(info["status"].as_str(), Some("completed" | "failed" | "cancelled")) {
+            return Ok(info);
+        }
+        show(&info, bar);
+        thread::sleep(STEP);
+    }
+}
+
+fn show(info: &Value, bar: &ProgressBar) {
+    let Some(ram) = info.get("ram") else {
+        bar.set_message("connecting and comparing");
+        return;
+    };
+    let n = |key: &str| ram[key].as_u64().unwrap_or(0);
+    let (total, remaining, page) = (n("total"), n("remaining"), n("page-size"));
+    bar.set_length(total.max(1));
+    bar.set_position(total.saturating_sub(remaining));
+    let rate = ram["mbps"].as_f64().unwrap_or(0.0) * 1e6 / 8.0;
+    let mut text = format!(
+        "pass {}, {} sent, {}/s, dirtied {}/s, {} left",
+        n("dirty-sync-count"),
+        HumanBytes(n("transferred")),
+        HumanBytes(rate as u64),
+        HumanBytes(n("dirty-pages-rate").saturating_mul(page)),
+        HumanBytes(remaining),
+    );
+    if let Some(ms) = info["expected-downtime"].as_u64() {
+        text.push_str(&format!(", downtime about {ms} ms"));
+    }
+    bar.set_message(text);
+}
+
+fn print_report(report: &Value) {
+    let ms = |key: &str| report[key].as_f64().unwrap_or(0.0);
+    let n = |key: &str| report[key].as_u64().unwrap_or(0);
+    println!(
+        "completed in {:.3} s: {} pass(es), {} sent, {} pages, {} zero pages, {}/s",
+        ms("total-ms") / 1e3,
+        n("passes"),
+        HumanBytes(n("transferred-bytes")),
+        n("normal-pages"),
+        n("zero-pages"),
+        HumanBytes(report["bytes-per-second"].as_f64().unwrap_or(0.0) as u64),
+    );
+    println!("the guest stood still for {:.1} ms:", ms("downtime-ms"));
+    for step in report["downtime-steps"].as_array().into_iter().flatten() {
+        let name = step["step"].as_str().unwrap_or("?");
+        println!("  {name:12} {:8.2} ms", step["ms"].as_f64().unwrap_or(0.0));
+    }
+    if n("verified-ram-bytes") != 0 {
+        println!(
+            "verified: {} of memory and {} sections are the same on both sides",
+            HumanBytes(n("verified-ram-bytes")),
+            n("verified-sections")
+        );
+    }
+}

@@ -1,0 +1,255 @@
+//! The command line: what can be said, and who does it.
+//!
+//! Exit status: 0 done, 1 failed, 2 not understood. What went wrong is said once, on standard
+//! error.
+
+mod console;
+mod control;
+mod demo;
+mod documents;
+mod migrate;
+mod terminal;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::client::{ClientError, QmpClient};
+use crate::config::{Config, ConfigError, MigrationUri, Settings};
+use crate::run::RunError;
+use crate::rundir::{self, RunDirError};
+
+const EXAMPLES: &str = "\
+Examples:
+  mini-vmm run --selfcheck                                  a VM that checks itself
+  mini-vmm run --name web --smp 2 -m 2G --kernel vmlinuz --initrd initrd.img \\
+      --disk path=web.img --net tap=tap0                    a VM of one's own
+  mini-vmm run --name web --smp 2 -m 2G --disk path=web.img --net tap=tap0 \\
+      --migrate-listen tcp:0.0.0.0:7000                     ... waits for it on another host
+  mini-vmm migrate --vm web tcp:other-host:7000             ... and this moves it there
+  mini-vmm status --json                                    the recorded configuration
+";
+
+/// A KVM virtual machine monitor whose reason to exist is live migration that cannot lose a VM.
+#[derive(Debug, Parser)]
+#[command(name = "mini-vmm", version, after_long_help = EXAMPLES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a VM, or wait for one to arrive
+    #[command(after_long_help = EXAMPLES)]
+    Run(Box<RunArgs>),
+    /// Move a running VM to another mini-vmm
+    ///
+    /// The destination has been started with the same machine, memory, vCPUs and devices, and with
+    /// --migrate-listen. The guest runs on meanwhile, here until the destination holds all of it.
+    /// Ctrl-C cancels, and the guest stays.
+    Migrate(migrate::MigrateArgs),
+    /// Show the VMs of this user that run on this host
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a VM does, and its last migration
+    Status {
+        #[command(flatten)]
+        vm: VmArg,
+        /// Everything, with the effective configuration, as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop a VM's vCPUs
+    Stop(VmArg),
+    /// Let a stopped VM go on
+    Cont(VmArg),
+    /// Cancel the migration that is under way; the guest stays
+    Cancel(VmArg),
+    /// End a VM at once, without asking its guest
+    Quit(VmArg),
+    /// Press a VM's power button
+    Powerdown(VmArg),
+    /// Reset a VM
+    Reset(VmArg),
+    /// Attach this terminal to a VM's serial port (leave with Ctrl-])
+    Console(VmArg),
+    /// Watch a running VM leave one process and go on in another
+    Demo {
+        /// Memory of the VM
+        #[arg(long, default_value = "256M")]
+        memory: String,
+        /// Number of vCPUs
+        #[arg(long, default_value_t = 1)]
+        smp: u32,
+    },
+    /// Print a shell's completions
+    #[command(hide = true)]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Read settings from a TOML file; the keys are the flags' names
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+struct VmArg {
+    /// Name of the VM; may be left out where only one runs
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+    /// Control socket of the VM, instead of its name
+    #[arg(long, value_name = "SOCKET", conflicts_with = "vm")]
+    qmp: Option<PathBuf>,
+}
+
+impl VmArg {
+    fn connect(&self) -> Result<QmpClient, CliError> {
+        let path = match &self.qmp {
+            Some(path) => path.strip_prefix("unix:").unwrap_or(path).to_path_buf(),
+            None => rundir::find(self.vm.as_deref())?.socket,
+        };
+        Ok(QmpClient::connect(&path)?)
+    }
+}
+
+/// Why a command did not do what it was told.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    /// It was not understood.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No such VM.
+    #[error(transparent)]
+    Directory(#[from] RunDirError),
+    /// The VM does not answer, or refuses.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The VM could not run.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// The migration did not take place.
+    #[error("{0}")]
+    Migration(String),
+    /// The terminal, a file or a process.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The demonstration went wrong.
+    #[error("the demonstration failed: {0}")]
+    Demo(String),
+}
+
+impl CliError {
+    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(_) => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// The program: reads the command line, does what it says, and gives the exit status.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log();
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("mini-vmm: {}", crate::error_chain(&e));
+            e.exit_code()
+        }
+    }
+}
+
+/// What happens inside goes to standard error; `MINI_VMM_LOG` says how much (`warn` if not set).
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("MINI_VMM_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_env_filter(filter)
+        .with_target(false)
+        .init();
+}
+
+fn dispatch(command: Command) -> Result<(), CliError> {
+    match command {
+        Command::Run(args) => run(*args),
+        Command::Migrate(args) => migrate::migrate(&args),
+        Command::List { json } => control::list(json),
+        Command::Status { vm, json } => control::status(&vm, json),
+        Command::Stop(vm) => control::simple(&vm, "stop"),
+        Command::Cont(vm) => control::simple(&vm, "cont"),
+        Command::Cancel(vm) => control::simple(&vm, "migrate_cancel"),
+        Command::Quit(vm) => control::quit(&vm),
+        Command::Powerdown(vm) => control::simple(&vm, "system_powerdown"),
+        Command::Reset(vm) => control::simple(&vm, "system_reset"),
+        Command::Console(vm) => console::attach(&vm),
+        Command::Demo { memory, smp } => demo::demo(&memory, smp),
+        Command::Completions { shell } => {
+            documents::completions(shell, &mut Cli::command());
+            Ok(())
+        }
+        Command::Man => documents::man(Cli::command()),
+    }
+}
+
+fn run(args: RunArgs) -> Result<(), CliError> {
+    let settings = match &args.config {
+        Some(file) => Settings::from_file(file)?.overruled_by(args.settings),
+        None => args.settings,
+    };
+    let config = Config::resolve(settings)?;
+    crate::run::run(&config)?;
+    Ok(())
+}
+
+/// An address as it was typed, checked before anybody is bothered with it.
+fn checked_uri(text: &str) -> Result<String, CliError> {
+    let _: MigrationUri = text.parse()?;
+    Ok(text.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_unknown_flag_is_a_usage_error_and_the_nearest_is_named() {
+        let error = Cli::try_parse_from(["mini-vmm", "run", "--memroy", "1G"]).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("--memory"), "{error}");
+    }
+}

@@ -26,6 +26,18 @@ the tools start afresh.";
 
 #[derive(Subcommand)]
 enum Command {
+    /// Build mini-vmm and watch a running VM leave one process and go on in another
+    Demo {
+        /// Arguments of `mini-vmm demo`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Run all tests: formatting, lints, documentation, unit tests, system tests, the lab
+    Test {
+        /// Leave the lab out
+        #[arg(long)]
+        native_only: bool,
+    },
     /// Install and fetch what the tools need (they also do so themselves when they need it)
     Setup,
     /// Make the files of a Linux guest for tests, and print where they are
@@ -136,6 +148,11 @@ impl Cli {
     /// Does what was asked; returns the exit status.
     pub(crate) fn run(self) -> Result<u8> {
         match self.command {
+            Command::Demo { args } => {
+                setup::toolchain()?;
+                demo(&args)
+            }
+            Command::Test { native_only } => xtask::suite::run(native_only).map(|()| 0),
             Command::Setup => setup::everything().map(|()| 0),
             Command::Images { kernel } => {
                 let images = xtask::images::linux_guest(kernel)?;
@@ -164,6 +181,25 @@ impl Cli {
             Command::Lab(Lab::Serve) => lab::peer::serve(),
         }
     }
+}
+
+/// Builds the product as it is shipped and lets it show itself.
+fn demo(args: &[String]) -> Result<u8> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut run = std::process::Command::new(cargo);
+    run.args([
+        "run",
+        "--release",
+        "--quiet",
+        "--package",
+        "vmm",
+        "--bin",
+        "mini-vmm",
+        "--",
+        "demo",
+    ]);
+    let status = run.args(args).status().doing(|| "run cargo".to_owned())?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
 impl HostArgs {

@@ -8,6 +8,14 @@ use std::time::Duration;
 /// Why a tool could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A test program failed in the lab.
+    #[error("{program} failed in the lab with status {status}")]
+    Lab {
+        /// Which.
+        program: String,
+        /// Its exit status.
+        status: u8,
+    },
     /// A file, directory or socket operation failed.
     #[error("could not {doing}: {source}")]
     Io {

@@ -15,5 +15,6 @@ pub mod kernel;
 pub mod lab;
 pub mod process;
 pub mod setup;
+pub mod suite;
 
 pub use error::{Error, Result};

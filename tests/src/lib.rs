@@ -4,6 +4,8 @@
 //! process in a runtime directory of its own, [`qmp::Qmp`] its control socket, and
 //! [`wait::until`] the only way to wait: for a condition, with a deadline.
 
+pub mod linux;
 pub mod qmp;
+pub mod serial;
 pub mod vm;
 pub mod wait;

@@ -1,0 +1,150 @@
+//! A Linux guest with the project's test image: what the tests say to it, and what it must never
+//! say. The image's own rules are in `resources/linux-guest/init`.
+
+use std::path::{Path, PathBuf};
+
+use crate::serial::SerialLine;
+use crate::vm::{Vm, VmArgs};
+
+/// What the guest prints of work that went wrong, and what a kernel prints of itself.
+const MUST_NOT_SAY: [&str; 8] = [
+    "WRONG",
+    "GUEST FAILED",
+    "Kernel panic",
+    "soft lockup",
+    "rcu: INFO: rcu_",
+    "I/O error",
+    "BUG:",
+    "clocksource: Long readout",
+];
+
+fn file(variable: &str) -> PathBuf {
+    std::env::var_os(variable)
+        .unwrap_or_else(|| panic!("{variable} is not set: run the lab tests by `cargo xtask test`"))
+        .into()
+}
+
+/// A VM with that guest, here or on its way here.
+pub struct Linux {
+    /// The process.
+    pub vm: Vm,
+    serial: SerialLine,
+}
+
+/// What every VM of a test is started with, so that they fit together.
+pub struct Machine {
+    /// Flags of memory, vCPUs and devices.
+    pub args: String,
+    /// What is added to the kernel's command line.
+    pub append: String,
+}
+
+impl Machine {
+    fn vm(&self, directory: &Path, name: &str) -> (VmArgs, PathBuf) {
+        let socket = directory.join(format!("{name}.serial"));
+        let args = VmArgs::default()
+            .args(&self.args)
+            .arg("--kernel")
+            .arg(file("MINI_VMM_GUEST_KERNEL").display().to_string())
+            .arg("--initrd")
+            .arg(file("MINI_VMM_GUEST_INITRD").display().to_string())
+            .arg("--append")
+            .arg(format!("console=ttyS0 panic=-1 {}", self.append))
+            .serial_socket(&socket);
+        (args, socket)
+    }
+
+    /// Boots one, and returns when its userspace is up.
+    pub fn boot(&self, directory: &Path, name: &str) -> Linux {
+        let (args, socket) = self.vm(directory, name);
+        // Not before the socket is listened at, so that no line is lost.
+        let vm = args.arg("--paused").start();
+        let serial = SerialLine::attach(&socket);
+        vm.qmp().ask("cont");
+        let linux = Linux { vm, serial };
+        linux.serial.wait_for("GUEST READY", 60);
+        linux
+    }
+
+    /// One that waits for a guest at a free port of `host`.
+    pub fn incoming(&self, directory: &Path, name: &str, host: &str) -> Linux {
+        let (args, socket) = self.vm(directory, name);
+        let vm = args.args(&format!("--migrate-listen tcp:{host}:0")).start();
+        Linux { vm, serial: SerialLine::attach(&socket) }
+    }
+}
+
+impl Linux {
+    /// All that has come over the serial line of this process.
+    pub fn text(&self) -> String {
+        self.serial.text()
+    }
+
+    /// Runs a shell command in the guest and gives what it printed. Lines of the work in the
+    /// background stand between.
+    pub fn shell(&mut self, command: &str) -> String {
+        let from = self.serial.text().len();
+        self.serial.send(format!("{command}\n").as_bytes());
+        let status = self.serial.wait_line_from(from, "the end of a command", 30, |line| {
+            line.strip_prefix("GUEST DONE ").map(str::to_string)
+        });
+        let text = self.serial.text();
+        let said = text.get(from..).unwrap_or_default().to_string();
+        assert_eq!(status, "0", "`{command}` in the guest failed:\n{said}");
+        said
+    }
+
+    /// Says something to the guest's shell and waits for nothing.
+    pub fn tell(&mut self, command: &str) {
+        self.serial.send(format!("{command}\n").as_bytes());
+    }
+
+    /// Waits for a new line that contains `needle`.
+    pub fn wait_new(&self, needle: &str, seconds: u32) -> String {
+        let from = self.serial.text().len();
+        self.serial.wait_line_from(from, needle, seconds, |line| {
+            line.contains(needle).then(|| line.to_string())
+        })
+    }
+
+    /// The first number behind `prefix` in a line that is printed from now on.
+    pub fn next_number(&self, prefix: &str) -> u64 {
+        let line = self.wait_new(prefix, 30);
+        let rest = line.split(prefix).nth(1).unwrap_or_default().trim_start();
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().unwrap_or_else(|_| panic!("no number behind '{prefix}' in '{line}'"))
+    }
+
+    /// Fails if guest or kernel have complained.
+    pub fn assert_content(&mut self) {
+        let complaints = self.shell("complaints");
+        assert!(
+            complaints.lines().any(|line| line.trim() == "complaints: 0"),
+            "the guest's kernel complains:\n{complaints}"
+        );
+        let text = self.text();
+        for words in MUST_NOT_SAY {
+            assert!(!text.contains(words), "the guest says '{words}':\n{text}");
+        }
+    }
+
+    /// Migrates the guest to `destination` by the command line, and ends with the source's process.
+    pub fn migrate_to(mut self, destination: Linux) -> Linux {
+        let uri = destination.vm.migrate_uri();
+        let out = self.vm.migrate_command(&uri).output().expect("mini-vmm migrate starts");
+        assert!(
+            out.status.success(),
+            "mini-vmm migrate: {}\nsource: {}\ndestination: {}",
+            String::from_utf8_lossy(&out.stderr),
+            self.vm.stderr(),
+            destination.vm.stderr()
+        );
+        println!("{}", String::from_utf8_lossy(&out.stdout));
+        assert_eq!(self.vm.wait_exit(20), 0, "the source ends well:\n{}", self.vm.stderr());
+        let text = self.text();
+        for words in MUST_NOT_SAY {
+            assert!(!text.contains(words), "the guest said '{words}':\n{text}");
+        }
+        destination
+    }
+}

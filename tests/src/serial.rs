@@ -1,0 +1,79 @@
+//! A guest's serial line over a unix socket: what it says, and what is said to it.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::wait;
+
+/// An attached line. Everything that comes is kept.
+pub struct SerialLine {
+    stream: UnixStream,
+    text: Arc<Mutex<String>>,
+}
+
+impl SerialLine {
+    /// Attaches as soon as the socket answers.
+    pub fn attach(path: &Path) -> Self {
+        let stream = wait::until(
+            "the serial line's socket",
+            20,
+            || UnixStream::connect(path).ok(),
+            || path.display().to_string(),
+        );
+        let text = Arc::new(Mutex::new(String::new()));
+        let (mut reader, kept) = (stream.try_clone().expect("a second handle"), text.clone());
+        // Ends when the VM's process does, or with this process.
+        thread::spawn(move || {
+            let mut buf = [0; 4096];
+            while let Ok(n @ 1..) = reader.read(&mut buf) {
+                let mut text = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                text.push_str(&String::from_utf8_lossy(&buf[..n]));
+            }
+        });
+        Self { stream, text }
+    }
+
+    /// All that has come so far.
+    pub fn text(&self) -> String {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sends bytes to the guest.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("the guest's serial line takes input");
+    }
+
+    /// Waits for a whole line behind byte `from` of the text that `found` likes.
+    pub fn wait_line_from<T>(
+        &self,
+        from: usize,
+        what: &str,
+        seconds: u32,
+        mut found: impl FnMut(&str) -> Option<T>,
+    ) -> T {
+        wait::until(
+            what,
+            seconds,
+            || {
+                let text = self.text();
+                let new = text.get(from..).unwrap_or_default();
+                let whole = new.rfind('\n').map_or("", |end| &new[..end]);
+                whole.lines().find_map(|line| found(line.trim_end()))
+            },
+            || {
+                let text = self.text();
+                let tail: Vec<_> = text.lines().rev().take(40).collect();
+                tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+            },
+        )
+    }
+
+    /// Waits for a line that contains `needle`, from the beginning on.
+    pub fn wait_for(&self, needle: &str, seconds: u32) -> String {
+        let find = |line: &str| line.contains(needle).then(|| line.to_string());
+        self.wait_line_from(0, needle, seconds, find)
+    }
+}

@@ -3,11 +3,12 @@
 
 use arch::msr::KVM_WALL_CLOCK;
 use arch::wire;
+use devices::isa::rtc::RtcState;
 use migration::vmstate::{self, FieldError, SectionId, SliceSource, VmState};
 use serde_json::Value;
 
 /// Fields that count time. They are set when the guest starts, not when its state is loaded.
-const CLOCKS: [&str; 17] = [
+const CLOCKS: [&str; 23] = [
     "tsc",
     "offset",
     "has_offset",
@@ -24,14 +25,25 @@ const CLOCKS: [&str; 17] = [
     "timer_expiry",
     "count_load_time",
     "next_transition_time",
+    // The RTC's: it shows the host's time, whatever the machine does.
+    "base_rtc",
+    "last_update",
+    "update_timer",
+    "next_alarm_time",
+    "periodic_timer",
+    "next_periodic_time",
     // Writing it makes the kernel compute the guest's wall clock.
     "wall_clock_msr",
 ];
 
+/// Registers of the RTC that tell the time: seconds, minutes, hours, day of week, day, month, year,
+/// the update bit, the century (MC146818 data sheet, table 2).
+const RTC_TIME: [usize; 9] = [0, 2, 4, 6, 7, 8, 9, 10, 0x32];
+
 /// The LAPIC timer's current count in the register page (Intel SDM vol. 3, table 11-1).
 const LAPIC_CURRENT_COUNT: std::ops::Range<usize> = 0x390..0x394;
 
-/// The differences, field by field; nothing for sections that this machine's kernel half has not.
+/// The differences, field by field where the section's fields are known here, else by byte.
 pub(super) fn find(section: &SectionId, received: &[u8], again: &[u8]) -> Vec<FieldError> {
     let found = match section.idstr.as_str() {
         "timer" => compare::<wire::TimerSection>(section, received, again),
@@ -42,6 +54,7 @@ pub(super) fn find(section: &SectionId, received: &[u8], again: &[u8]) -> Vec<Fi
         "i8259" => compare::<wire::I8259>(section, received, again),
         "ioapic" => compare::<wire::Ioapic>(section, received, again),
         "i8254" => compare::<wire::I8254>(section, received, again),
+        "mc146818rtc" => compare::<RtcState>(section, received, again),
         _ => {
             let at = received.iter().zip(again).position(|(a, b)| a != b);
             let at = at.unwrap_or(received.len().min(again.len()));
@@ -89,7 +102,8 @@ fn walk(path: &str, a: &Value, b: &Value, out: &mut Vec<FieldError>) {
             let lapic_page = path.ends_with(".page");
             let msrs = path.ends_with(".msrs");
             for (n, (a, b)) in a.iter().zip(b).enumerate() {
-                let counts = lapic_page && LAPIC_CURRENT_COUNT.contains(&n);
+                let counts = (lapic_page && LAPIC_CURRENT_COUNT.contains(&n))
+                    || (path.ends_with(".cmos_data") && RTC_TIME.contains(&n));
                 let wall_clock = msrs && a.get("index") == Some(&Value::from(KVM_WALL_CLOCK));
                 if !counts && !wall_clock {
                     walk(&format!("{path}[{n}]"), a, b, out);

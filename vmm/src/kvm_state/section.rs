@@ -192,10 +192,15 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
 /// Whether the VM ran when it was stopped for the move.
 pub(crate) fn global_state(vm: &Arc<Vm>, state: RunState) -> Box<dyn Section> {
     let name = if state == RunState::Running { "running" } else { "paused" };
+    let arrived = vm.clone();
     Box::new(Part {
         vm: vm.clone(),
         id: SectionId::new("globalstate", 0),
-        save: Box::new(move |_, _| Ok(GlobalState::new(name))),
+        // A machine that has just arrived is in the state that it came with.
+        save: Box::new(move |_, _| {
+            let came = arrived.kvm_state.arrived().global.clone();
+            Ok(came.unwrap_or_else(|| GlobalState::new(name)))
+        }),
         check: |state: &GlobalState| state.runstate().map(drop),
         keep: Box::new(|a, t| a.global = Some(t)),
     })

@@ -1,6 +1,6 @@
 //! Migration as this VM does it: one at a time, on a thread of its own, steered from outside.
 //!
-//! The engine is `migration::{source, destination}`; [`leaving`] and [`arriving`] are what it sees
+//! The engine is `migration::{source, destination}`; `leaving` and `arriving` are what it sees
 //! of this machine. Here is who may start one, who watches it, and what its end means for the VM.
 
 mod arriving;

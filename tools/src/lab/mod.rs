@@ -5,7 +5,7 @@
 //! built here runs there, with no disk image to make. Writes go to a layer in the host's memory and
 //! are gone afterwards, except in the results directory, which is shared at the same path.
 //!
-//! Start reading at [`run`]; [`host`] is one virtual machine, `resources/lab/init` its first process.
+//! Start reading at [`run`]; `host` is one virtual machine, `resources/lab/init` its first process.
 
 mod host;
 mod image;
@@ -62,7 +62,7 @@ impl Default for HostOptions {
 pub struct LabCommand {
     /// Program and arguments.
     pub argv: Vec<String>,
-    /// Variables on top of those that are passed on from here (see [`image`]).
+    /// Variables on top of those that are passed on from here (see `image.rs`).
     pub env: Vec<(String, String)>,
     /// The working directory.
     pub cwd: PathBuf,

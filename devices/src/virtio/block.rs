@@ -3,6 +3,7 @@
 //! The worker takes a gate around each request. [`quiesce`](VirtioDevice::quiesce) shuts the gate,
 //! and so returns when the request in flight is finished and no other will begin.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -182,6 +183,9 @@ impl VirtioDevice for Block {
         features
     }
 
+    fn as_any(&mut self) -> &mut dyn Any {
+        self
+    }
     fn connect(&mut self, core: Arc<Core>) -> Result<(), VirtioError> {
         let (shared, of_worker) = (self.shared.clone(), core.clone());
         let worker = thread::Builder::new()

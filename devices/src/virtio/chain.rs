@@ -207,6 +207,8 @@ pub struct Chain<'a> {
     pub readable: Buffers<'a>,
     /// What the device may write.
     pub writable: Buffers<'a>,
+    /// All buffers as they were at first: address, length, device-writable.
+    pub(super) pieces: Vec<(u64, u32, bool)>,
 }
 
 impl<'a> Chain<'a> {
@@ -234,13 +236,14 @@ impl<'a> Chain<'a> {
 
     /// A chain from buffers `(address, length, device-writable)`, for requests that a migration
     /// stream lists.
-    pub fn from_pieces(
+    pub(super) fn from_pieces(
         ram: &'a GuestRam,
         head: u16,
-        pieces: impl IntoIterator<Item = (u64, u32, bool)>,
+        pieces: Vec<(u64, u32, bool)>,
     ) -> Result<Self, ChainError> {
-        let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
-        for (address, len, writable) in pieces {
+        let (readable, writable) = (Buffers::default(), Buffers::default());
+        let mut chain = Self { head, readable, writable, pieces };
+        for (address, len, writable) in chain.pieces.iter().copied() {
             match writable {
                 true => chain.writable.add(ram, address, len, head)?,
                 false if !chain.writable.is_empty() => return Err(ChainError::Order(head)),

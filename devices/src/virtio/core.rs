@@ -219,6 +219,17 @@ impl Core {
         self.checked(index, popped).flatten()
     }
 
+    /// Whether there is a request to take from queue `index`.
+    pub fn has_request(&self, index: usize) -> bool {
+        if !self.is_live() {
+            return false;
+        }
+        let Some(queue) = self.queue(index) else { return false };
+        let waits = queue.has_request(&self.ram);
+        drop(queue);
+        self.checked(index, waits) == Some(true)
+    }
+
     /// Puts back the request that was taken last.
     pub fn unpop(&self, index: usize) {
         if let Some(mut queue) = self.queue(index) {

@@ -80,6 +80,9 @@ pub trait VirtioDevice: Send {
     /// it offers beyond [`COMMON`](super::features::COMMON).
     fn features(&self) -> u64;
 
+    /// The device as its own type, for what only that type can do.
+    fn as_any(&mut self) -> &mut dyn Any;
+
     /// Called once, before anything else.
     fn connect(&mut self, core: Arc<Core>) -> Result<(), VirtioError>;
 

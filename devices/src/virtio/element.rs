@@ -82,27 +82,54 @@ impl RawElement {
         let head = u16::try_from(self.index()).unwrap_or(u16::MAX);
         let readable = buffers(self.count(4), OUT_ADDRESSES, OUT_LENGTHS, false);
         let writable = buffers(self.count(8), IN_ADDRESSES, IN_LENGTHS, true);
-        Chain::from_pieces(ram, head, readable.chain(writable))
+        Chain::from_pieces(ram, head, readable.chain(writable).collect())
     }
 
-    /// An element with these buffers `(address, length)`, for tests.
-    #[cfg(test)]
-    pub(super) fn build(index: u32, readable: &[(u64, u64)], writable: &[(u64, u64)]) -> Self {
+    /// The element that stands for `chain`.
+    pub(super) fn of(chain: &Chain<'_>) -> Self {
+        let side = |wanted| {
+            chain
+                .pieces
+                .iter()
+                .filter(move |piece| piece.2 == wanted)
+                .map(|piece| (piece.0, piece.1))
+        };
         let mut element = Self::default();
-        let mut set =
-            |at: usize, bytes: &[u8]| element.0[at..at + bytes.len()].copy_from_slice(bytes);
-        set(0, &index.to_le_bytes());
-        set(4, &u32::try_from(readable.len()).unwrap().to_le_bytes());
-        set(8, &u32::try_from(writable.len()).unwrap().to_le_bytes());
-        for (i, (address, length)) in readable.iter().enumerate() {
-            set(OUT_ADDRESSES + 8 * i, &address.to_le_bytes());
-            set(OUT_LENGTHS + 16 * i + 8, &length.to_le_bytes());
-        }
-        for (i, (address, length)) in writable.iter().enumerate() {
-            set(IN_ADDRESSES + 8 * i, &address.to_le_bytes());
-            set(IN_LENGTHS + 16 * i + 8, &length.to_le_bytes());
+        element.set_u32(0, chain.head.into());
+        for (count_at, addresses, lengths, writable) in
+            [(4, OUT_ADDRESSES, OUT_LENGTHS, false), (8, IN_ADDRESSES, IN_LENGTHS, true)]
+        {
+            let mut count = 0;
+            for (i, (address, length)) in side(writable).take(MAX).enumerate() {
+                element.set_u64(addresses + 8 * i, address);
+                element.set_u64(lengths + 16 * i + 8, length.into());
+                count += 1;
+            }
+            element.set_u32(count_at, count);
         }
         element
+    }
+
+    /// How many bytes the device reads.
+    pub(super) fn readable_len(&self) -> u64 {
+        self.readable_lengths().fold(0, u64::saturating_add)
+    }
+
+    /// The lengths of the buffers that the device reads.
+    pub(super) fn readable_lengths(&self) -> impl Iterator<Item = u64> {
+        (0..self.count(4).min(MAX)).map(|i| self.u64(OUT_LENGTHS + 16 * i + 8))
+    }
+
+    fn set_u32(&mut self, at: usize, value: u32) {
+        if let Some(bytes) = self.0.get_mut(at..at + 4) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    fn set_u64(&mut self, at: usize, value: u64) {
+        if let Some(bytes) = self.0.get_mut(at..at + 8) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
     }
 }
 

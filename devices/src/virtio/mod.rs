@@ -1,8 +1,9 @@
 //! virtio: devices that know they are in a virtual machine (virtio 1.2).
 //!
-//! - [`VirtioPci`] is a device as a PCI function, for legacy and modern drivers; [`registers`] is
+//! - [`VirtioPci`] is a device as a PCI function, for legacy and modern drivers; `registers` is
 //!   what drivers see of it, [`VirtioSection`] its state;
-//! - a device type implements [`VirtioDevice`]: [`block`] and others;
+//! - a device type implements [`VirtioDevice`]: [`block`], [`net`], [`rng`], [`console`],
+//!   [`balloon`];
 //! - [`Core`] holds the queues. All guest memory is reached through [`Chain`]s, whose writes mark
 //!   it dirty.
 //!
@@ -10,17 +11,21 @@
 //! host side is opened when the VM is to run here, and not before: see
 //! [`VirtioPci::open`].
 
+pub mod balloon;
 pub mod block;
 mod chain;
+pub mod console;
 mod core;
 mod device;
 mod disk;
 mod element;
 pub mod features;
 mod interrupt;
+pub mod net;
 mod pci;
 mod queue;
 mod registers;
+pub mod rng;
 mod state;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -28,11 +33,15 @@ pub(crate) mod testing;
 mod tests;
 
 pub use self::core::{Core, VirtioError, status};
+pub use balloon::{Balloon, PageDiscard};
 pub use block::{Block, BlockOptions};
 pub use chain::{Buffers, Chain, ChainError, Slice};
+pub use console::{Console, ConsoleLine};
 pub use device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
 pub use disk::{CacheMode, DiskImage, OpenDisk};
 pub use interrupt::Interrupts;
+pub use net::{Net, NetBackend, NetOptions, StreamAddress, StreamSocket, Tap, rarp_frame};
 pub use pci::{Generation, VirtioEvents, VirtioPci, Wiring};
 pub use queue::{MAX_QUEUE_SIZE, NO_VECTOR, QueueError, RingAddresses, VirtQueue};
+pub use rng::Rng;
 pub use state::VirtioSection;

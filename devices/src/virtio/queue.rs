@@ -174,6 +174,11 @@ impl VirtQueue {
         Ok(next.map(|descriptors| Chain::new(ram, descriptors)).transpose()?)
     }
 
+    /// Whether there is a next request.
+    pub(super) fn has_request(&self, ram: &GuestRam) -> Result<bool, QueueError> {
+        Ok(self.ring.ready() && self.avail_idx(ram)? != self.ring.next_avail())
+    }
+
     /// Puts the request that was popped last back.
     pub(super) fn unpop(&mut self) {
         self.ring.go_to_previous_position();

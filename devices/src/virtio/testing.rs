@@ -308,6 +308,7 @@ impl Guest {
             self.write16(0x1c, 1);
         }
         self.write8(0x14, 1 | 2 | status::FEATURES_OK | status::DRIVER_OK);
+        self.serve();
     }
 
     /// Allocates a buffer with these bytes.

@@ -3,12 +3,21 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Device;
+use crate::memory::GuestRam;
 use crate::virtio::disk::CacheMode;
 use crate::virtio::element::RawElement;
 use crate::virtio::testing::{Guest, HIGH, PIECE};
-use crate::virtio::{Generation, VirtioDevice, features, status};
+use crate::virtio::{Chain, Generation, VirtioDevice, features, status};
 
 use super::{block, block_on};
+
+/// An element with these buffers `(address, length)`.
+fn element(index: u16, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> RawElement {
+    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap();
+    let pieces = readable.iter().map(|(at, len)| (*at, *len, false));
+    let pieces = pieces.chain(writable.iter().map(|(at, len)| (*at, *len, true)));
+    RawElement::of(&Chain::from_pieces(&ram, index, pieces.collect()).unwrap())
+}
 
 const ALL: u64 = features::EVENT_IDX | features::INDIRECT_DESC | 0x6e54;
 const IN: u32 = 0;
@@ -313,12 +322,9 @@ fn requests_that_another_host_left_are_finished_first() {
     let end_of_queues = 276 + 48 + 1 + 2 + 8 + 4 + 57 + 4 + 2 * 16;
     assert_eq!(body[end_of_queues], 0);
     let mut listed = Vec::new();
-    for (i, (queue, index)) in [(0_u32, 4_u32), (0, 2), (1, 7)].into_iter().enumerate() {
-        let element = RawElement::build(
-            index,
-            &[(head, 16)],
-            &[(at, 512), (result + u64::try_from(i).unwrap(), 1)],
-        );
+    for (i, (queue, index)) in [(0_u32, 4), (0, 2), (1, 7)].into_iter().enumerate() {
+        let element =
+            element(index, &[(head, 16)], &[(at, 512), (result + u64::try_from(i).unwrap(), 1)]);
         let section = migration::vmstate::SectionId::new("test", 0);
         let mut encoder = migration::vmstate::Encoder::new(&section);
         encoder.put(&1_u8).unwrap();
@@ -347,12 +353,10 @@ fn requests_that_another_host_left_are_finished_first() {
     assert_eq!(guest.bytes(at, 512), disk[5 * 512..6 * 512]);
 
     // An element that points out of memory is refused.
-    let bad = RawElement::build(0, &[(PIECE, 16)], &[]);
+    let bad = element(0, &[(PIECE, 16)], &[]);
     assert_eq!(bad.check("inflight[0]", &source.ram).unwrap_err().field, "inflight[0]");
-    let bad = RawElement::build(1024, &[], &[]);
+    let bad = element(1024, &[], &[]);
     assert_eq!(bad.check("inflight[0]", &source.ram).unwrap_err().field, "inflight[0].index");
-    let bad = RawElement::build(0, &[(0, 1 << 32)], &[]);
-    assert_eq!(bad.check("e", &source.ram).unwrap_err().field, "e.sg[0].length");
 }
 
 #[test]

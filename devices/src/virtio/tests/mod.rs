@@ -1,6 +1,8 @@
 //! Tests that drive whole devices as a driver does.
 
 mod block;
+mod net;
+mod small;
 mod transport;
 
 use super::disk::{CacheMode, DiskImage};

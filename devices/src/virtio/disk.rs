@@ -58,7 +58,14 @@ impl DiskImage {
             .read(true)
             .write(!self.readonly)
             .custom_flags(if direct { libc::O_DIRECT } else { 0 })
-            .open(&self.path)?;
+            .open(&self.path)
+            .map_err(|e| match e.kind() {
+                io::ErrorKind::InvalidInput if direct => io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "its file system has no direct I/O: use cache=writeback",
+                ),
+                _ => e,
+            })?;
         lock(&file, self.readonly).map_err(|e| locked(&self.path, e))?;
         let size = file.seek(SeekFrom::End(0))?;
         let buffer = if direct { vec![0; BUFFER + ALIGNMENT] } else { Vec::new() };

@@ -25,14 +25,15 @@ use devices::isa::serial::SerialPort;
 use devices::pci::{PciBus, PciBusError, PciBusLines, PciHost};
 use devices::timer::Timed;
 use devices::virtio::{
-    BackendError, Block, BlockOptions, CacheMode, DiskImage, Generation, VirtioDevice, VirtioError,
-    VirtioEvents, VirtioPci, VirtioSection, Wiring,
+    BackendError, Balloon, Block, BlockOptions, CacheMode, Console, ConsoleLine, DiskImage,
+    Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap, VirtioDevice,
+    VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
 };
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
-use crate::config::{Config, DiskCache};
+use crate::config::{self, Config, DiskCache, MigrationUri};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::KvmRouting;
 use crate::memory::Ram;
@@ -233,6 +234,32 @@ impl Board {
             })?;
             wanted.push((disk.addr.number(), Box::new(block)));
         }
+        for net in &p.config.net {
+            let backend: Box<dyn NetBackend> = match &net.backend {
+                config::NetBackend::Tap(name) => Box::new(Tap::new(name.clone())),
+                config::NetBackend::Stream(uri) => Box::new(StreamSocket::new(match uri {
+                    MigrationUri::Tcp { host, port } => StreamAddress::Tcp(host.clone(), *port),
+                    MigrationUri::Unix(path) => StreamAddress::Unix(path.clone()),
+                })),
+            };
+            let options = NetOptions { id: net.id.to_string(), mac: net.mac.0, backend };
+            wanted.push((net.addr.number(), Box::new(Net::new(options)?)));
+        }
+        if let Some(rng) = &p.config.rng {
+            wanted.push((rng.addr.number(), Box::new(Rng::new(rng.id.to_string()))));
+        }
+        let mut console = None;
+        if let Some(config) = &p.config.console {
+            let chardev = Chardev::open(&config.backend)?;
+            self.console_path = chardev.path();
+            let device = Console::new(config.id.to_string(), chardev.writer());
+            wanted.push((config.addr.number(), Box::new(device)));
+            console = Some((config.addr.number(), chardev));
+        }
+        if let Some(balloon) = &p.config.balloon {
+            let device = Balloon::new(balloon.id.to_string(), Box::new(p.ram.clone()));
+            wanted.push((balloon.addr.number(), Box::new(device)));
+        }
         wanted.sort_by_key(|(slot, _)| *slot);
         for (slot, device) in wanted {
             let wiring = Wiring {
@@ -250,6 +277,16 @@ impl Board {
             let (state, bus) = (function.clone(), pci.clone());
             self.sections
                 .push(Box::new(move || Box::new(VirtioSection::new(state.clone(), bus.clone()))));
+            let its_line = console.take_if(|(its_slot, _)| *its_slot == slot);
+            if let Some(((_, chardev), line)) = its_line.zip(ConsoleLine::new(function.clone())) {
+                let frontend = Arc::new(Mutex::new(line.clone()));
+                let (service, room) =
+                    CharService::new(chardev, frontend).map_err(BoardError::EventFd)?;
+                line.on_room(Box::new(move || {
+                    let _ = room.write(1);
+                }));
+                p.io.add(Arc::new(Mutex::new(service)))?;
+            }
             self.virtio.push((slot, function));
         }
         Ok(())

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
+use devices::virtio::PageDiscard;
 use migration::guest::{GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart};
 
 use crate::memory::Ram;
@@ -186,6 +187,24 @@ impl GuestRam for Ram {
             }
         });
         whole.is_ok() && zero
+    }
+}
+
+impl PageDiscard for Ram {
+    fn discard(&self, address: u64, len: u64) -> io::Result<()> {
+        let end = address.checked_add(len).ok_or_else(|| out_of_range(address, len))?;
+        let slot = self
+            .slots()
+            .iter()
+            .find(|s| address >= s.guest_address && end <= s.guest_address + s.len)
+            .ok_or_else(|| out_of_range(address, len))?;
+        let host = slot.host_address + (address - slot.guest_address);
+        // SAFETY: the range lies inside one of this RAM's private mappings, whose pages then read
+        // as zero; no Rust reference to them exists.
+        match unsafe { libc::madvise(host as *mut _, len as usize, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 

@@ -37,3 +37,18 @@ impl CharFrontend for devices::isa::serial::SerialPort {
         self.flush_output();
     }
 }
+
+impl CharFrontend for devices::virtio::ConsoleLine {
+    fn wants_input(&self) -> bool {
+        self.wants_input()
+    }
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        Self::receive(self, bytes)
+    }
+    fn has_pending_output(&self) -> bool {
+        self.has_pending_output()
+    }
+    fn flush_output(&mut self) {
+        Self::flush_output(self);
+    }
+}

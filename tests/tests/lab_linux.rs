@@ -1,9 +1,11 @@
 //! A stock Debian kernel under real KVM: boot, move, reboot, power off.
 
 use std::fs::File;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use system_tests::linux::Machine;
 use tempfile::TempDir;
 
@@ -17,10 +19,39 @@ fn disk(dir: &TempDir) -> String {
     path.display().to_string()
 }
 
+fn tool() -> String {
+    std::env::var("MINI_VMM_GUEST_TOOL").expect("MINI_VMM_GUEST_TOOL is set by cargo xtask test")
+}
+
+/// A tap interface that lives as long as this.
+struct Tap {
+    name: &'static str,
+}
+
+impl Tap {
+    fn new(name: &'static str, address: &str) -> Self {
+        for args in [
+            ["tuntap", "add", name, "mode", "tap"],
+            ["addr", "add", address, "dev", name],
+            ["link", "set", name, "up", ""],
+        ] {
+            let args = args.into_iter().filter(|arg| !arg.is_empty());
+            let status = Command::new("ip").args(args).status().expect("ip is installed");
+            assert!(status.success(), "the tap {name} can be made");
+        }
+        Self { name }
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", self.name]).status();
+    }
+}
+
 /// Every record that the guest called durable is on the image.
 fn check_disk(image: &str, last: u64) {
-    let tool = std::env::var("MINI_VMM_GUEST_TOOL").expect("MINI_VMM_GUEST_TOOL");
-    let out = Command::new(tool)
+    let out = Command::new(tool())
         .args(["disk-check", image, &last.to_string()])
         .output()
         .expect("the guest's tool runs here too");
@@ -33,12 +64,22 @@ fn check_disk(image: &str, last: u64) {
 fn three_migrations_in_a_row_lose_nothing() {
     let dir = TempDir::new().expect("a directory");
     let image = disk(&dir);
+    let tap = Tap::new("mvtap0", "10.99.0.1/24");
     let machine = Machine {
-        args: format!("--memory 256M --smp 2 --disk path={image}"),
-        append: "guest.run=memory,disk,clock,fpu".into(),
+        args: format!(
+            "--memory 256M --smp 2 --disk path={image} --net tap={} --rng --balloon --console null",
+            tap.name
+        ),
+        append: "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24".into(),
     };
     let mut guest = machine.boot(dir.path(), "first");
     guest.assert_content();
+    // One TCP session for the whole time; every byte that comes back is checked.
+    let mut session = Command::new(tool())
+        .args(["tcp-client", "10.99.0.2", "7000", "100000", "20000"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the guest's tool runs here too");
     for name in ["second", "third", "fourth"] {
         let durable = guest.next_number("disk: record");
         let verified = guest.next_number("memory: generation");
@@ -49,6 +90,12 @@ fn three_migrations_in_a_row_lose_nothing() {
         assert!(guest.next_number("memory: generation") >= verified, "the memory worker went on");
         guest.wait_new("fpu:", 30);
         guest.wait_new("clock:", 30);
+        guest.wait_new("tcp-server:", 30);
+        assert!(session.try_wait().expect("our own child").is_none(), "the TCP session goes on");
+        for driver in ["virtio_blk", "virtio_net", "virtio_rng", "virtio_console"] {
+            let report = guest.shell("report");
+            assert!(report.contains(driver), "{driver} is bound:\n{report}");
+        }
         let report = guest.shell("report");
         assert!(report.contains("processors: 2"), "{report}");
         assert!(report.contains("clocksource: kvm-clock"), "{report}");
@@ -64,6 +111,11 @@ fn three_migrations_in_a_row_lose_nothing() {
         guest.assert_content();
     }
     let durable = guest.next_number("disk: record");
+    kill(Pid::from_raw(session.id() as i32), Signal::SIGINT).expect("a signal to our own child");
+    let said = session.wait_with_output().expect("our own child");
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    println!("{}", said.lines().last().unwrap_or_default());
+    assert!(!said.contains("WRONG") && said.contains("tcp-client:"), "{said}");
     // A reboot starts the kernel again, here.
     guest.tell("reboot -f");
     guest.wait_new("GUEST READY", 90);

@@ -5,6 +5,7 @@
 //! [`wait::until`] the only way to wait: for a condition, with a deadline.
 
 pub mod linux;
+pub mod peer;
 pub mod qmp;
 pub mod serial;
 pub mod vm;

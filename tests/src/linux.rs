@@ -42,16 +42,22 @@ pub struct Machine {
 impl Machine {
     fn vm(&self, directory: &Path, name: &str) -> (VmArgs, PathBuf) {
         let socket = directory.join(format!("{name}.serial"));
-        let args = VmArgs::default()
-            .args(&self.args)
-            .arg("--kernel")
-            .arg(file("MINI_VMM_GUEST_KERNEL").display().to_string())
-            .arg("--initrd")
-            .arg(file("MINI_VMM_GUEST_INITRD").display().to_string())
-            .arg("--append")
-            .arg(format!("console=ttyS0 panic=-1 {}", self.append))
-            .serial_socket(&socket);
-        (args, socket)
+        let args = self.flags().into_iter().fold(VmArgs::default(), VmArgs::arg);
+        (args.serial_socket(&socket), socket)
+    }
+
+    /// The flags of `mini-vmm run` that make it, but for name, serial port and migration.
+    pub fn flags(&self) -> Vec<String> {
+        let mut flags: Vec<String> = self.args.split_whitespace().map(str::to_string).collect();
+        flags.extend([
+            "--kernel".to_string(),
+            file("MINI_VMM_GUEST_KERNEL").display().to_string(),
+            "--initrd".to_string(),
+            file("MINI_VMM_GUEST_INITRD").display().to_string(),
+            "--append".to_string(),
+            format!("console=ttyS0 panic=-1 {}", self.append),
+        ]);
+        flags
     }
 
     /// Boots one, and returns when its userspace is up.
@@ -129,22 +135,27 @@ impl Linux {
     }
 
     /// Migrates the guest to `destination` by the command line, and ends with the source's process.
-    pub fn migrate_to(mut self, destination: Linux) -> Linux {
-        let uri = destination.vm.migrate_uri();
-        let out = self.vm.migrate_command(&uri).output().expect("mini-vmm migrate starts");
+    pub fn migrate_to(self, destination: Linux) -> Linux {
+        let report = self.leave_for(&destination.vm.migrate_uri());
+        println!("{report}");
+        destination
+    }
+
+    /// Migrates the guest to whatever listens at `uri`, ends with this process, and gives what the
+    /// command said.
+    pub fn leave_for(mut self, uri: &str) -> String {
+        let out = self.vm.migrate_command(uri).output().expect("mini-vmm migrate starts");
         assert!(
             out.status.success(),
-            "mini-vmm migrate: {}\nsource: {}\ndestination: {}",
+            "mini-vmm migrate: {}\nsource: {}",
             String::from_utf8_lossy(&out.stderr),
             self.vm.stderr(),
-            destination.vm.stderr()
         );
-        println!("{}", String::from_utf8_lossy(&out.stdout));
         assert_eq!(self.vm.wait_exit(20), 0, "the source ends well:\n{}", self.vm.stderr());
         let text = self.text();
         for words in MUST_NOT_SAY {
             assert!(!text.contains(words), "the guest said '{words}':\n{text}");
         }
-        destination
+        String::from_utf8_lossy(&out.stdout).into_owned()
     }
 }

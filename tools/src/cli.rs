@@ -101,6 +101,16 @@ enum Lab {
         #[command(flatten)]
         run: RunArgs,
     },
+    /// Build and run one of the lab's test programs (tests/tests/lab_*.rs)
+    ///
+    /// Those named lab_pair… get a second host.
+    Test {
+        /// The program, as in lab_linux
+        program: String,
+        /// Arguments for it: names of tests, and whatever else a Rust test program takes
+        #[arg(last = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
     /// (In a pair) Run a command on the other host; killing this kills it
     OnPeer {
         /// The command and its arguments
@@ -176,6 +186,9 @@ impl Cli {
                     None => None,
                 };
                 lab_run(&host, run, Some(Second { options, command }))
+            }
+            Command::Lab(Lab::Test { program, args }) => {
+                xtask::suite::run_in_lab(&program, &args).map(|()| 0)
             }
             Command::Lab(Lab::OnPeer { command }) => lab::peer::run_on_peer(command),
             Command::Lab(Lab::Serve) => lab::peer::serve(),

@@ -16,6 +16,14 @@ pub enum Error {
         /// Its exit status.
         status: u8,
     },
+    /// No lab test program of this name.
+    #[error("there is no lab test program `{name}`; there are {known}")]
+    NoLabProgram {
+        /// The name.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
     /// A file, directory or socket operation failed.
     #[error("could not {doing}: {source}")]
     Io {
@@ -117,9 +125,6 @@ pub enum Error {
     /// SIGINT or SIGTERM.
     #[error("interrupted")]
     Interrupted,
-    /// Some of the checks of `cargo xtask test` failed.
-    #[error("{0} of the checks failed")]
-    ChecksFailed(usize),
 }
 
 impl Error {

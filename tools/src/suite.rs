@@ -62,7 +62,7 @@ pub fn run(native_only: bool) -> Result<()> {
         println!("\nthe lab was left out, as asked");
     } else {
         for program in lab_programs()? {
-            step(&format!("lab: {}", program.name), &mut || in_lab(&program))?;
+            step(&format!("lab: {}", program.name), &mut || in_lab(&program, &[]))?;
         }
     }
     println!("\nall passed:");
@@ -70,6 +70,18 @@ pub fn run(native_only: bool) -> Result<()> {
         println!("  {:6.0} s  {name}", took.as_secs_f64());
     }
     Ok(())
+}
+
+/// Builds `mini-vmm` and the lab's tests, and runs one of their programs in the lab, with these
+/// arguments for it.
+pub fn run_in_lab(name: &str, args: &[String]) -> Result<()> {
+    cargo(&["build", "--package", "vmm", "--quiet"], &[])?;
+    let programs = lab_programs()?;
+    let program = programs.iter().find(|program| program.name == name);
+    let known: Vec<&str> = programs.iter().map(|program| program.name.as_str()).collect();
+    let program = program
+        .ok_or_else(|| Error::NoLabProgram { name: name.into(), known: known.join(", ") })?;
+    in_lab(program, args)
 }
 
 fn verdict(result: &Result<()>) -> &'static str {
@@ -125,13 +137,15 @@ fn lab_programs() -> Result<Vec<LabProgram>> {
     Ok(programs)
 }
 
-fn in_lab(program: &LabProgram) -> Result<()> {
+fn in_lab(program: &LabProgram, args: &[String]) -> Result<()> {
     // Made here, where there is a network; the lab finds them in the cache.
     let guest = images::linux_guest(KernelKind::Default)?;
     let path = |p: &Path| p.display().to_string();
     let vmm = program.path.ancestors().nth(2).unwrap_or(Path::new(".")).join("mini-vmm");
+    let mut argv = vec![path(&program.path), "--test-threads=1".into(), "--nocapture".into()];
+    argv.extend_from_slice(args);
     let command = LabCommand {
-        argv: vec![path(&program.path), "--test-threads=1".into(), "--nocapture".into()],
+        argv,
         env: vec![
             ("MINI_VMM".into(), path(&vmm)),
             ("MINI_VMM_TEST_SLOWNESS".into(), LAB_SLOWNESS.into()),

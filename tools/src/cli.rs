@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use xtask::error::{Doing, Result};
-use xtask::kernel::KernelKind;
+use xtask::kernel::{Kernel, KernelKind};
 use xtask::lab::{self, HostOptions, LabCommand, Second};
 use xtask::setup;
 
@@ -22,7 +22,13 @@ The project's tools: set-up, tests, and a lab with real KVM.
 
 They need Debian 12 on x86-64, and root or sudo only where packages are missing. What is fetched or \
 built is kept in $XDG_CACHE_HOME/mini-vmm (else ~/.cache/mini-vmm); removing that directory makes \
-the tools start afresh.";
+the tools start afresh.
+
+  cargo xtask demo                       a running VM moves, before your eyes
+  cargo xtask test                       all there is to test (--native-only: without the lab)
+  cargo xtask lab run -- COMMAND         run anything on a host with real KVM
+  cargo xtask lab test lab_linux         one of the lab's test programs
+  cargo xtask lab pair -- COMMAND        two hosts with different kernels and processors";
 
 #[derive(Subcommand)]
 enum Command {
@@ -63,6 +69,13 @@ run there. The command gets PATH, HOME, RUST_*, MINI_VMM_* and:
   MINI_VMM_LAB_RESULTS   the results directory
   MINI_VMM_LAB_XTASK     this program
   MINI_VMM_LAB_ADDRESS, MINI_VMM_LAB_PEER   (pair) the host's own address and the other's
+
+Files opened with O_DIRECT must lie in the results directory: what is written elsewhere is held by a \
+tmpfs, which has no O_DIRECT.
+
+A test for the lab is a file tests/tests/lab_NAME.rs with an entry in tests/Cargo.toml that says \
+required-features = [\"lab\"]; `cargo xtask lab test lab_NAME` builds and runs it, and `cargo xtask \
+test` runs them all. lab_pair… get a second host.
 
 Times in the lab are those of an emulated processor, 10 to 30 times those of a real one.
 The exit status is the command's; 124 after the timeout, 125 when the host died.";
@@ -163,7 +176,14 @@ impl Cli {
                 demo(&args)
             }
             Command::Test { native_only } => xtask::suite::run(native_only).map(|()| 0),
-            Command::Setup => setup::everything().map(|()| 0),
+            Command::Setup => {
+                setup::everything()?;
+                // After this the tests need no network.
+                xtask::images::linux_guest(KernelKind::Default)?;
+                Kernel::get(KernelKind::Backports)?;
+                println!("all is there; the cache is {}", xtask::cache::root()?.display());
+                Ok(0)
+            }
             Command::Images { kernel } => {
                 let images = xtask::images::linux_guest(kernel)?;
                 println!("bzimage {}", images.bzimage.display());

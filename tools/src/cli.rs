@@ -77,7 +77,7 @@ A test for the lab is a file tests/tests/lab_NAME.rs with an entry in tests/Carg
 required-features = [\"lab\"]; `cargo xtask lab test lab_NAME` builds and runs it, and `cargo xtask \
 test` runs them all. lab_pair… get a second host.
 
-Times in the lab are those of an emulated processor, 10 to 30 times those of a real one.
+Times in the lab are those of an emulated processor: compare them with each other only.
 The exit status is the command's; 124 after the timeout, 125 when the host died.";
 
 #[derive(Subcommand)]

@@ -126,20 +126,18 @@ fn three_migrations_in_a_row_lose_nothing() {
 }
 
 #[test]
-fn a_stock_kernel_boots_with_one_and_with_four_processors() {
+fn a_stock_kernel_boots_on_one_processor_and_powers_off() {
     let dir = TempDir::new().expect("a directory");
     let image = disk(&dir);
-    for smp in [1, 4] {
-        let machine = Machine {
-            args: format!("--memory 256M --smp {smp} --disk path={image},readonly=on"),
-            append: String::new(),
-        };
-        let mut guest = machine.boot(dir.path(), &format!("smp{smp}"));
-        let report = guest.shell("report");
-        assert!(report.contains(&format!("processors: {smp}")), "{report}");
-        assert!(report.contains("virtio_blk"), "{report}");
-        guest.assert_content();
-        guest.tell("poweroff -f");
-        assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
-    }
+    let machine = Machine {
+        args: format!("--memory 256M --smp 1 --disk path={image},readonly=on"),
+        append: String::new(),
+    };
+    let mut guest = machine.boot(dir.path(), "one");
+    let report = guest.shell("report");
+    assert!(report.contains("processors: 1"), "{report}");
+    assert!(report.contains("virtio_blk"), "{report}");
+    guest.assert_content();
+    guest.tell("poweroff -f");
+    assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
 }

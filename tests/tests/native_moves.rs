@@ -186,3 +186,20 @@ fn whoever_talks_to_a_listener_and_is_no_source_is_sent_away() {
     migrate(&mut here, &there, false);
     goes_on(&mut there);
 }
+
+#[test]
+fn a_back_end_that_cannot_be_opened_is_an_error_that_names_it() {
+    let dir = tempfile::TempDir::new().expect("a directory");
+    let mut run = system_tests::vm::command(dir.path());
+    run.args(["run", "--selfcheck", "--serial", "null", "--net", "tap=no-such-tap"]);
+    let mut child = run.stderr(std::process::Stdio::piped()).spawn().expect("mini-vmm starts");
+    let status = system_tests::wait::until(
+        "mini-vmm to give up",
+        20,
+        || child.try_wait().expect("our own child"),
+        || "it hangs",
+    );
+    assert_eq!(status.code(), Some(1));
+    let said = child.wait_with_output().expect("our own child").stderr;
+    assert!(String::from_utf8_lossy(&said).contains("no-such-tap"));
+}

@@ -323,7 +323,9 @@ impl Board {
     /// one can't be opened, all are closed again.
     pub fn open_backends(&self) -> Result<(), BackendError> {
         for (_, function) in &self.virtio {
-            if let Err(e) = lock(function).open() {
+            // Not in the condition: its lock would be held while all are closed again.
+            let opened = lock(function).open();
+            if let Err(e) = opened {
                 let _ = self.close_backends();
                 return Err(e);
             }

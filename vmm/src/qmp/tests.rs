@@ -71,11 +71,10 @@ impl Client {
     fn at_end(&mut self) -> bool {
         let mut line = String::new();
         // A server that goes away while we have sent more than it has read resets the connection.
-        matches!(self.reader.read_line(&mut line), Ok(0))
-            || self
-                .reader
-                .read_line(&mut line)
-                .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset)
+        match self.reader.read_line(&mut line) {
+            Ok(n) => n == 0,
+            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::device::PowerRequest;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -137,7 +137,19 @@ fn serve(vm: &Arc<Vm>, events: &Receiver<MachineEvent>) -> Result<RunOutcome, Ru
             }
             MachineEvent::HandedOver => {
                 // Whoever asked for the migration may still want to read how it went.
-                let _ = events.recv_timeout(FAREWELL);
+                let deadline = Instant::now() + FAREWELL;
+                loop {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    match events.recv_timeout(left) {
+                        Ok(MachineEvent::Quit(reason)) => {
+                            vm.end(RunState::Postmigrate, reason);
+                            break;
+                        }
+                        // What the machine said before it was handed over means nothing now.
+                        Ok(_) => {}
+                        Err(_) => break,
+                    }
+                }
                 return Ok(RunOutcome::Migrated);
             }
             MachineEvent::IncomingFailed(e) => return Err(e.into()),

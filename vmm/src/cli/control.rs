@@ -1,14 +1,39 @@
 //! Commands that ask a running VM one thing.
 
+use std::thread;
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::{CliError, VmArg};
 use crate::client::QmpClient;
 use crate::rundir;
 
+/// How often a VM is asked whether it is done.
+const STEP: Duration = Duration::from_millis(50);
+
 pub(super) fn simple(vm: &VmArg, command: &str) -> Result<(), CliError> {
     vm.connect()?.execute(command, json!({}))?;
     Ok(())
+}
+
+/// Returns when it is known how the migration ended, for it may have been too late.
+pub(super) fn cancel(vm: &VmArg) -> Result<(), CliError> {
+    let mut client = vm.connect()?;
+    client.execute("migrate_cancel", json!({}))?;
+    loop {
+        let info = client.execute("query-migrate", json!({}))?;
+        match info["status"].as_str().unwrap_or("none") {
+            "none" => return Err(CliError::Migration("there is no migration to cancel".into())),
+            "completed" => {
+                return Err(CliError::Migration(
+                    "it was too late to cancel: the migration has completed".into(),
+                ));
+            }
+            "cancelled" | "failed" => return Ok(()),
+            _ => thread::sleep(STEP),
+        }
+    }
 }
 
 pub(super) fn quit(vm: &VmArg) -> Result<(), CliError> {

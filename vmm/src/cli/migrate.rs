@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use migration::params::Parameters;
 use serde_json::{Map, Value, json};
 use signal_hook::consts::SIGINT;
 
@@ -54,10 +55,18 @@ enum OnTimeout {
 }
 
 impl MigrateArgs {
-    /// Only what was said; the VM keeps its own settings for the rest.
-    fn parameters(&self) -> Map<String, Value> {
+    /// What the flags say, and for a mini-vmm also their defaults: what an earlier migration was
+    /// told is not meant for this one.
+    fn parameters(&self, defaults: bool) -> Value {
         let ms = |time: HumanDuration| u64::try_from(time.0.as_millis()).unwrap_or(u64::MAX);
         let mut p = Map::new();
+        if defaults {
+            let known = Parameters::default().to_json();
+            for key in ["downtime-limit", "max-bandwidth", "x-timeout", "x-on-timeout", "x-verify"]
+            {
+                p.insert(key.to_string(), known[key].clone());
+            }
+        }
         let mut put = |key: &str, value: Value| drop(p.insert(key.to_string(), value));
         if let Some(time) = self.downtime {
             put("downtime-limit", ms(time).into());
@@ -76,7 +85,7 @@ impl MigrateArgs {
         if self.verify {
             put("x-verify", true.into());
         }
-        p
+        Value::from(p)
     }
 }
 
@@ -84,10 +93,8 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     let uri = checked_uri(&args.uri)?;
     let interrupted = Arc::new(AtomicBool::new(false));
     let mut client = args.vm.connect()?;
-    let parameters = args.parameters();
-    if !parameters.is_empty() {
-        client.execute("migrate-set-parameters", Value::from(parameters))?;
-    }
+    let parameters = args.parameters(client.is_mini_vmm());
+    client.execute("migrate-set-parameters", parameters)?;
     signal_hook::flag::register(SIGINT, interrupted.clone())
         .map_err(CliError::io("cannot watch for Ctrl-C"))?;
     client.execute("migrate", json!({ "uri": uri, "detach": true }))?;
@@ -112,9 +119,10 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
             let _ = client.execute("quit", json!({}));
             Ok(())
         }
-        Some("cancelled") => {
-            Err(CliError::Migration("the migration was cancelled; the guest goes on here".into()))
-        }
+        Some("cancelled") => Err(CliError::Migration(match last["error-desc"].as_str() {
+            Some(why) => format!("the migration was cancelled, the guest goes on here: {why}"),
+            None => "the migration was cancelled, the guest goes on here".into(),
+        })),
         _ => Err(CliError::Migration(format!(
             "the migration failed: {}",
             last["error-desc"].as_str().unwrap_or("the VM gives no reason")

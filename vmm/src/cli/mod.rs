@@ -168,7 +168,9 @@ impl CliError {
 
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) => ExitCode::from(2),
+            // A file that can't be read is no mistake in what was said.
+            Self::Config(ConfigError::File { .. }) => ExitCode::FAILURE,
+            Self::Config(_) | Self::Directory(RunDirError::Which(_)) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }
@@ -207,7 +209,7 @@ fn dispatch(command: Command) -> Result<(), CliError> {
         Command::Status { vm, json } => control::status(&vm, json),
         Command::Stop(vm) => control::simple(&vm, "stop"),
         Command::Cont(vm) => control::simple(&vm, "cont"),
-        Command::Cancel(vm) => control::simple(&vm, "migrate_cancel"),
+        Command::Cancel(vm) => control::cancel(&vm),
         Command::Quit(vm) => control::quit(&vm),
         Command::Powerdown(vm) => control::simple(&vm, "system_powerdown"),
         Command::Reset(vm) => control::simple(&vm, "system_reset"),

@@ -1,0 +1,211 @@
+//! What bad input gets: one clear error, the right exit status, nothing lost.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Output;
+
+use nix::sys::signal::Signal;
+use system_tests::vm::{Vm, VmArgs, command};
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// Runs `mini-vmm` and wants this exit status, and these words on standard error.
+fn refused(runtime: &Path, args: &[&str], status: i32, words: &str) {
+    let out = command(runtime).args(args).output().expect("mini-vmm starts");
+    let errors = stderr(&out);
+    assert_eq!(out.status.code(), Some(status), "{args:?}: {errors}");
+    assert!(errors.contains(words), "{args:?} said: {errors}");
+    assert!(!errors.contains("panicked"), "{args:?}: {errors}");
+}
+
+#[test]
+fn what_is_not_understood_is_named_and_ends_with_2() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("vm.toml");
+    fs::write(&config, "selfcheck = ''\nmemry = '1G'\n").unwrap();
+    let config = config.to_str().unwrap();
+    for (args, words) in [
+        (&["run", "--memroy", "1G"][..], "'--memory'"),
+        (&["run", "--config", config], "did you mean 'memory'?"),
+        (&["run"], "there is nothing to run"),
+        (&["run", "--selfcheck", "--memory", "0M"], "a multiple of 1M from 4M"),
+        (&["run", "--selfcheck", "--memory", "65537K"], "a multiple of 1M"),
+        (&["run", "--selfcheck", "--memory", "512"], "a size with its unit"),
+        (&["run", "--selfcheck", "--smp", "0"], "a number of vCPUs from 1 to 255"),
+        (&["run", "--selfcheck", "--smp", "100000"], "a number of vCPUs from 1 to 255"),
+        (&["run", "--selfcheck", "--machine", "pc-i440fx-7.1"], "did you mean 'pc-i440fx-7.2'?"),
+        (&["run", "--selfcheck", "--disk", "pth=x"], "did you mean 'path'?"),
+        (&["run", "--selfcheck", "--net", "mac=52:54:00:12:34:56"], "tap=NAME or stream=ADDR"),
+        (&["run", "--migrate-listen", "tpc:localhost:1"], "did you mean 'tcp:localhost:1'?"),
+        (&["migrate", "tcp:localhost"], "tcp:HOST:PORT"),
+        (&["migrate", "tcp:localhost:1", "--downtime", "300"], "a time with its unit"),
+        (&["migrate", "tcp:localhost:1", "--on-timeout", "force"], "--timeout"),
+    ] {
+        refused(dir.path(), args, 2, words);
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_named_and_ends_with_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &[u8]| {
+        let path = dir.path().join(name);
+        fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let (empty, corrupt) = (file("empty", b""), file("corrupt", &[0x5a; 100_000]));
+    for (args, words) in [
+        (&["run", "--config", "/nonexistent.toml"][..], "/nonexistent.toml"),
+        (&["run", "--kernel", "/nonexistent"], "/nonexistent"),
+        (&["run", "--kernel", &empty], "empty"),
+        (&["run", "--kernel", &corrupt], "corrupt"),
+        (&["run", "--selfcheck", "--memory", "3T"], "the host has only"),
+        (&["run", "--selfcheck", "--disk", "path=/nonexistent.img"], "/nonexistent.img"),
+        (&["run", "--selfcheck", "--net", "tap=absent0"], "absent0"),
+        (&["status"], "no VM runs here"),
+        (&["stop", "--vm", "nobody"], "no VM named 'nobody'"),
+        (&["migrate", "tcp:127.0.0.1:1"], "no VM runs here"),
+    ] {
+        refused(dir.path(), args, 1, words);
+    }
+    let left = fs::read_dir(dir.path().join("mini-vmm")).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "a VM that could not start leaves its directory behind");
+}
+
+#[test]
+fn a_name_a_socket_and_a_port_are_taken_only_once() {
+    let vm = Vm::selfcheck("64M", 1, "").start();
+    let taken = format!("a VM named '{}' runs already", vm.name);
+    refused(vm.dir(), &["run", "--name", &vm.name, "--selfcheck"], 1, &taken);
+
+    let socket = format!("unix:{}", vm.qmp_path().display());
+    refused(
+        vm.dir(),
+        &["run", "--name", "x", "--selfcheck", "--qmp", &socket],
+        1,
+        "another process",
+    );
+
+    let waits = Vm::incoming("64M", 1).start();
+    let port = waits.migrate_uri();
+    refused(vm.dir(), &["run", "--name", "y", "--migrate-listen", &port], 1, "127.0.0.1");
+    assert_eq!(vm.qmp().status(), "running");
+    assert_eq!(waits.qmp().status(), "inmigrate");
+}
+
+#[test]
+fn a_name_is_free_again_after_its_process_was_killed() {
+    let runtime = tempfile::tempdir().unwrap();
+    let start = || {
+        let args =
+            ["run", "--name", "phoenix", "--selfcheck", "--memory", "64M", "--serial", "null"];
+        let mut child = command(runtime.path()).args(args).spawn().unwrap();
+        let socket = runtime.path().join("mini-vmm/phoenix/qmp.sock");
+        system_tests::wait::until(
+            "the control socket",
+            30,
+            || {
+                assert!(child.try_wait().unwrap().is_none(), "mini-vmm run ended");
+                std::os::unix::net::UnixStream::connect(&socket).ok()
+            },
+            || "",
+        );
+        child
+    };
+    let mut first = start();
+    first.kill().unwrap();
+    first.wait().unwrap();
+    refused(runtime.path(), &["status"], 1, "no VM runs here");
+    let mut second = start();
+    let quit = command(runtime.path()).arg("quit").output().unwrap();
+    assert!(quit.status.success(), "{}", stderr(&quit));
+    assert!(second.wait().unwrap().success());
+    assert_eq!(fs::read_dir(runtime.path().join("mini-vmm")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_vm_is_controlled_by_name_and_its_configuration_is_shown() {
+    let mut vm = VmArgs::default()
+        .args("--selfcheck= --memory 64M --smp 2 --rng --balloon=addr=02.0 --paused")
+        .start();
+    let status = |vm: &Vm| vm.qmp().status();
+    let done = |vm: &Vm, command: &str| {
+        let out = vm.cli(&[command]);
+        assert!(out.status.success(), "{command}: {}", stderr(&out));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    assert_eq!(status(&vm), "prelaunch");
+    done(&vm, "cont");
+    assert_eq!(status(&vm), "running");
+    done(&vm, "stop");
+    assert_eq!(status(&vm), "paused");
+    assert!(done(&vm, "list").contains("paused"));
+
+    let shown = vm.cli(&["status", "--json"]);
+    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    let beside = vm.qmp_path().with_file_name("config.json");
+    let recorded: serde_json::Value = serde_json::from_slice(&fs::read(beside).unwrap()).unwrap();
+    assert_eq!(shown["config"], recorded);
+    assert_eq!(recorded["cpu"], "host,migratable=on");
+    assert_eq!(recorded["balloon"]["addr"], "02.0");
+    assert_eq!(recorded["rng"]["addr"], "03.0");
+
+    refused(vm.dir(), &["cancel"], 1, "no migration to cancel");
+    done(&vm, "quit");
+    assert_eq!(vm.wait_exit(20), 0);
+}
+
+#[test]
+fn a_migration_to_nobody_to_oneself_or_to_a_stranger_leaves_the_guest_running() {
+    let vm = Vm::selfcheck("64M", 1, "").start();
+    let fails = |uri: &str, words: &str| {
+        let out = vm.migrate_command(uri).output().unwrap();
+        assert_eq!(out.status.code(), Some(1), "{uri}: {}", stderr(&out));
+        assert!(stderr(&out).contains(words), "{uri}: {}", stderr(&out));
+        assert_eq!(vm.qmp().status(), "running", "after {uri}");
+    };
+    fails("tcp:127.0.0.1:1", "127.0.0.1:1");
+    fails(&format!("unix:{}/nobody.sock", vm.dir().display()), "nobody.sock");
+    // Itself: its control socket answers with a greeting, and not with a migration.
+    fails(&format!("unix:{}", vm.qmp_path().display()), "migration failed");
+
+    // A stranger that accepts, says something else, and hangs up.
+    let path = vm.dir().join("stranger.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let stranger = std::thread::spawn(move || {
+        use std::io::Write;
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+    });
+    fails(&format!("unix:{}", path.display()), "migration failed");
+    stranger.join().unwrap();
+}
+
+#[test]
+fn ctrl_c_cancels_and_the_guest_stays() {
+    let mut vm = Vm::selfcheck("256M", 1, "set=64M,rate=0").start();
+    vm.wait_serial("the guest to be ready", 120, |l| l.contains("selfcheck: ready").then_some(()));
+    let there = Vm::incoming("256M", 1).start();
+    // Slow enough that it cannot end by itself before the signal.
+    let mut command = vm.migrate_command(&there.migrate_uri());
+    command.args(["--bandwidth", "4M"]);
+    command.stderr(std::process::Stdio::piped());
+    let migrate = command.spawn().unwrap();
+    let mut qmp = vm.qmp();
+    system_tests::wait::until(
+        "the migration to be under way",
+        30,
+        || (qmp.ask("query-migrate")["status"] == "active").then_some(()),
+        || "",
+    );
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(migrate.id()).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGINT).unwrap();
+    let out = migrate.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(1), "{}", stderr(&out));
+    assert!(stderr(&out).contains("was cancelled, the guest goes on here"), "{}", stderr(&out));
+    assert_eq!(qmp.ask("query-migrate")["status"], "cancelled");
+    assert_eq!(vm.qmp().status(), "running");
+}

@@ -6,7 +6,7 @@
 //! Who calls what, and in which order, on the source:
 //!
 //! ```text
-//! blockers · manifest parts (machine_type, vcpus, ram, sections, details)
+//! blockers · manifest parts (machine_type, vcpus, ram, sections, details) or prepare_for_qemu
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
 //! stop (tracker) → release_disks → hand_over                          the other side runs it
@@ -16,7 +16,7 @@
 //! and on the destination:
 //!
 //! ```text
-//! ram, sections, check_details                                        before any page moves
+//! ram, accept_block, sections, check_details                          before any page moves
 //! GuestRam writes                                                     the source's guest runs
 //! Section::decode for all → Section::apply for all → prepare          nothing runs yet
 //! take_disks → start                                                  this side runs it
@@ -85,6 +85,8 @@ pub enum ReadPart<'a> {
 /// `InvalidInput`.
 pub trait GuestRam: Send + Sync {
     /// The blocks, always in the same order; an index into this list names a block everywhere.
+    /// It grows at its end only, by [`DestinationVm::accept_block`] and
+    /// [`SourceVm::prepare_for_qemu`].
     fn blocks(&self) -> Vec<RamBlock>;
 
     /// Writes all parts to `out`, in order, with vectored writes straight from guest memory; any
@@ -190,6 +192,11 @@ pub trait SourceVm: Machine {
     /// Why this VM can't be migrated at all, each a sentence; empty when it can.
     fn blockers(&self) -> Vec<String>;
 
+    /// The destination has turned out to be a QEMU, which can't be asked whether the VM fits:
+    /// gets ready what only such a destination is sent (more RAM blocks), and refuses what it
+    /// could not be given. Nothing but the header has been sent so far.
+    fn prepare_for_qemu(&mut self) -> Result<(), VmError>;
+
     /// A tracker for this VM's memory, not yet started.
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError>;
 
@@ -224,9 +231,10 @@ pub trait DestinationVm: Machine {
     /// that would make the migration fail or the guest misbehave is one problem.
     fn check_details(&self, source: &serde_json::Value) -> Vec<Problem>;
 
-    /// Whether the content of a RAM block that this machine does not have may be thrown away: a
-    /// QEMU sends its firmware and ACPI tables as blocks of their own.
-    fn may_discard_block(&self, name: &str) -> bool;
+    /// A block comes that [`GuestRam::blocks`] does not have: a QEMU sends its firmware, option
+    /// ROMs and ACPI tables as blocks of their own. `true` when this machine can keep it; from
+    /// then on it is the last of its blocks, zeroed, and written to like any other.
+    fn accept_block(&mut self, block: &RamBlock) -> bool;
 
     /// Called after every section has been applied: builds what is still missing, and does
     /// everything that could fail, so that [`start`](Self::start) will not. Nothing runs yet, no

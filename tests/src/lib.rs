@@ -6,6 +6,7 @@
 
 pub mod linux;
 pub mod peer;
+pub mod qemu;
 pub mod qmp;
 pub mod serial;
 pub mod vm;

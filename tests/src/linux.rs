@@ -1,6 +1,7 @@
 //! A Linux guest with the project's test image: what the tests say to it, and what it must never
 //! say. The image's own rules are in `resources/linux-guest/init`.
 
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 
 use crate::serial::SerialLine;
@@ -18,17 +19,36 @@ const MUST_NOT_SAY: [&str; 8] = [
     "clocksource: Long readout",
 ];
 
-fn file(variable: &str) -> PathBuf {
+/// A file that the lab's run made.
+pub fn file(variable: &str) -> PathBuf {
     std::env::var_os(variable)
         .unwrap_or_else(|| panic!("{variable} is not set: run the lab tests by `cargo xtask test`"))
         .into()
 }
 
-/// A VM with that guest, here or on its way here.
+/// The terminal of such a guest, whoever runs it.
+pub struct Terminal {
+    serial: SerialLine,
+}
+
+/// A mini-vmm with that guest, here or on its way here.
 pub struct Linux {
     /// The process.
     pub vm: Vm,
-    serial: SerialLine,
+    terminal: Terminal,
+}
+
+impl Deref for Linux {
+    type Target = Terminal;
+    fn deref(&self) -> &Terminal {
+        &self.terminal
+    }
+}
+
+impl DerefMut for Linux {
+    fn deref_mut(&mut self) -> &mut Terminal {
+        &mut self.terminal
+    }
 }
 
 /// What every VM of a test is started with, so that they fit together.
@@ -55,9 +75,14 @@ impl Machine {
             "--initrd".to_string(),
             file("MINI_VMM_GUEST_INITRD").display().to_string(),
             "--append".to_string(),
-            format!("console=ttyS0 panic=-1 {}", self.append),
+            self.command_line(),
         ]);
         flags
+    }
+
+    /// The kernel's command line.
+    pub fn command_line(&self) -> String {
+        format!("console=ttyS0 panic=-1 {}", self.append)
     }
 
     /// Boots one, and returns when its userspace is up.
@@ -65,22 +90,31 @@ impl Machine {
         let (args, socket) = self.vm(directory, name);
         // Not before the socket is listened at, so that no line is lost.
         let vm = args.arg("--paused").start();
-        let serial = SerialLine::attach(&socket);
+        let terminal = Terminal::attach(&socket);
         vm.qmp().ask("cont");
-        let linux = Linux { vm, serial };
-        linux.serial.wait_for("GUEST READY", 60);
-        linux
+        terminal.wait_ready();
+        Linux { vm, terminal }
     }
 
     /// One that waits for a guest at a free port of `host`.
     pub fn incoming(&self, directory: &Path, name: &str, host: &str) -> Linux {
         let (args, socket) = self.vm(directory, name);
         let vm = args.args(&format!("--migrate-listen tcp:{host}:0")).start();
-        Linux { vm, serial: SerialLine::attach(&socket) }
+        Linux { vm, terminal: Terminal::attach(&socket) }
     }
 }
 
-impl Linux {
+impl Terminal {
+    /// Attaches to a serial port's socket as soon as that answers.
+    pub fn attach(socket: &Path) -> Self {
+        Self { serial: SerialLine::attach(socket) }
+    }
+
+    /// Waits until userspace is up.
+    pub fn wait_ready(&self) {
+        self.serial.wait_for("GUEST READY", 60);
+    }
+
     /// All that has come over the serial line of this process.
     pub fn text(&self) -> String {
         self.serial.text()
@@ -131,12 +165,19 @@ impl Linux {
         let real = complaints.lines().filter(|line| line.trim_start().starts_with('<'));
         let real: Vec<_> = real.filter(|line| !excused(line)).collect();
         assert!(real.is_empty(), "the guest's kernel complains:\n{complaints}");
+        self.assert_calm();
+    }
+
+    /// Fails if the guest has said on its own that something is wrong.
+    pub fn assert_calm(&self) {
         let text = self.text();
         for words in MUST_NOT_SAY {
             assert!(!text.contains(words), "the guest says '{words}':\n{text}");
         }
     }
+}
 
+impl Linux {
     /// Migrates the guest to `destination` by the command line, and ends with the source's process.
     pub fn migrate_to(self, destination: Linux) -> Linux {
         let report = self.leave_for(&destination.vm.migrate_uri());
@@ -155,10 +196,7 @@ impl Linux {
             self.vm.stderr(),
         );
         assert_eq!(self.vm.wait_exit(20), 0, "the source ends well:\n{}", self.vm.stderr());
-        let text = self.text();
-        for words in MUST_NOT_SAY {
-            assert!(!text.contains(words), "the guest said '{words}':\n{text}");
-        }
+        self.assert_calm();
         String::from_utf8_lossy(&out.stdout).into_owned()
     }
 }

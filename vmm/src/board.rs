@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex};
 
 use devices::bus::{BusError, IoBus};
-use devices::chipset::holders::{AcpiBuildState, Holder, I2cBusState};
+use devices::chipset::holders::{AcpiBuildState, Holder, I2cBusState, TprOptState};
 use devices::chipset::i440fx::I440fx;
 use devices::chipset::ide::{self, Ide};
 use devices::chipset::piix3::{Piix3, ResetRegister};
@@ -124,6 +124,7 @@ impl Board {
         let line = |irq: u32| -> Arc<dyn IrqLine> { p.routing.line(irq) };
 
         let cpus = u16::try_from(p.config.smp).unwrap_or(u16::MAX);
+        board.device("kvm-tpr-opt", 0, Holder::<TprOptState>::new());
         let fw_cfg = FwCfg::new(p.ram.guest().clone(), p.ram.size(), cpus, cpus);
         let fw_cfg = board.device("fw_cfg", 0, fw_cfg);
         p.bus.map_pio(0x510, 2, fw_cfg.clone())?;

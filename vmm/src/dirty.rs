@@ -8,7 +8,7 @@ use migration::guest::{DirtyTracker, VmError};
 use crate::kvm::{DirtyLog, Slot};
 use crate::memory::{PAGE_SIZE, Ram};
 
-/// The one RAM block of the board, `pc.ram`.
+/// `pc.ram`, the one block of the board that is ever written to: the others are ROM.
 const BLOCK: usize = 0;
 const PAGES_PER_WORD: u64 = 64;
 
@@ -61,7 +61,10 @@ impl DirtyTracker for RamTracker {
         Ok(())
     }
 
-    fn clear(&mut self, _block: usize, first: u64, bits: &[u64]) -> Result<(), VmError> {
+    fn clear(&mut self, block: usize, first: u64, bits: &[u64]) -> Result<(), VmError> {
+        if block != BLOCK {
+            return Ok(());
+        }
         let end = first.saturating_add(bits.len() as u64 * PAGES_PER_WORD);
         for (_, slot) in self.slots() {
             // Slots begin at multiples of 64 pages, so no word belongs to two of them.

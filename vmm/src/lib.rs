@@ -18,6 +18,7 @@ pub mod migrate;
 pub mod power;
 pub mod qmp;
 pub mod ram_access;
+pub mod rom;
 pub mod run;
 pub mod rundir;
 pub mod selfcheck;

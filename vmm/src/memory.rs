@@ -13,6 +13,7 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::kvm::Slot;
+use crate::rom::Roms;
 
 /// The unit of everything: an x86 page.
 pub const PAGE_SIZE: u64 = 4096;
@@ -65,6 +66,7 @@ pub struct Ram {
     slots: Arc<[Slot]>,
     mappings: Arc<[Arc<MmapRegion<AtomicBitmap>>]>,
     size: u64,
+    roms: Arc<Roms>,
 }
 
 fn meminfo(key: &str) -> Option<u64> {
@@ -106,7 +108,13 @@ impl Ram {
         }
         let guest =
             GuestMemoryMmap::from_regions(regions).map_err(|e| layout_error(e.to_string()))?;
-        Ok(Self { guest: Arc::new(guest), slots: slots.into(), mappings: mappings.into(), size })
+        Ok(Self {
+            guest: Arc::new(guest),
+            slots: slots.into(),
+            mappings: mappings.into(),
+            size,
+            roms: Arc::default(),
+        })
     }
 
     /// The memory as devices see it.
@@ -117,6 +125,11 @@ impl Ram {
     /// The stretches that KVM maps, in the order of their offsets in the block.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// The firmware and tables that travel beside it.
+    pub fn roms(&self) -> &Roms {
+        &self.roms
     }
 
     /// Size of the block in bytes.

@@ -13,6 +13,7 @@ use devices::virtio::PageDiscard;
 use migration::guest::{GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart};
 
 use crate::memory::Ram;
+use crate::rom::RomList;
 
 /// The name of the board's RAM on the wire.
 pub const PC_RAM: &str = "pc.ram";
@@ -23,23 +24,39 @@ const IOV_MAX: usize = 1024;
 fn out_of_range(offset: u64, len: u64) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidInput,
-        format!("{offset:#x}+{len:#x} is not inside {PC_RAM}"),
+        format!("{offset:#x}+{len:#x} is not inside the RAM block"),
     )
+}
+
+/// The blocks behind the first, if `block` is one of them; kept while a pointer to them is used.
+fn roms(ram: &Ram, block: usize) -> RomList {
+    if block == 0 { RomList::default() } else { ram.roms().list() }
 }
 
 impl Ram {
     /// Calls `f` with the address of each contiguous stretch of `offset..offset + len`.
     ///
-    /// Every stretch lies inside one of this RAM's mappings, which live as long as `self`.
+    /// Every stretch lies inside one of this RAM's mappings, which live as long as `self`, or of
+    /// `roms`, which are the blocks from 1 on.
     fn stretches(
         &self,
+        roms: &RomList,
         block: usize,
         offset: u64,
         len: u64,
         mut f: impl FnMut(*mut u8, usize),
     ) -> io::Result<()> {
-        let end = offset.checked_add(len).filter(|&end| end <= self.size() && block == 0);
+        let rom = block.checked_sub(1).map(|index| roms.get(index));
+        let size = match rom {
+            None => self.size(),
+            Some(rom) => rom.map_or(0, |rom| rom.size()),
+        };
+        let end = offset.checked_add(len).filter(|&end| end <= size);
         let end = end.ok_or_else(|| out_of_range(offset, len))?;
+        if let Some(rom) = rom.flatten() {
+            f((rom.host_address() + offset) as *mut u8, len as usize);
+            return Ok(());
+        }
         for slot in self.slots() {
             let from = offset.max(slot.block_offset);
             let to = end.min(slot.block_offset + slot.len);
@@ -73,16 +90,19 @@ fn advance(iov: &mut [libc::iovec], first: &mut usize, mut n: usize) {
 
 impl GuestRam for Ram {
     fn blocks(&self) -> Vec<RamBlock> {
-        vec![RamBlock { name: PC_RAM.into(), len: self.size() }]
+        let mut blocks = vec![RamBlock { name: PC_RAM.into(), len: self.size() }];
+        blocks.extend(self.roms().list().iter().map(|rom| rom.block()));
+        blocks
     }
 
     fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()> {
+        let roms = self.roms().list();
         let mut iov = Vec::with_capacity(parts.len() + 1);
         for part in parts {
             match *part {
                 IoPart::Bytes(bytes) => iov.push(iovec(bytes.as_ptr().cast_mut(), bytes.len())),
                 IoPart::Ram { block, offset, len } => {
-                    self.stretches(block, offset, len as u64, |p, n| iov.push(iovec(p, n)))?
+                    self.stretches(&roms, block, offset, len as u64, |p, n| iov.push(iovec(p, n)))?
                 }
             }
         }
@@ -91,7 +111,7 @@ impl GuestRam for Ram {
         while let Some(rest) = iov.get(first..).filter(|rest| !rest.is_empty()) {
             let count = rest.len().min(IOV_MAX) as libc::c_int;
             // SAFETY: every element is either a borrowed slice of `parts` or a stretch of this
-            // RAM's mappings, and the kernel only reads from them.
+            // RAM's mappings or of `roms`, and the kernel only reads from them.
             let n = unsafe { libc::writev(out.as_raw_fd(), rest.as_ptr(), count) };
             if n < 0 {
                 let e = io::Error::last_os_error();
@@ -106,19 +126,22 @@ impl GuestRam for Ram {
     }
 
     fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize> {
+        let roms = self.roms().list();
         let mut iov = Vec::with_capacity(parts.len() + 1);
         for part in parts {
             match part {
                 ReadPart::Bytes(bytes) => iov.push(iovec(bytes.as_mut_ptr(), bytes.len())),
                 ReadPart::Ram { block, offset, len } => {
-                    self.stretches(*block, *offset, *len as u64, |p, n| iov.push(iovec(p, n)))?
+                    self.stretches(&roms, *block, *offset, *len as u64, |p, n| {
+                        iov.push(iovec(p, n));
+                    })?
                 }
             }
         }
         let count = iov.len().min(IOV_MAX) as libc::c_int;
         loop {
             // SAFETY: every element is either an exclusively borrowed slice of `parts` or a
-            // stretch of this RAM's mappings, to which no Rust reference exists.
+            // stretch of this RAM's mappings or of `roms`, to which no Rust reference exists.
             let n = unsafe { libc::readv(from.as_raw_fd(), iov.as_ptr(), count) };
             if n >= 0 {
                 return Ok(n as usize);
@@ -132,7 +155,7 @@ impl GuestRam for Ram {
 
     fn copy_in(&self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut done = 0;
-        self.stretches(block, offset, bytes.len() as u64, |p, n| {
+        self.stretches(&roms(self, block), block, offset, bytes.len() as u64, |p, n| {
             // SAFETY: the stretch is writable memory of `n` bytes, `bytes` has at least `done + n`
             // (the stretches add up to its length), and the two do not overlap.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr().add(done), p, n) };
@@ -143,7 +166,7 @@ impl GuestRam for Ram {
     fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         let to = buf.as_mut_ptr();
-        self.stretches(block, offset, buf.len() as u64, |p, n| {
+        self.stretches(&roms(self, block), block, offset, buf.len() as u64, |p, n| {
             // SAFETY: as in `copy_in`, the other way round.
             unsafe { ptr::copy_nonoverlapping(p, to.add(done), n) };
             done += n;
@@ -158,7 +181,7 @@ impl GuestRam for Ram {
             // A page that was never touched reads as zero; writing zero would allocate it.
             let skip = byte == 0 && at.is_multiple_of(PAGE_SIZE) && self.is_zero(block, at);
             if !skip {
-                self.stretches(block, at, n, |p, n| {
+                self.stretches(&roms(self, block), block, at, n, |p, n| {
                     // SAFETY: the stretch is writable memory of `n` bytes.
                     unsafe { ptr::write_bytes(p, byte, n) }
                 })?;
@@ -170,7 +193,7 @@ impl GuestRam for Ram {
 
     fn is_zero(&self, block: usize, offset: u64) -> bool {
         let mut zero = true;
-        let whole = self.stretches(block, offset, PAGE_SIZE, |p, n| {
+        let whole = self.stretches(&roms(self, block), block, offset, PAGE_SIZE, |p, n| {
             let words = p.cast::<u64>();
             // Eight words at a time: the page most often differs in its first cache line.
             for at in (0..n / 8).step_by(8) {

@@ -1,7 +1,7 @@
 //! Sections of QEMU's board that stand for nothing here, or for something that lives elsewhere:
 //! carried as they came, and written with the values of a fresh machine otherwise.
 
-use migration::vmstate::{Audience, FieldError, FixedVec, Migratable, VmState};
+use migration::vmstate::{Audience, FieldError, FixedVec, Migratable, Pad, VmState};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
@@ -79,6 +79,42 @@ impl Default for AcpiBuildState {
 }
 
 impl VmState for AcpiBuildState {
+    const VERSION: u32 = 1;
+}
+
+/// Section `kvm-tpr-opt` v1: how far QEMU's option ROM for old Windows guests, which makes their
+/// accesses to the task priority register cheap, has got. Its code is in the guest's memory and
+/// waits for a call that only such guests make.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TprOptState {
+    unused: Pad<8>,
+    vaddr: u32,
+    fixup_start: u32,
+    fixup_end: u32,
+    vapic_vaddr: u32,
+    vapic_size: u32,
+    vcpu_shift: u32,
+    rom_real_tpr_addr: u32,
+    up: TprHandlers,
+    mp: TprHandlers,
+    /// 0: the ROM is not there or has not spoken; 1: it works; 2: it stands by.
+    pub state: u32,
+    real_tpr_addr: u32,
+    rom_state_vaddr: u32,
+    vapic_paddr: u32,
+    rom_state_paddr: u32,
+}
+
+/// The ROM's routines for one or for several processors, by their addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct TprHandlers {
+    set_tpr: u32,
+    set_tpr_eax: u32,
+    get_tpr: FixedVec<u32, 8>,
+    get_tpr_stack: u32,
+}
+
+impl VmState for TprOptState {
     const VERSION: u32 = 1;
 }
 

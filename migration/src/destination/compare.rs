@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::guest::{DestinationVm, Machine};
+use crate::guest::DestinationVm;
 use crate::manifest::{Manifest, Problem};
 use crate::vmstate::{Section, SectionId};
 
@@ -25,7 +25,7 @@ fn problem(
 /// Everything that stands against a migration of the manifest's VM to `vm`, whose sections are
 /// `sections`.
 pub fn compare(
-    vm: &dyn DestinationVm,
+    vm: &mut dyn DestinationVm,
     sections: &[Box<dyn Section>],
     manifest: &Manifest,
 ) -> Vec<Problem> {
@@ -54,7 +54,7 @@ pub fn compare(
     problems
 }
 
-fn compare_ram(vm: &dyn Machine, manifest: &Manifest, problems: &mut Vec<Problem>) {
+fn compare_ram(vm: &mut dyn DestinationVm, manifest: &Manifest, problems: &mut Vec<Problem>) {
     let ours: BTreeMap<String, u64> =
         vm.ram().blocks().into_iter().map(|b| (b.name, b.len)).collect();
     let mut seen = BTreeSet::new();
@@ -64,6 +64,7 @@ fn compare_ram(vm: &dyn Machine, manifest: &Manifest, problems: &mut Vec<Problem
             _ if !seen.insert(&block.name) => {
                 problems.push(problem("ram-block", what, "it once", "it twice", ""));
             }
+            None if vm.accept_block(block) => {}
             None => problems.push(problem(
                 "ram-block",
                 what,

@@ -255,7 +255,7 @@ impl<'a> Arrival<'a> {
         if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
             return Err(DestinationError::Protocol { found: manifest.protocol });
         }
-        let mut problems = compare(&*self.vm, self.loader.sections(), &manifest);
+        let mut problems = compare(self.vm, self.loader.sections(), &manifest);
         problems.truncate(MAX_PROBLEMS);
         self.answer.send_verdict(&problems)?;
         self.manifest = Some(manifest);
@@ -318,7 +318,7 @@ impl<'a> Arrival<'a> {
 
     fn ram_records(&mut self, id: u32) -> Result<(), DestinationError> {
         self.touched = true;
-        self.ram.read_section(&mut self.reader, &*self.vm, self.control.stats())?;
+        self.ram.read_section(&mut self.reader, self.vm, self.control.stats())?;
         section::read_footer(&mut self.reader, &SectionId::new(SECTION, 0), id)?;
         Ok(())
     }

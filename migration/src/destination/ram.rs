@@ -8,19 +8,10 @@ use crate::stats::{MigrationStats, Moved};
 use crate::transport::StreamReader;
 use crate::vmstate::ByteSource;
 use crate::wire::ram::{RecordHeader, read_blocks, read_fill};
-use crate::wire::{read_str8, skip};
+use crate::wire::read_str8;
 
 /// Pages after which the statistics are brought up to date.
 const REPORT_PAGES: u64 = 4096;
-
-/// Where a block's pages go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Target {
-    /// To this block of the machine.
-    Block(usize),
-    /// Nowhere.
-    Discard,
-}
 
 /// A run of pages that hold one byte, not yet written.
 #[derive(Debug)]
@@ -36,7 +27,7 @@ pub(super) struct RamLoader {
     ram: Arc<dyn GuestRam>,
     blocks: Vec<RamBlock>,
     /// The block of the last record.
-    current: Option<Target>,
+    current: Option<usize>,
     fill: Option<Fill>,
     moved: Moved,
     counted: u64,
@@ -52,19 +43,19 @@ impl RamLoader {
     pub(super) fn read_section(
         &mut self,
         reader: &mut StreamReader,
-        vm: &dyn DestinationVm,
+        vm: &mut dyn DestinationVm,
         stats: &MigrationStats,
     ) -> Result<(), DestinationError> {
         loop {
             match RecordHeader::read(reader)? {
                 RecordHeader::Page { offset, same_block } => {
-                    let target = self.target(reader, vm, same_block, offset)?;
-                    self.read_page(reader, target, offset)?;
+                    let block = self.target(reader, same_block, offset)?;
+                    self.read_page(reader, block, offset)?;
                 }
                 RecordHeader::Zero { offset, same_block } => {
-                    let target = self.target(reader, vm, same_block, offset)?;
+                    let block = self.target(reader, same_block, offset)?;
                     let byte = read_fill(reader)?;
-                    self.fill_page(target, offset, byte)?;
+                    self.fill_page(block, offset, byte)?;
                 }
                 RecordHeader::MemSize(total) => {
                     for block in read_blocks(reader, total)? {
@@ -94,10 +85,11 @@ impl RamLoader {
         self.blocks.iter().enumerate().find(|(_, b)| b.name == name)
     }
 
-    /// Compares a block that the source announces with this machine's.
+    /// Compares a block that the source announces with this machine's; one that the machine has
+    /// not becomes its last.
     fn check_block(
-        &self,
-        vm: &dyn DestinationVm,
+        &mut self,
+        vm: &mut dyn DestinationVm,
         block: &RamBlock,
     ) -> Result<(), DestinationError> {
         match self.find(&block.name) {
@@ -107,7 +99,10 @@ impl RamLoader {
                 expected: ours.len,
                 found: block.len,
             }),
-            None if vm.may_discard_block(&block.name) => Ok(()),
+            None if vm.accept_block(block) => {
+                self.blocks = self.ram.blocks();
+                Ok(())
+            }
             None => Err(DestinationError::UnknownBlock { name: block.name.clone() }),
         }
     }
@@ -116,42 +111,34 @@ impl RamLoader {
     fn target(
         &mut self,
         reader: &mut StreamReader,
-        vm: &dyn DestinationVm,
         same_block: bool,
         offset: u64,
-    ) -> Result<Target, DestinationError> {
-        let target = if same_block {
+    ) -> Result<usize, DestinationError> {
+        let index = if same_block {
             self.current.ok_or(DestinationError::NoBlock { offset: reader.offset() })?
         } else {
             let name = read_str8(reader, "a RAM block's name")?;
             match self.find(&name) {
-                Some((index, _)) => Target::Block(index),
-                None if vm.may_discard_block(&name) => Target::Discard,
+                Some((index, _)) => index,
                 None => return Err(DestinationError::UnknownBlock { name }),
             }
         };
-        self.current = Some(target);
-        if let Target::Block(index) = target {
-            let block = self.blocks.get(index);
-            let (name, len) = block.map_or(("", 0), |b| (b.name.as_str(), b.len));
-            // Offsets and lengths are whole pages.
-            if offset >= len {
-                return Err(DestinationError::Offset { name: name.to_owned(), offset, len });
-            }
+        self.current = Some(index);
+        let block = self.blocks.get(index);
+        let (name, len) = block.map_or(("", 0), |b| (b.name.as_str(), b.len));
+        // Offsets and lengths are whole pages.
+        if offset >= len {
+            return Err(DestinationError::Offset { name: name.to_owned(), offset, len });
         }
-        Ok(target)
+        Ok(index)
     }
 
     fn read_page(
         &mut self,
         reader: &mut StreamReader,
-        target: Target,
+        block: usize,
         offset: u64,
     ) -> Result<(), DestinationError> {
-        let Target::Block(block) = target else {
-            skip(reader, PAGE_SIZE as u32, "a page of RAM")?;
-            return Ok(());
-        };
         self.flush_fill()?;
         let at = reader.offset();
         self.moved.normal_pages = self.moved.normal_pages.saturating_add(1);
@@ -161,8 +148,7 @@ impl RamLoader {
     }
 
     /// Notes a page of one byte; neighbours are filled together.
-    fn fill_page(&mut self, target: Target, offset: u64, byte: u8) -> Result<(), DestinationError> {
-        let Target::Block(block) = target else { return Ok(()) };
+    fn fill_page(&mut self, block: usize, offset: u64, byte: u8) -> Result<(), DestinationError> {
         self.moved.zero_pages = self.moved.zero_pages.saturating_add(1);
         if let Some(fill) = &mut self.fill
             && fill.block == block

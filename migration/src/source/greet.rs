@@ -30,7 +30,12 @@ impl Migration<'_> {
                 self.compare(&hello)?;
                 Ok(Peer::MiniVmm)
             }
-            Message::Pong(_) => Ok(Peer::Qemu),
+            Message::Pong(_) => {
+                self.vm
+                    .prepare_for_qemu()
+                    .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
+                Ok(Peer::Qemu)
+            }
             other => {
                 Err(SourceError::Unexpected { found: other.name(), expected: "hello or pong" })
             }

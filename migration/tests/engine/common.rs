@@ -35,7 +35,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 // --- memory -----------------------------------------------------------------------------------
 
 pub(crate) struct FakeRam {
-    blocks: Vec<RamBlock>,
+    blocks: Mutex<Vec<RamBlock>>,
     data: Mutex<Vec<Vec<u8>>>,
     /// The log; `None` while nobody asks for it.
     log: Mutex<Option<DirtyBitmap>>,
@@ -57,7 +57,7 @@ impl FakeRam {
             .collect();
         let data = blocks.iter().map(|b| vec![0; b.len as usize]).collect();
         Arc::new(Self {
-            blocks,
+            blocks: Mutex::new(blocks),
             data: Mutex::new(data),
             log: Mutex::new(None),
             ambush,
@@ -83,6 +83,8 @@ impl FakeRam {
     fn check(&self, block: usize, offset: u64, len: u64) -> io::Result<()> {
         let inside = self
             .blocks
+            .lock()
+            .unwrap()
             .get(block)
             .is_some_and(|b| offset.checked_add(len).is_some_and(|end| end <= b.len));
         if inside { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
@@ -91,7 +93,7 @@ impl FakeRam {
 
 impl GuestRam for FakeRam {
     fn blocks(&self) -> Vec<RamBlock> {
-        self.blocks.clone()
+        self.blocks.lock().unwrap().clone()
     }
 
     fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()> {
@@ -175,14 +177,14 @@ struct FakeLog(Arc<FakeRam>);
 
 impl DirtyTracker for FakeLog {
     fn start(&mut self) -> Result<(), VmError> {
-        *self.0.log.lock().unwrap() = Some(DirtyBitmap::new(&self.0.blocks));
+        *self.0.log.lock().unwrap() = Some(DirtyBitmap::new(&self.0.blocks()));
         Ok(())
     }
     // As KVM does it with manual protection: reading the log does not clear it.
     fn fetch(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
         let log = self.0.log.lock().unwrap();
         let log = log.as_ref().ok_or_else(|| VmError::new("the log is not started"))?;
-        for (index, block) in self.0.blocks.iter().enumerate() {
+        for (index, block) in self.0.blocks().iter().enumerate() {
             for page in 0..block.len / PAGE_SIZE {
                 if log.is_set(index, page) {
                     into.set(index, page);
@@ -362,7 +364,8 @@ pub(crate) struct FakeVm {
     pub(crate) details: serde_json::Value,
     pub(crate) blockers: Vec<String>,
     pub(crate) was_running: bool,
-    pub(crate) discards: Vec<String>,
+    /// Blocks that it takes although it has not got them.
+    pub(crate) keeps: Vec<String>,
     /// The first device's layout is one that nobody else knows.
     pub(crate) other_layout: bool,
     guest: Option<Guest>,
@@ -385,7 +388,7 @@ impl FakeVm {
             details: serde_json::json!({ "slots": [2] }),
             blockers: Vec::new(),
             was_running: true,
-            discards: Vec::new(),
+            keeps: Vec::new(),
             other_layout: false,
             guest: None,
         }
@@ -461,6 +464,9 @@ impl Machine for FakeVm {
 }
 
 impl SourceVm for FakeVm {
+    fn prepare_for_qemu(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
     fn blockers(&self) -> Vec<String> {
         self.blockers.clone()
     }
@@ -521,8 +527,13 @@ impl DestinationVm for FakeVm {
             hint: "use --device".into(),
         }]
     }
-    fn may_discard_block(&self, name: &str) -> bool {
-        self.discards.iter().any(|d| d == name)
+    fn accept_block(&mut self, block: &RamBlock) -> bool {
+        let known = self.keeps.contains(&block.name);
+        if known {
+            self.ram.blocks.lock().unwrap().push(block.clone());
+            self.ram.data.lock().unwrap().push(vec![0; block.len as usize]);
+        }
+        known
     }
     fn prepare(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Prepare)

@@ -70,6 +70,8 @@ pub struct Config {
     /// What the guest starts with.
     #[serde(flatten)]
     pub boot: Boot,
+    /// The BIOS for a QEMU, if another than the default.
+    pub firmware: Option<PathBuf>,
     /// Disks, in the order given.
     pub disk: Vec<DiskConfig>,
     /// Network devices, in the order given.
@@ -174,6 +176,7 @@ impl Config {
             smp,
             memory,
             boot,
+            firmware: settings.firmware,
             disk,
             net,
             rng,

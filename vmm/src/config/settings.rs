@@ -346,6 +346,11 @@ pub struct Settings {
     #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
     pub append: Option<String>,
 
+    /// BIOS that the guest gets along when it moves to a QEMU, to reboot there: SeaBIOS' bios-256k.bin
+    /// [default: where the package seabios has it]
+    #[arg(long, value_name = "FILE")]
+    pub firmware: Option<PathBuf>,
+
     /// Run the built-in guest that checks its own memory and clocks, with these parameters
     #[arg(long, value_name = "PARAMS", group = "boot", num_args = 0..=1, default_missing_value = "")]
     pub selfcheck: Option<String>,
@@ -441,6 +446,7 @@ impl Settings {
             kernel: flags.kernel.or(self.kernel),
             initrd: flags.initrd.or(self.initrd),
             append: flags.append.or(self.append),
+            firmware: flags.firmware.or(self.firmware),
             selfcheck: flags.selfcheck.or(self.selfcheck),
             disk: self.disk,
             net: self.net,

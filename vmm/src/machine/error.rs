@@ -38,6 +38,9 @@ pub enum MachineError {
     /// What a firmware would have done.
     #[error(transparent)]
     Firmware(#[from] crate::firmware::FirmwareError),
+    /// The BIOS that a QEMU would be given.
+    #[error(transparent)]
+    Rom(#[from] crate::rom::RomError),
     /// The I/O thread.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),

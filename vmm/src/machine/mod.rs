@@ -82,6 +82,10 @@ impl Machine {
     /// Builds the machine of `config`, switched on and standing at the first instruction of its
     /// kernel, or blank if it waits for a migration.
     pub fn new(config: &Config, events: &MachineEvents) -> Result<Self, MachineError> {
+        if let Some(file) = &config.firmware {
+            // Needed much later, when nobody is there to correct the path.
+            crate::rom::read_bios(Some(file))?;
+        }
         install_kick_handler().map_err(MachineError::host("cannot install a signal handler"))?;
         let kvm = kvm::open()?;
         let most = u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX);

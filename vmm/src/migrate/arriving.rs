@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use migration::guest::{DestinationVm, GuestRam, Machine, VmError};
+use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
 use migration::manifest::Problem;
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
@@ -19,6 +19,7 @@ pub(super) struct Arriving {
 impl Arriving {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
         vm.kvm_state.forget();
+        vm.machine.ram.roms().clear();
         Self { vm }
     }
 }
@@ -46,12 +47,14 @@ impl DestinationVm for Arriving {
         details::compare(&self.vm, source)
     }
 
-    fn may_discard_block(&self, name: &str) -> bool {
-        // Firmware, option ROMs and ACPI tables of a QEMU. What the guest uses of them is in its
-        // RAM as well.
-        matches!(name, "pc.bios" | "pc.rom")
-            || name.starts_with("/rom@")
-            || (name.starts_with("0000:") && name.ends_with(".rom"))
+    fn accept_block(&mut self, block: &RamBlock) -> bool {
+        match self.vm.machine.ram.roms().add(block) {
+            Ok(()) => true,
+            Err(e) => {
+                tracing::warn!("{e}");
+                false
+            }
+        }
     }
 
     fn prepare(&mut self) -> Result<(), VmError> {

@@ -8,6 +8,7 @@ use migration::vmstate::Section;
 use super::details;
 use crate::control::RunState;
 use crate::dirty::RamTracker;
+use crate::rom::{self, PC_BIOS};
 use crate::vm::Vm;
 
 /// A VM that is being given away.
@@ -44,6 +45,17 @@ impl Machine for Leaving {
 impl SourceVm for Leaving {
     fn blockers(&self) -> Vec<String> {
         self.vm.blockers()
+    }
+
+    fn prepare_for_qemu(&mut self) -> Result<(), VmError> {
+        let roms = self.vm.machine.ram.roms();
+        if roms.has(PC_BIOS) {
+            return Ok(());
+        }
+        let file = self.vm.config().firmware.as_deref();
+        rom::read_bios(file)
+            .and_then(|bios| roms.add_filled(PC_BIOS, &bios))
+            .map_err(|e| VmError::with("the guest has no firmware for a QEMU", e))
     }
 
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {

@@ -209,3 +209,55 @@ fn ctrl_c_cancels_and_the_guest_stays() {
     assert_eq!(qmp.ask("query-migrate")["status"], "cancelled");
     assert_eq!(vm.qmp().status(), "running");
 }
+
+#[test]
+fn a_single_letter_on_standard_input_reaches_the_guest_at_once() {
+    use std::io::{Read, Write};
+    use std::process::{Child, Stdio};
+
+    struct Killed(Child);
+    impl Drop for Killed {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = command(dir.path());
+    // The guest says nothing by itself for longer than this test waits.
+    run.args(["run", "--memory", "64M", "--selfcheck=set=0,every=10000000", "--serial", "stdio"]);
+    run.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = Killed(run.spawn().expect("mini-vmm starts"));
+    let (mut input, mut output) = (child.0.stdin.take().unwrap(), child.0.stdout.take().unwrap());
+    let said = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+    let kept = said.clone();
+    std::thread::spawn(move || {
+        let mut buf = [0; 4096];
+        while let Ok(n @ 1..) = output.read(&mut buf) {
+            kept.lock().unwrap().push_str(&String::from_utf8_lossy(&buf[..n]));
+        }
+    });
+    let text = || said.lock().unwrap().clone();
+    let wait = |what: &str, count: usize| {
+        system_tests::wait::until(
+            what,
+            60,
+            || (text().matches(what).count() == count).then_some(()),
+            text,
+        );
+    };
+    wait("selfcheck: ready", 1);
+    for count in 1..=3 {
+        input.write_all(b"s").unwrap();
+        wait("up_ms=", count);
+    }
+    input.write_all(b"q").unwrap();
+    let status = system_tests::wait::until(
+        "the guest to switch off",
+        60,
+        || child.0.try_wait().unwrap(),
+        text,
+    );
+    assert!(status.success());
+}

@@ -1,10 +1,11 @@
 //! The I/O thread's part: accepting, reading, and sending what was held up.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::CharFrontend;
@@ -12,6 +13,12 @@ use super::backend::{Chardev, lock};
 
 /// Bytes read at a time: as many as a 16550A's receiver holds.
 const CHUNK: usize = 16;
+
+/// Whether a read would give something at once, be it the end.
+fn has_input(line: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(line, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
 
 /// Serves one line.
 pub struct CharService {
@@ -79,6 +86,10 @@ impl CharService {
             let mut chunk = [0; CHUNK];
             let line = lock(&self.dev.line);
             let Some(input) = &line.input else { return };
+            // A terminal or pipe may be shared and blocking: it is read only when that won't wait.
+            if !has_input(input.as_fd()) {
+                break;
+            }
             match nix::unistd::read(input, &mut chunk) {
                 Ok(0) => {
                     drop(line);
@@ -95,17 +106,8 @@ impl CharService {
                     return self.hang_up(ops);
                 }
             }
-            if self.reading.is_none() || !self.dev_reads_in_one_go() {
-                break;
-            }
         }
         self.watch_input(ops, true);
-    }
-
-    /// A socket is non-blocking and can be read until it is empty; a terminal may be shared and
-    /// blocking, so it is read once for each event.
-    fn dev_reads_in_one_go(&self) -> bool {
-        self.dev.listener.is_some()
     }
 
     fn hang_up(&mut self, ops: &mut EventOps<'_>) {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use xtask::bench;
 use xtask::error::{Doing, Result};
 use xtask::kernel::{Kernel, KernelKind};
 use xtask::lab::{self, HostOptions, LabCommand, Second};
@@ -26,6 +27,7 @@ the tools start afresh.
 
   cargo xtask demo                       a running VM moves, before your eyes
   cargo xtask test                       all there is to test (--native-only: without the lab)
+  cargo xtask bench                      mini-vmm against QEMU, measured in one run
   cargo xtask lab run -- COMMAND         run anything on a host with real KVM
   cargo xtask lab test lab_linux         one of the lab's test programs
   cargo xtask lab pair -- COMMAND        two hosts with different kernels and processors";
@@ -44,6 +46,9 @@ enum Command {
         #[arg(long)]
         native_only: bool,
     },
+    /// Measure mini-vmm against QEMU, and others, in one run with interleaved rounds
+    #[command(long_about = BENCH_ABOUT)]
+    Bench(BenchArgs),
     /// Install and fetch what the tools need (they also do so themselves when they need it)
     Setup,
     /// Make the files of a Linux guest for tests, and print where they are
@@ -56,6 +61,26 @@ enum Command {
     #[command(subcommand, long_about = LAB_ABOUT)]
     Lab(Lab),
 }
+
+const BENCH_ABOUT: &str = "\
+Measures mini-vmm (the release build) against Debian's QEMU, and others, in one run.
+
+Each round, each scenario: each rival boots the self-checking guest and migrates it over loopback to \
+a second process of its own; then the guest verifies all of its memory. In each round one iperf3 \
+stream says what loopback can do. Printed are medians and spread.
+
+  total        as the source's query-migrate says
+  downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \
+between two timer interrupts that the guest felt, by the host's clock
+  throughput   the source's bytes by its total time
+  memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps
+  first word   from exec to the guest's first byte on the serial port; QEMU's has its firmware in it
+
+Scenarios: idle, dirty (an eighth of memory rewritten at 78 MiB/s), hot (a quarter, as fast as the \
+guest can; only when asked for). In none is any page zero. A rival is a QEMU or a mini-vmm, told \
+apart by what it says to --version.
+
+To be sure of a change: build both, and name the older one with --rival old=PATH.";
 
 const LAB_ABOUT: &str = "\
 Lab hosts: virtual machines with this machine's files and a real KVM.
@@ -136,6 +161,31 @@ enum Lab {
 }
 
 #[derive(Args)]
+struct BenchArgs {
+    /// How often each is measured
+    #[arg(long, default_value_t = 7, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// The guest's memory: 512M, 2G
+    #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = mebibytes)]
+    memory: u64,
+    /// What the guest does: idle, dirty, hot (repeatable; idle and dirty when not given)
+    #[arg(long = "scenario", value_name = "NAME")]
+    scenarios: Vec<String>,
+    /// One more program to measure, another mini-vmm or another QEMU (repeatable)
+    #[arg(long = "rival", value_name = "NAME=PATH", value_parser = bench::rival::parse)]
+    rivals: Vec<(String, PathBuf)>,
+    /// Write the results to a file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Show what changed since the results in a file
+    #[arg(long, value_name = "OLD.json")]
+    compare: Option<PathBuf>,
+    /// Fail if a target is missed
+    #[arg(long)]
+    check: bool,
+}
+
+#[derive(Args)]
 struct HostArgs {
     /// The lab host's kernel
     #[arg(long, default_value = "default")]
@@ -176,6 +226,7 @@ impl Cli {
                 demo(&args)
             }
             Command::Test { native_only } => xtask::suite::run(native_only).map(|()| 0),
+            Command::Bench(args) => args.run().map(|()| 0),
             Command::Setup => {
                 setup::everything()?;
                 // After this the tests need no network.
@@ -235,6 +286,27 @@ fn demo(args: &[String]) -> Result<u8> {
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
+impl BenchArgs {
+    fn run(self) -> Result<()> {
+        setup::toolchain()?;
+        let scenarios = if self.scenarios.is_empty() {
+            bench::scenario::NAMES[..bench::scenario::USUAL].iter().map(|&s| s.into()).collect()
+        } else {
+            self.scenarios
+        };
+        let options = bench::Options {
+            program: xtask::suite::build_vmm(&["--release"])?,
+            rivals: self.rivals,
+            scenarios,
+            rounds: self.rounds,
+            memory_mib: self.memory,
+            iperf_seconds: 2,
+        };
+        let report = bench::Report { json: self.json, compare: self.compare, check: self.check };
+        bench::run(&options, &report)
+    }
+}
+
 impl HostArgs {
     fn options(&self) -> HostOptions {
         HostOptions {
@@ -266,6 +338,17 @@ fn assignment(text: &str) -> std::result::Result<(String, String), String> {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("expected NAME=VALUE".to_owned()),
     }
+}
+
+/// A guest's memory in MiB.
+fn mebibytes(text: &str) -> std::result::Result<u64, String> {
+    let expected = || "expected a size of 64M or more, as in 512M or 2G".to_owned();
+    let (number, scale) = match text.strip_suffix('G') {
+        Some(number) => (number, 1024),
+        None => (text.strip_suffix('M').ok_or_else(expected)?, 1),
+    };
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    number.checked_mul(scale).filter(|mib| (64..1 << 30).contains(mib)).ok_or_else(expected)
 }
 
 fn duration(text: &str) -> std::result::Result<Duration, String> {

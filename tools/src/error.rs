@@ -16,6 +16,20 @@ pub enum Error {
         /// Its exit status.
         status: u8,
     },
+    /// A VM or a program in the benchmark did not do what it should.
+    #[error("{what}{}", Indented(.found))]
+    Bench {
+        /// Which one, and what it did not do.
+        what: String,
+        /// What was found instead.
+        found: String,
+    },
+    /// The benchmark's figures are not good enough.
+    #[error("the benchmark misses targets:{}", Indented(.missed))]
+    Targets {
+        /// Each on a line.
+        missed: String,
+    },
     /// No lab test program of this name.
     #[error("there is no lab test program `{name}`; there are {known}")]
     NoLabProgram {

@@ -1,4 +1,5 @@
-//! The project's tools: set-up, the nested-KVM lab, guest images for the tests, and running all tests.
+//! The project's tools: set-up, the nested-KVM lab, guest images for the tests, the benchmark, and
+//! running all tests.
 //!
 //! The command `cargo xtask` is a thin layer over this library (`cargo xtask --help` tells what it
 //! can do); the system tests use the library directly, for guest images and the lab's addresses.
@@ -7,6 +8,7 @@
 //! Start reading at [`lab`] for the lab, at [`images`] for guests.
 
 pub mod apt;
+pub mod bench;
 pub mod cache;
 pub mod error;
 pub mod images;

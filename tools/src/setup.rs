@@ -54,6 +54,12 @@ pub fn toolchain() -> Result<()> {
     ensure(&[TOOLCHAIN].concat_needs())
 }
 
+/// Installs what the benchmark compares with.
+pub fn measuring() -> Result<()> {
+    check_system()?;
+    ensure(&[LAB, MEASURING].concat_needs())
+}
+
 /// A statically linked busybox, out of its package: installing it could displace another busybox.
 pub fn busybox() -> Result<PathBuf> {
     let dir = cache::entry("busybox-static", |dir| {

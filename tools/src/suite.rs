@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::kernel::KernelKind;
 use crate::lab::{self, HostOptions, LabCommand, Second};
-use crate::{images, process, setup};
+use crate::{bench, images, process, setup};
 
 /// Times in the lab are those of an emulated processor: the tests' deadlines grow by this factor.
 const LAB_SLOWNESS: &str = "10";
@@ -57,6 +57,18 @@ pub fn run(native_only: bool) -> Result<()> {
     })?;
     step("system tests on this machine", &mut || {
         cargo(&["test", "--package", "system-tests", "--", "--test-threads", "1"], &[])
+    })?;
+    // Its figures mean nothing: this is not the release build, and once is never.
+    step("the benchmark, one short round", &mut || {
+        let options = bench::Options {
+            program: build_vmm(&[])?,
+            rivals: Vec::new(),
+            scenarios: vec!["dirty".into()],
+            rounds: 1,
+            memory_mib: 128,
+            iperf_seconds: 1,
+        };
+        bench::run(&options, &bench::Report::default())
     })?;
     if native_only {
         println!("\nthe lab was left out, as asked");
@@ -110,6 +122,21 @@ fn dependencies() -> Result<()> {
     println!("(cargo install --locked cargo-deny, to have licences and sources checked too)");
     let metadata = ["metadata", "--locked", "--format-version", "1"];
     process::output(Command::new(cargo_program()).args(metadata)).map(drop)
+}
+
+/// Builds `mini-vmm` with these options of `cargo build` more, and says where it is.
+pub fn build_vmm(options: &[&str]) -> Result<PathBuf> {
+    let mut command = Command::new(cargo_program());
+    command.args(["build", "--package", "vmm", "--bin", "mini-vmm", "--message-format=json"]);
+    let messages = process::output(command.arg("--quiet").args(options))?;
+    let built = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)));
+    built.ok_or_else(|| Error::Bench {
+        what: "cargo does not say where it put mini-vmm".to_owned(),
+        found: process::tail(&messages),
+    })
 }
 
 /// A test program for the lab.

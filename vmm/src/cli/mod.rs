@@ -87,6 +87,12 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         smp: u32,
     },
+    /// Write the self-checking guest to a file, for another VMM to boot (an ELF file with a PVH entry)
+    #[command(hide = true)]
+    SelfcheckImage {
+        /// Where to
+        file: PathBuf,
+    },
     /// Print a shell's completions
     #[command(hide = true)]
     Completions {
@@ -215,6 +221,8 @@ fn dispatch(command: Command) -> Result<(), CliError> {
         Command::Reset(vm) => control::simple(&vm, "system_reset"),
         Command::Console(vm) => console::attach(&vm),
         Command::Demo { memory, smp } => demo::demo(&memory, smp),
+        Command::SelfcheckImage { file } => std::fs::write(file, crate::selfcheck::IMAGE)
+            .map_err(CliError::io("cannot write the self-checking guest")),
         Command::Completions { shell } => {
             documents::completions(shell, &mut Cli::command());
             Ok(())

@@ -1,0 +1,172 @@
+//! What is measured, and what many measurements come to.
+
+use serde::{Deserialize, Serialize};
+
+/// One thing that is measured of each rival in each scenario.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metric {
+    /// From the order to migrate to its completion, as the source's `query-migrate` says.
+    Total,
+    /// How long the guest stood still, as the source's `query-migrate` says (whole milliseconds).
+    Downtime,
+    /// The same as the destination says; only a mini-vmm does.
+    DowntimeDestination,
+    /// The longest time between two of the guest's timer interrupts, the move included, by the
+    /// host's real time as the guest reads it.
+    Gap,
+    /// Bytes on the wire by total time.
+    Throughput,
+    /// The same, as a part of what one `iperf3` stream reached in the same round.
+    OfIperf,
+    /// The source's memory beside guest RAM (proportional set size), its guest idle.
+    MemorySource,
+    /// The destination's, when the guest has arrived and the source has gone.
+    MemoryDestination,
+    /// From the start of the process to the guest's first word on its serial port.
+    FirstWord,
+}
+
+impl Metric {
+    /// All, in the order of the table.
+    pub const ALL: [Metric; 9] = [
+        Metric::Total,
+        Metric::Downtime,
+        Metric::DowntimeDestination,
+        Metric::Gap,
+        Metric::Throughput,
+        Metric::OfIperf,
+        Metric::MemorySource,
+        Metric::MemoryDestination,
+        Metric::FirstWord,
+    ];
+
+    /// Its name in the table, with the unit that its figures have everywhere.
+    pub fn title(self) -> &'static str {
+        match self {
+            Metric::Total => "total, ms",
+            Metric::Downtime => "downtime, source's figure, ms",
+            Metric::DowntimeDestination => "downtime, destination's figure, ms",
+            Metric::Gap => "longest gap the guest felt, ms",
+            Metric::Throughput => "throughput, MiB/s",
+            Metric::OfIperf => "throughput, part of iperf3's",
+            Metric::MemorySource => "memory beside guest RAM, source, MiB",
+            Metric::MemoryDestination => "memory beside guest RAM, destination, MiB",
+            Metric::FirstWord => "exec to the guest's first word, ms",
+        }
+    }
+
+    /// Digits behind the point that mean something.
+    pub fn digits(self) -> usize {
+        match self {
+            Metric::Total | Metric::Throughput | Metric::Downtime => 0,
+            Metric::OfIperf => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// Median and spread of the rounds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// The middle one; of an even number, the mean of the middle two.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The most.
+    pub max: f64,
+    /// All, in the order of the rounds.
+    pub values: Vec<f64>,
+}
+
+impl Summary {
+    /// Of at least one value.
+    pub fn of(values: &[f64]) -> Option<Summary> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let middle = sorted.len() / 2;
+        let median = if sorted.len() % 2 == 1 {
+            sorted[middle]
+        } else {
+            (sorted[middle - 1] + sorted[middle]) / 2.0
+        };
+        Some(Summary { median, min, max, values: values.to_vec() })
+    }
+}
+
+/// One line of the results.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// The scenario's name.
+    pub scenario: String,
+    /// The rival's name.
+    pub rival: String,
+    /// What was measured.
+    pub metric: Metric,
+    /// What came of it.
+    pub summary: Summary,
+}
+
+/// All single measurements of a run.
+#[derive(Debug, Default)]
+pub struct Samples(Vec<(String, String, Metric, f64)>);
+
+impl Samples {
+    /// Notes one.
+    pub fn add(&mut self, scenario: &str, rival: &str, metric: Metric, value: f64) {
+        self.0.push((scenario.to_owned(), rival.to_owned(), metric, value));
+    }
+
+    /// What they come to, in the order of scenarios, metrics and rivals.
+    pub fn rows(&self, scenarios: &[&str], rivals: &[&str]) -> Vec<Row> {
+        let mut rows = Vec::new();
+        for scenario in scenarios {
+            for metric in Metric::ALL {
+                for rival in rivals {
+                    let same = |(s, r, m, v): &(String, String, Metric, f64)| {
+                        (s == scenario && r == rival && *m == metric).then_some(*v)
+                    };
+                    let values: Vec<f64> = self.0.iter().filter_map(same).collect();
+                    rows.extend(Summary::of(&values).map(|summary| Row {
+                        scenario: (*scenario).to_owned(),
+                        rival: (*rival).to_owned(),
+                        metric,
+                        summary,
+                    }));
+                }
+            }
+        }
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_one_whatever_the_order() {
+        assert_eq!(Summary::of(&[]), None);
+        let odd = Summary::of(&[9.0, 1.0, 2.0]).unwrap();
+        assert_eq!((odd.median, odd.min, odd.max), (2.0, 1.0, 9.0));
+        assert_eq!(odd.values, [9.0, 1.0, 2.0]);
+        assert_eq!(Summary::of(&[4.0, 1.0, 2.0, 8.0]).unwrap().median, 3.0);
+    }
+
+    #[test]
+    fn rows_are_sorted_into_scenarios_metrics_and_rivals() {
+        let mut samples = Samples::default();
+        for (rival, value) in [("b", 5.0), ("a", 1.0), ("b", 7.0), ("a", 3.0)] {
+            samples.add("idle", rival, Metric::Total, value);
+        }
+        samples.add("idle", "b", Metric::FirstWord, 2.0);
+        let rows = samples.rows(&["idle", "dirty"], &["a", "b"]);
+        let short: Vec<_> =
+            rows.iter().map(|r| (r.rival.as_str(), r.metric, r.summary.median)).collect();
+        assert_eq!(
+            short,
+            [("a", Metric::Total, 2.0), ("b", Metric::Total, 6.0), ("b", Metric::FirstWord, 2.0)]
+        );
+    }
+}

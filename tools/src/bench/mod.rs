@@ -1,0 +1,271 @@
+//! `cargo xtask bench`: mini-vmm against QEMU, and whoever else is named, in one run.
+//!
+//! Every round migrates a fresh guest for each scenario and each rival over loopback, so that a
+//! machine that is busy for a while is busy for all; who comes first changes from round to round.
+//! The rivals run the same guest (the self-checking one) on the same board, and are told to migrate
+//! by the same QMP commands. After each move the guest verifies all of its memory: one that finds
+//! a difference ends the run, whatever its figures.
+
+pub mod figures;
+pub mod host;
+pub mod memory;
+pub mod report;
+pub mod rival;
+pub mod scenario;
+pub mod vm;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::error::{Doing, Error, Result};
+use crate::{process, setup};
+use figures::{Metric, Samples, Summary};
+use host::Machine;
+use report::{Program, Results};
+use rival::{Rival, Role};
+use scenario::Scenario;
+use vm::Vm;
+
+/// The rows of this project's own program.
+const OURS: &str = "mini-vmm";
+/// The rows that it is compared with.
+const THEIRS: &str = "qemu";
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+/// How long the guest may stand still, in ms: QEMU's default.
+const DOWNTIME_LIMIT: u64 = 300;
+/// Bytes a second that no link reaches: no limit for anyone.
+const BANDWIDTH: u64 = 100 << 30;
+const MIB: f64 = (1 << 20) as f64;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// This project's program.
+    pub program: PathBuf,
+    /// More programs, with their names in the table.
+    pub rivals: Vec<(String, PathBuf)>,
+    /// Names of scenarios.
+    pub scenarios: Vec<String>,
+    /// Rounds, at least 1.
+    pub rounds: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// How long `iperf3` sends in each round, in seconds.
+    pub iperf_seconds: u32,
+}
+
+/// What to do with the results.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Write them there.
+    pub json: Option<PathBuf>,
+    /// Compare them with those.
+    pub compare: Option<PathBuf>,
+    /// A missed target is an error.
+    pub check: bool,
+}
+
+/// Measures, prints, and does with the results what `report` says.
+///
+/// # Errors
+/// Also if a guest was not what it was after a move, and with `report.check` for a missed target.
+pub fn run(options: &Options, report: &Report) -> Result<()> {
+    let old = report.compare.as_deref().map(Results::load).transpose()?;
+    let results = measure(options)?;
+    println!("\n{}\n{}", results.preface(), results.table());
+    if let Some(old) = old {
+        println!("changes of the medians:\n{}", results.changes(&old));
+    }
+    if let Some(path) = &report.json {
+        results.save(path)?;
+    }
+    let missed = results.missed(OURS, THEIRS);
+    match missed.is_empty() {
+        true => println!("every target is met"),
+        false if report.check => return Err(Error::Targets { missed: missed.join("\n") }),
+        false => missed.iter().for_each(|target| println!("missed: {target}")),
+    }
+    Ok(())
+}
+
+fn measure(options: &Options) -> Result<Results> {
+    setup::measuring()?;
+    let mut rivals =
+        vec![Rival::new(OURS, &options.program)?, Rival::new(THEIRS, Path::new(QEMU))?];
+    for (name, path) in &options.rivals {
+        rivals.push(Rival::new(name, path)?);
+    }
+    let scenarios: Vec<Scenario> = options
+        .scenarios
+        .iter()
+        .map(|name| {
+            Scenario::named(name, options.memory_mib).ok_or_else(|| Error::Bench {
+                what: format!("there is no scenario `{name}`"),
+                found: format!("there are {}", scenario::NAMES.join(", ")),
+            })
+        })
+        .collect::<Result<_>>()?;
+    let dir = TempDir::with_prefix("mini-vmm-bench-")
+        .doing(|| "create a temporary directory".to_owned())?;
+    let image = dir.path().join("selfcheck.elf");
+    process::output(Command::new(&options.program).arg("selfcheck-image").arg(&image))?;
+
+    let bench = Bench { options, dir: dir.path(), image: &image };
+    let (mut samples, mut limits) = (Samples::default(), Vec::new());
+    for round in 0..options.rounds.max(1) {
+        println!("round {} of {}", round + 1, options.rounds.max(1));
+        // Two guests live at a time.
+        host::warm_memory(2 * options.memory_mib + 512);
+        let limit = host::iperf3(options.iperf_seconds)? / MIB;
+        println!("  iperf3              {limit:7.0} MiB/s");
+        limits.push(limit);
+        for scenario in &scenarios {
+            let mut order: Vec<&Rival> = rivals.iter().collect();
+            order.rotate_left(round as usize % rivals.len());
+            for rival in order {
+                bench.one(rival, scenario, limit, &mut samples)?;
+            }
+        }
+    }
+    let names: Vec<&str> = scenarios.iter().map(|scenario| scenario.name).collect();
+    let rival_names: Vec<&str> = rivals.iter().map(|rival| rival.name.as_str()).collect();
+    Ok(Results {
+        machine: Machine::this()?,
+        memory_mib: options.memory_mib,
+        rounds: options.rounds.max(1),
+        scenarios: scenarios.iter().map(|s| (s.name.to_owned(), s.guest.clone())).collect(),
+        programs: rivals.iter().map(|rival| bench.program(rival, &scenarios)).collect(),
+        migration: orders("PORT").iter().map(|(c, a)| format!("{c} {a}")).collect(),
+        iperf3: Summary::of(&limits).unwrap_or(Summary {
+            median: 0.0,
+            min: 0.0,
+            max: 0.0,
+            values: Vec::new(),
+        }),
+        rows: samples.rows(&names, &rival_names),
+    })
+}
+
+/// The QMP commands of a migration to a port of loopback.
+fn orders(port: &str) -> [(&'static str, Value); 2] {
+    let parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT });
+    [
+        ("migrate-set-parameters", parameters),
+        ("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") })),
+    ]
+}
+
+struct Bench<'a> {
+    options: &'a Options,
+    dir: &'a Path,
+    image: &'a Path,
+}
+
+impl Bench<'_> {
+    /// The commands as a person would type them.
+    fn program(&self, rival: &Rival, scenarios: &[Scenario]) -> Program {
+        let (image, qmp) = (Path::new("selfcheck.elf"), Path::new("QMP"));
+        let roles = scenarios.first().map(Role::Source).into_iter().chain([Role::Destination(0)]);
+        let line = |role| {
+            process::line(&rival.command(self.options.memory_mib, &role, image, qmp))
+                .replacen(&rival.program.display().to_string(), &rival.name, 1)
+                .replace("127.0.0.1:0", "127.0.0.1:PORT")
+        };
+        Program {
+            name: rival.name.clone(),
+            version: rival.version.clone(),
+            commands: roles.map(line).collect(),
+        }
+    }
+
+    fn start(&self, rival: &Rival, role: &Role<'_>) -> Result<Vm> {
+        let side = match role {
+            Role::Source(_) => "source",
+            Role::Destination(_) => "destination",
+        };
+        let qmp = self.dir.join(format!("{side}.qmp"));
+        let _ = std::fs::remove_file(&qmp);
+        let command = rival.command(self.options.memory_mib, role, self.image, &qmp);
+        Vm::start(format!("{}, {side}", rival.name), command, &qmp, self.dir)
+    }
+
+    /// One guest, one move.
+    fn one(
+        &self,
+        rival: &Rival,
+        scenario: &Scenario,
+        limit: f64,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let ram = self.options.memory_mib << 20;
+        let mut add = |metric, value| samples.add(scenario.name, &rival.name, metric, value);
+        let number = |value: &Value| value.as_f64().unwrap_or_default();
+
+        let mut source = self.start(rival, &Role::Source(scenario))?;
+        source.line(0, "selfcheck: ready")?;
+        let first_word = source.first_word().unwrap_or_default().as_secs_f64() * 1e3;
+        add(Metric::FirstWord, first_word);
+        add(Metric::MemorySource, source.memory(ram)?.pss as f64 / MIB);
+        source.connect()?;
+
+        let port = host::free_port()?;
+        let mut destination = self.start(rival, &Role::Destination(port))?;
+        destination.connect()?;
+        // From here on the guest's longest gap counts; its answer says that it has heard.
+        source.say(b'r')?;
+        let from = source.say(b's')?;
+        source.line(from, "up_ms=")?;
+        for (command, arguments) in orders(&port.to_string()) {
+            source.ask(command, arguments)?;
+        }
+        let info = source.migrated()?;
+        let total = number(&info["total-time"]);
+        let bytes = number(&info["ram"]["transferred"]);
+        let downtime = number(&info["downtime"]);
+        add(Metric::Total, total);
+        add(Metric::Downtime, downtime);
+        let throughput = bytes / MIB / (total / 1e3).max(1e-3);
+        add(Metric::Throughput, throughput);
+        add(Metric::OfIperf, throughput / limit);
+        drop(source);
+
+        let from = destination.say(b's')?;
+        let line = destination.line(from, "max_gap_us=")?;
+        let gap = figure(&line, "max_gap_us").unwrap_or_default() / 1e3;
+        add(Metric::Gap, gap);
+        let from = destination.say(b'v')?;
+        destination.line(from, "selfcheck: verified all")?;
+        if rival.kind == rival::Kind::MiniVmm {
+            let report = destination.ask("x-mini-vmm-status", json!({}))?["report"].take();
+            add(Metric::DowntimeDestination, number(&report["downtime-ms"]));
+        }
+        add(Metric::MemoryDestination, destination.memory(ram)?.pss as f64 / MIB);
+        println!(
+            "  {:8} {:10} {total:7.0} ms, stood still {downtime:.0} ms, felt {gap:.0} ms; \
+             {throughput:.0} MiB/s; first word after {first_word:.0} ms; memory verified",
+            scenario.name, rival.name
+        );
+        Ok(())
+    }
+}
+
+/// The number behind `key=` in a line of the guest.
+fn figure(line: &str, key: &str) -> Option<f64> {
+    line.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_is_found_by_its_whole_key() {
+        let line = "selfcheck: up_ms=20 gap_us=10 max_gap_us=1211 guest_gap_us=7";
+        assert_eq!(figure(line, "max_gap_us"), Some(1211.0));
+        assert_eq!(figure(line, "gap_us"), Some(10.0));
+        assert_eq!(figure(line, "gap"), None);
+    }
+}

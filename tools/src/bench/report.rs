@@ -1,0 +1,242 @@
+//! The results: as a table, as JSON, against older ones, against the targets.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::figures::{Metric, Row, Summary};
+use super::host::Machine;
+use crate::error::{Doing, Error, Result};
+
+/// VMM memory beside guest RAM may be at most this, in MiB.
+const MAX_MEMORY_MIB: f64 = 12.0;
+/// The guest's first word may come at most this long after exec, in ms.
+const MAX_FIRST_WORD_MS: f64 = 50.0;
+
+/// A program that was measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// Its name in the table.
+    pub name: String,
+    /// What it says of itself.
+    pub version: String,
+    /// The commands that started its VMs, of the first scenario.
+    pub commands: Vec<String>,
+}
+
+/// Everything that a run found out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Where.
+    pub machine: Machine,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Rounds.
+    pub rounds: u32,
+    /// Name and guest parameters of each scenario.
+    pub scenarios: Vec<(String, String)>,
+    /// Who.
+    pub programs: Vec<Program>,
+    /// The QMP commands that a migration consists of, the same for all.
+    pub migration: Vec<String>,
+    /// One `iperf3` stream on loopback, in MiB/s.
+    pub iperf3: Summary,
+    /// The figures.
+    pub rows: Vec<Row>,
+}
+
+impl Results {
+    /// Reads what [`save`](Self::save) wrote.
+    pub fn load(path: &Path) -> Result<Results> {
+        let text = fs::read_to_string(path).doing(|| format!("read {}", path.display()))?;
+        serde_json::from_str(&text).map_err(|error| Error::Bench {
+            what: format!("{} holds no results of this benchmark", path.display()),
+            found: error.to_string(),
+        })
+    }
+
+    /// Writes them as JSON.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).unwrap_or_default();
+        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))
+    }
+
+    fn find(&self, scenario: &str, rival: &str, metric: Metric) -> Option<&Summary> {
+        let same =
+            |row: &&Row| row.scenario == scenario && row.rival == rival && row.metric == metric;
+        self.rows.iter().find(same).map(|row| &row.summary)
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.programs.iter().map(|program| program.name.as_str())
+    }
+
+    /// What was measured where and how.
+    pub fn preface(&self) -> String {
+        let Machine { cpu, cpus, memory_mib, kernel } = &self.machine;
+        let mut text = format!(
+            "machine   {cpu}, {cpus} processors, {memory_mib} MiB, Linux {kernel}\n\
+             guest     {} MiB of memory, 1 vCPU, no page zero\n\
+             rounds    {}, interleaved; median (least .. most)\n",
+            self.memory_mib, self.rounds
+        );
+        for Program { name, version, commands } in &self.programs {
+            let _ = writeln!(text, "{name:9} {version}");
+            for command in commands {
+                let _ = writeln!(text, "          $ {command}");
+            }
+        }
+        text.push_str("migration on the source's control socket:\n");
+        for command in &self.migration {
+            let _ = writeln!(text, "          {command}");
+        }
+        text
+    }
+
+    /// The figures in Markdown, a table for each scenario.
+    pub fn table(&self) -> String {
+        let mut text = format!(
+            "iperf3, one stream over loopback: {} MiB/s\n",
+            spread(&self.iperf3, Metric::Throughput.digits())
+        );
+        for (scenario, guest) in &self.scenarios {
+            let _ = write!(text, "\n{scenario} ({guest})\n\n| |");
+            self.names().for_each(|name| text.extend([" ", name, " |"]));
+            text.push_str("\n|---|");
+            self.names().for_each(|_| text.push_str("---|"));
+            for metric in Metric::ALL {
+                let cell = |name| match self.find(scenario, name, metric) {
+                    Some(summary) => spread(summary, metric.digits()),
+                    None => "–".to_owned(),
+                };
+                let cells: Vec<String> = self.names().map(cell).collect();
+                let _ = write!(text, "\n| {} | {} |", metric.title(), cells.join(" | "));
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// How the medians changed since `old`, for what both have.
+    pub fn changes(&self, old: &Results) -> String {
+        let mut text = String::new();
+        if (&self.machine, self.memory_mib) != (&old.machine, old.memory_mib) {
+            text.push_str("(another machine or size of guest: compare with care)\n");
+        }
+        for row in &self.rows {
+            let Some(before) = old.find(&row.scenario, &row.rival, row.metric) else { continue };
+            let digits = row.metric.digits();
+            let (a, b) = (before.median, row.summary.median);
+            // Within the other run's spread it may be chance.
+            let clear =
+                if (before.min..=before.max).contains(&b) { "" } else { "  outside of the spread" };
+            let change =
+                if a == 0.0 { String::new() } else { format!("{:+.0} %", (b / a - 1.0) * 100.0) };
+            let _ = writeln!(
+                text,
+                "{:6} {:12} {:42} {a:10.digits$} -> {b:10.digits$} {change:>8}{clear}",
+                row.scenario,
+                row.rival,
+                row.metric.title(),
+            );
+        }
+        text
+    }
+
+    /// The targets that `ours` misses, each a sentence. Total time and downtime are compared with
+    /// `theirs`, by median.
+    pub fn missed(&self, ours: &str, theirs: &str) -> Vec<String> {
+        let mut missed = Vec::new();
+        for (scenario, _) in &self.scenarios {
+            let mut check = |metric: Metric, most: Option<f64>| {
+                let Some(found) = self.find(scenario, ours, metric).map(|s| s.median) else {
+                    return;
+                };
+                if let Some(most) = most.filter(|most| found > *most) {
+                    let (title, digits) = (metric.title(), metric.digits());
+                    missed.push(format!(
+                        "{scenario}: {title}: {found:.digits$}, at most {most:.digits$} is wanted"
+                    ));
+                }
+            };
+            for metric in [Metric::Total, Metric::Downtime, Metric::Gap] {
+                check(metric, self.find(scenario, theirs, metric).map(|s| s.median));
+            }
+            check(Metric::MemorySource, Some(MAX_MEMORY_MIB));
+            check(Metric::MemoryDestination, Some(MAX_MEMORY_MIB));
+            check(Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
+        }
+        missed
+    }
+}
+
+fn spread(summary: &Summary, digits: usize) -> String {
+    let Summary { median, min, max, .. } = summary;
+    format!("{median:.digits$} ({min:.digits$} .. {max:.digits$})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn results(total: f64, theirs: f64) -> Results {
+        let row = |rival: &str, metric, value| Row {
+            scenario: "idle".into(),
+            rival: rival.into(),
+            metric,
+            summary: Summary::of(&[value]).unwrap(),
+        };
+        let program =
+            |name: &str| Program { name: name.into(), version: "1".into(), commands: vec![] };
+        Results {
+            machine: Machine { cpu: "c".into(), cpus: 1, memory_mib: 1, kernel: "k".into() },
+            memory_mib: 64,
+            rounds: 1,
+            scenarios: vec![("idle".into(), "set=0".into())],
+            programs: vec![program("ours"), program("theirs")],
+            migration: vec![],
+            iperf3: Summary::of(&[100.0]).unwrap(),
+            rows: vec![
+                row("ours", Metric::Total, total),
+                row("theirs", Metric::Total, theirs),
+                row("ours", Metric::FirstWord, 10.0),
+            ],
+        }
+    }
+
+    #[test]
+    fn the_table_has_a_column_for_each_rival_and_a_dash_for_what_was_not_measured() {
+        let table = results(12.0, 15.0).table();
+        assert!(table.contains("| | ours | theirs |\n|---|---|---|\n"), "{table}");
+        assert!(table.contains("| total, ms | 12 (12 .. 12) | 15 (15 .. 15) |"), "{table}");
+        assert!(table.contains("first word, ms | 10.0 (10.0 .. 10.0) | – |"), "{table}");
+    }
+
+    #[test]
+    fn a_target_that_is_missed_is_named_and_one_that_is_met_is_not() {
+        assert_eq!(results(15.0, 15.0).missed("ours", "theirs"), Vec::<String>::new());
+        let missed = results(16.0, 15.0).missed("ours", "theirs");
+        assert_eq!(missed, ["idle: total, ms: 16, at most 15 is wanted"]);
+        let mut slow = results(1.0, 15.0);
+        slow.rows[2].summary = Summary::of(&[50.1]).unwrap();
+        assert_eq!(slow.missed("ours", "theirs").len(), 1);
+    }
+
+    #[test]
+    fn what_changed_is_told_and_what_was_saved_is_loaded() {
+        let (old, new) = (results(10.0, 15.0), results(5.0, 15.0));
+        let text = new.changes(&old);
+        let line =
+            text.lines().find(|line| line.contains("total") && line.contains("ours")).unwrap();
+        assert!(line.contains("-50 %") && line.contains("outside"), "{text}");
+        assert!(!text.contains("another machine"));
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        new.save(file.path()).unwrap();
+        assert_eq!(Results::load(file.path()).unwrap(), new);
+        fs::write(file.path(), "{}").unwrap();
+        assert!(Results::load(file.path()).is_err());
+    }
+}

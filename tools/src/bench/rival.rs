@@ -1,0 +1,143 @@
+//! Who is compared, and how each is started: a mini-vmm, or a QEMU.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::scenario::Scenario;
+use crate::error::{Error, Result};
+use crate::process;
+
+/// The command line that a rival understands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `mini-vmm run …`
+    MiniVmm,
+    /// `qemu-system-x86_64 …`, or whatever takes its options.
+    Qemu,
+}
+
+/// A program that is measured.
+#[derive(Debug, Clone)]
+pub struct Rival {
+    /// Its name in the table.
+    pub name: String,
+    /// The program.
+    pub program: PathBuf,
+    /// How it is started.
+    pub kind: Kind,
+    /// What it says to `--version`, first line.
+    pub version: String,
+}
+
+/// What a VM is to do.
+pub enum Role<'a> {
+    /// Boot the guest.
+    Source(&'a Scenario),
+    /// Wait for it at this port of loopback.
+    Destination(u16),
+}
+
+impl Rival {
+    /// Looks at a program and finds out from its version what it is.
+    ///
+    /// # Errors
+    /// If it can't be run, or is neither a mini-vmm nor a QEMU.
+    pub fn new(name: &str, program: &Path) -> Result<Rival> {
+        let said = process::output(Command::new(program).arg("--version"))?;
+        let version = said.lines().next().unwrap_or_default().to_owned();
+        let kind = kind_of(&version).ok_or_else(|| Error::Bench {
+            what: format!("{} is neither a mini-vmm nor a QEMU", program.display()),
+            found: format!("to --version it says: {version}"),
+        })?;
+        Ok(Rival { name: name.to_owned(), program: program.to_owned(), kind, version })
+    }
+
+    /// The command that starts a VM with its serial port at standard input and output and its
+    /// control socket at `qmp`. `image` is the guest's ELF file.
+    pub fn command(&self, memory_mib: u64, role: &Role<'_>, image: &Path, qmp: &Path) -> Command {
+        let mut command = Command::new(&self.program);
+        let (qmp, image) = (qmp.display(), image.display().to_string());
+        match self.kind {
+            Kind::MiniVmm => {
+                let name = match role {
+                    Role::Source(_) => "bench-source",
+                    Role::Destination(_) => "bench-destination",
+                };
+                command.args(["run", "--name", name, "--machine", "pc-i440fx-7.2"]);
+                command.args(["--cpu", "host", "--memory", &format!("{memory_mib}M")]);
+                command.args(["--serial", "stdio", "--qmp", &format!("unix:{qmp}")]);
+                match role {
+                    Role::Source(scenario) => {
+                        command.args(["--kernel", &image, "--append", &scenario.guest])
+                    }
+                    Role::Destination(port) => {
+                        command.args(["--migrate-listen", &format!("tcp:127.0.0.1:{port}")])
+                    }
+                };
+            }
+            Kind::Qemu => {
+                command.args(["-machine", QEMU_MACHINE, "-accel", "kvm", "-cpu", QEMU_CPU]);
+                command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+                command.args(["-m", &format!("{memory_mib}M"), "-serial", "stdio"]);
+                command.args(["-qmp", &format!("unix:{qmp},server=on,wait=off")]);
+                // The same on both sides, as a QEMU wants it.
+                command.args(["-kernel", &image]);
+                match role {
+                    Role::Source(scenario) => command.args(["-append", &scenario.guest]),
+                    Role::Destination(port) => {
+                        command.args(["-incoming", &format!("tcp:127.0.0.1:{port}")])
+                    }
+                };
+            }
+        }
+        command
+    }
+}
+
+/// The board that mini-vmm has too.
+const QEMU_MACHINE: &str = "pc-i440fx-7.2,usb=off,vmport=off,hpet=off,graphics=off";
+/// Without the last word QEMU ends at once on hosts whose KVM lacks `IA32_ARCH_CAPABILITIES`.
+const QEMU_CPU: &str = "host,-arch-capabilities";
+
+fn kind_of(version: &str) -> Option<Kind> {
+    if version.starts_with("mini-vmm ") {
+        Some(Kind::MiniVmm)
+    } else if version.contains("QEMU") {
+        Some(Kind::Qemu)
+    } else {
+        None
+    }
+}
+
+/// Takes `NAME=PATH` apart.
+///
+/// # Errors
+/// A sentence, if it is not of that form.
+pub fn parse(text: &str) -> std::result::Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+            Ok((name.to_owned(), path.into()))
+        }
+        _ => Err("expected NAME=PATH".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_known_by_its_version() {
+        assert_eq!(kind_of("mini-vmm 0.1.0"), Some(Kind::MiniVmm));
+        assert_eq!(kind_of("QEMU emulator version 7.2.22 (Debian)"), Some(Kind::Qemu));
+        assert_eq!(kind_of("busybox"), None);
+    }
+
+    #[test]
+    fn a_rival_is_a_name_and_a_path() {
+        assert_eq!(parse("new=/x/y=z"), Ok(("new".into(), "/x/y=z".into())));
+        for text in ["", "x", "=x", "x="] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! One VM's process: its guest's serial port and its control socket.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::memory::{BesideRam, beside_ram};
+use crate::error::{Doing, Error, Result};
+use crate::process;
+
+/// How long any one step may take. Filling and verifying RAM takes 10 s per GiB on a host whose KVM
+/// interprets.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How often a condition is looked at.
+const STEP: Duration = Duration::from_millis(5);
+/// How the guest's own lines begin. A firmware's lines before it do not.
+const WORD: &str = "selfcheck:";
+
+/// What the guest has said.
+#[derive(Default)]
+struct Heard {
+    text: String,
+    first_word: Option<Instant>,
+}
+
+/// A running VM. Dropping it ends the process.
+pub struct Vm {
+    title: String,
+    child: Child,
+    started: Instant,
+    input: ChildStdin,
+    heard: Arc<Mutex<Heard>>,
+    errors: PathBuf,
+    qmp_path: PathBuf,
+    qmp: Option<(BufReader<UnixStream>, UnixStream)>,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Vm {
+    /// Starts a command that has its serial port at its standard streams and its control socket at
+    /// `qmp`. `title` names it in errors; its files go to `dir`.
+    pub fn start(title: String, mut command: Command, qmp: &Path, dir: &Path) -> Result<Vm> {
+        let errors = qmp.with_extension("stderr");
+        let file = File::create(&errors).doing(|| format!("create {}", errors.display()))?;
+        command.env("XDG_RUNTIME_DIR", dir);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
+        let started = Instant::now();
+        let mut child = command.spawn().map_err(|e| process::start_error(&command, e))?;
+        let (Some(input), Some(mut output)) = (child.stdin.take(), child.stdout.take()) else {
+            unreachable!("both are piped")
+        };
+        let heard = Arc::new(Mutex::new(Heard::default()));
+        let kept = heard.clone();
+        // Ends when the process closes its output.
+        thread::spawn(move || {
+            let mut buf = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buf) {
+                let now = Instant::now();
+                let mut heard = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                heard.text.push_str(&String::from_utf8_lossy(&buf[..n]));
+                if heard.first_word.is_none() && heard.text.contains(WORD) {
+                    heard.first_word = Some(now);
+                }
+            }
+        });
+        let qmp_path = qmp.to_owned();
+        Ok(Vm { title, child, started, input, heard, errors, qmp_path, qmp: None })
+    }
+
+    /// An error of this VM, with what it has said.
+    fn trouble(&self, what: &str) -> Error {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = fs::read_to_string(&self.errors).unwrap_or_default();
+        Error::Bench {
+            what: format!("{}: {what}", self.title),
+            found: format!("{}\n{}", process::tail(&heard.text), process::tail(&said)),
+        }
+    }
+
+    /// Waits until `condition` gives something.
+    fn until<T>(
+        &mut self,
+        what: &str,
+        mut condition: impl FnMut(&mut Vm) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let start = Instant::now();
+        loop {
+            if let Some(found) = condition(self)? {
+                return Ok(found);
+            }
+            let ended = self.child.try_wait().doing(|| "wait for a VM".to_owned())?;
+            if let Some(status) = ended {
+                return Err(self.trouble(&format!("it ended ({status}) before {what}")));
+            }
+            if start.elapsed() > PATIENCE {
+                let seconds = PATIENCE.as_secs();
+                return Err(self.trouble(&format!("waited {seconds} s for {what}, in vain")));
+            }
+            thread::sleep(STEP);
+        }
+    }
+
+    /// Waits for a whole line behind byte `from` that contains `needle`, and gives it. A guest that
+    /// finds something wrong with itself is an error.
+    pub fn line(&mut self, from: usize, needle: &str) -> Result<String> {
+        self.until(&format!("the guest to say `{needle}`"), |vm| {
+            let heard = vm.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = heard.text.get(from..).unwrap_or_default();
+            let whole = new.rfind('\n').map_or("", |end| &new[..end]);
+            let find =
+                |word: &str| whole.lines().find(|line| line.contains(word)).map(str::to_owned);
+            let (failed, found) = (find("FAIL"), find(needle));
+            drop(heard);
+            match failed {
+                Some(line) => Err(vm.trouble(&format!("the guest is not what it was: {line}"))),
+                None => Ok(found),
+            }
+        })
+    }
+
+    /// Sends the guest one letter; gives where its answer begins.
+    pub fn say(&mut self, letter: u8) -> Result<usize> {
+        let from = self.heard.lock().unwrap_or_else(PoisonError::into_inner).text.len();
+        let sent = self.input.write_all(&[letter]).and_then(|()| self.input.flush());
+        sent.doing(|| format!("talk to the guest of {}", self.title))?;
+        Ok(from)
+    }
+
+    /// From the start of the process to the guest's first word, if it has said one.
+    pub fn first_word(&self) -> Option<Duration> {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(heard.first_word?.duration_since(self.started))
+    }
+
+    /// Waits until the control socket answers.
+    pub fn connect(&mut self) -> Result<()> {
+        let stream =
+            self.until("its control socket", |vm| Ok(UnixStream::connect(&vm.qmp_path).ok()))?;
+        let reader = stream
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| stream.try_clone())
+            .doing(|| format!("talk to the control socket of {}", self.title))?;
+        self.qmp = Some((BufReader::new(reader), stream));
+        self.message()?;
+        self.ask("qmp_capabilities", json!({})).map(drop)
+    }
+
+    fn message(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        let read = self.qmp.as_mut().map(|(reader, _)| reader.read_line(&mut line));
+        match read {
+            Some(Ok(1..)) => serde_json::from_str(&line)
+                .map_err(|_| self.trouble(&format!("its control socket says no JSON: {line}"))),
+            Some(Err(error)) => Err(self.trouble(&format!("its control socket: {error}"))),
+            _ => Err(self.trouble("its control socket is closed")),
+        }
+    }
+
+    /// Runs a QMP command; events are dropped.
+    pub fn ask(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        let sent = self.qmp.as_mut().map(|(_, writer)| writeln!(writer, "{request}"));
+        if !matches!(sent, Some(Ok(()))) {
+            return Err(self.trouble("its control socket takes no command"));
+        }
+        loop {
+            let mut answer = self.message()?;
+            if let Some(error) = answer.get("error") {
+                return Err(self.trouble(&format!("it refuses {command}: {}", error["desc"])));
+            }
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+        }
+    }
+
+    /// Waits until the migration is over, and gives the last answer of `query-migrate`.
+    pub fn migrated(&mut self) -> Result<Value> {
+        self.until("the migration's end", |vm| {
+            let info = vm.ask("query-migrate", json!({}))?;
+            match info["status"].as_str() {
+                Some("completed") => Ok(Some(info)),
+                Some("failed" | "cancelled") => Err(vm.trouble(&format!("no migration: {info}"))),
+                _ => Ok(None),
+            }
+        })
+    }
+
+    /// What it uses beside the guest's RAM of `ram` bytes.
+    pub fn memory(&self, ram: u64) -> Result<BesideRam> {
+        let path = format!("/proc/{}/smaps", self.child.id());
+        let smaps = fs::read_to_string(&path).doing(|| format!("read {path}"))?;
+        beside_ram(&smaps, ram)
+            .ok_or_else(|| self.trouble("its guest's RAM is not among its mappings"))
+    }
+}

@@ -4,8 +4,10 @@
 //! process in a runtime directory of its own, [`qmp::Qmp`] its control socket, and
 //! [`wait::until`] the only way to wait: for a condition, with a deadline.
 
+pub mod guest;
 pub mod linux;
 pub mod peer;
+pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod serial;

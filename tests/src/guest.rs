@@ -1,0 +1,102 @@
+//! The self-checking guest behind a serial line that it can be spoken to by
+//! (`resources/selfcheck/README.md` has its commands and its lines).
+
+use crate::serial::SerialLine;
+use crate::vm::{Vm, VmArgs};
+
+/// A VM with the self-checking guest, or one that waits for it, and its serial line.
+pub struct Guest {
+    /// The process.
+    pub vm: Vm,
+    /// The line to the guest in it.
+    pub line: SerialLine,
+    // Holds the line's socket; gone when the line is.
+    _socket: tempfile::TempDir,
+}
+
+impl Guest {
+    fn start(args: VmArgs) -> Self {
+        let socket = tempfile::TempDir::with_prefix("mini-vmm-line-").expect("a directory");
+        let path = socket.path().join("serial.sock");
+        let vm = args.serial_socket(&path).start();
+        let line = SerialLine::attach(&path);
+        Self { vm, line, _socket: socket }
+    }
+
+    /// Boots the guest, and returns as soon as it runs.
+    pub fn boot(memory: &str, smp: u32, params: &str) -> Self {
+        Self::start(Vm::selfcheck(memory, smp, params))
+    }
+
+    /// The same, with more arguments of `mini-vmm run`.
+    pub fn boot_with(memory: &str, smp: u32, params: &str, more: &str) -> Self {
+        Self::start(Vm::selfcheck(memory, smp, params).args(more))
+    }
+
+    /// Boots the guest, and returns when it has filled its memory.
+    pub fn ready(memory: &str, smp: u32, params: &str) -> Self {
+        let mut guest = Self::boot(memory, smp, params);
+        guest.wait_ready();
+        guest
+    }
+
+    /// Waits for a guest of this form on a free port of loopback.
+    pub fn incoming(memory: &str, smp: u32) -> Self {
+        Self::start(Vm::incoming(memory, smp))
+    }
+
+    /// Returns when the guest answers to commands, which it does once its memory is filled.
+    pub fn wait_ready(&mut self) {
+        // Its "ready" may have been said before anybody listened, so it is asked.
+        self.ask(b"s", "up_ms=", 120);
+    }
+
+    /// Sends a command, and gives the first line behind it that contains `answer`. Any `FAIL` of
+    /// the guest is a failure of the test.
+    pub fn ask(&mut self, command: &[u8], answer: &str, seconds: u32) -> String {
+        let from = self.line.text().len();
+        self.line.send(command);
+        self.line.wait_line_from(from, answer, seconds, |line| {
+            assert!(!line.contains("FAIL"), "the guest found a difference: {line}");
+            line.contains(answer).then(|| line.to_string())
+        })
+    }
+
+    /// The guest verifies every page that it holds and its own program, its interrupts go on
+    /// arriving, and its clock goes on: it lives, and is whole. Gives its uptime in ms.
+    pub fn is_whole(&mut self) -> u64 {
+        let before = self.ask(b"s", "up_ms=", 60);
+        self.ask(b"v", "verified all pages=", 180);
+        let after = self.ask(b"s", "up_ms=", 60);
+        let both = |key| (number(&before, key), number(&after, key));
+        let (ticks, ticks_now) = both("ticks");
+        let (up_ms, up_ms_now) = both("up_ms");
+        assert!(ticks_now > ticks, "no interrupts: {before}\n{after}");
+        assert!(up_ms_now >= up_ms, "time went back: {before}\n{after}");
+        up_ms_now
+    }
+
+    /// Moves the guest to `there` with the command, which must succeed and end this process well.
+    pub fn migrate_to(&mut self, there: &Guest, verify: bool) {
+        let mut command = self.vm.migrate_command(&there.vm.migrate_uri());
+        if verify {
+            command.arg("--verify");
+        }
+        let out = command.output().expect("mini-vmm migrate starts");
+        assert!(
+            out.status.success(),
+            "{}\nsource: {}\ndestination: {}",
+            String::from_utf8_lossy(&out.stderr),
+            self.vm.stderr(),
+            there.vm.stderr()
+        );
+        assert_eq!(self.vm.wait_exit(20), 0, "the source ends well:\n{}", self.vm.stderr());
+    }
+}
+
+/// The number behind `key=` in one of the guest's lines.
+pub fn number(line: &str, key: &str) -> u64 {
+    line.split_whitespace()
+        .find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
+        .unwrap_or_else(|| panic!("no {key} in: {line}"))
+}

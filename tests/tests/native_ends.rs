@@ -1,0 +1,81 @@
+//! How a guest and its process end: power-off, reset, triple fault, signals.
+
+use std::fs;
+
+use nix::sys::signal::Signal;
+use system_tests::guest::Guest;
+
+/// The runtime directory has no trace of the VM.
+fn nothing_is_left(guest: &Guest) {
+    let left = fs::read_dir(guest.vm.dir().join("mini-vmm")).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "the VM's directory is left behind");
+}
+
+#[test]
+fn a_guest_that_powers_off_ends_its_process_with_0() {
+    let mut guest = Guest::ready("64M", 1, "set=1M");
+    let mut qmp = guest.vm.qmp();
+    guest.line.send(b"q");
+    let event = qmp.event("SHUTDOWN");
+    assert_eq!(event["data"]["guest"], true, "{event}");
+    assert_eq!(event["data"]["reason"], "guest-shutdown", "{event}");
+    assert_eq!(guest.vm.wait_exit(20), 0, "{}", guest.vm.stderr());
+    nothing_is_left(&guest);
+}
+
+#[test]
+fn a_guest_that_resets_starts_anew_in_the_same_process() {
+    let mut guest = Guest::ready("64M", 2, "set=1M,vcpus=2");
+    let mut qmp = guest.vm.qmp();
+    let from = guest.line.text().len();
+    guest.line.send(b"b");
+    let event = qmp.event("RESET");
+    assert_eq!(event["data"]["guest"], true, "{event}");
+    assert_eq!(event["data"]["reason"], "guest-reset", "{event}");
+    for words in ["selfcheck: start vcpus=2", "selfcheck: ready"] {
+        guest.line.wait_line_from(from, words, 60, |line| line.contains(words).then_some(()));
+    }
+    guest.is_whole();
+    assert_eq!(qmp.status(), "running");
+}
+
+#[test]
+fn a_triple_fault_is_reported_with_registers_and_code_and_is_a_failure() {
+    let mut guest = Guest::ready("64M", 1, "set=1M");
+    guest.line.send(b"t");
+    assert_eq!(guest.vm.wait_exit(20), 1, "{}", guest.vm.stderr());
+    let said = guest.vm.stderr();
+    for words in ["triple fault", "rip=", "rflags=", "r15=", "cr3=", "efer=", "code at 0x"] {
+        assert!(said.contains(words), "'{words}' is not in:\n{said}");
+    }
+    nothing_is_left(&guest);
+}
+
+#[test]
+fn a_signal_ends_the_process_cleanly_whatever_the_guest_does() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut busy = Guest::ready("64M", 2, "set=16M,rate=0,vcpus=2");
+        let mut paused = Guest::boot_with("64M", 1, "", "--paused");
+        let mut waits = Guest::incoming("64M", 1);
+        for guest in [&mut busy, &mut paused, &mut waits] {
+            let mut qmp = guest.vm.qmp();
+            guest.vm.signal(signal);
+            let event = qmp.event("SHUTDOWN");
+            assert_eq!(event["data"]["reason"], "host-signal", "{event}");
+            assert_eq!(guest.vm.wait_exit(20), 0, "{signal}: {}", guest.vm.stderr());
+            nothing_is_left(guest);
+        }
+    }
+}
+
+#[test]
+fn a_page_that_is_corrupted_is_found_and_named() {
+    // Without this, all that the guest says of itself elsewhere would prove nothing.
+    let mut guest = Guest::ready("64M", 1, "set=1M,verify=20000");
+    guest.line.send(b"x");
+    let page = guest.line.wait_line_from(0, "the corrupted page", 20, |line| {
+        line.split_once("corrupted page=").map(|(_, page)| page.to_string())
+    });
+    let fail = guest.line.wait_for("FAIL", 60);
+    assert!(fail.contains(&format!("page={page} ")), "{page} was corrupted: {fail}");
+}

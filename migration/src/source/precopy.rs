@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! start the log → pass 1: every page
+//!                 wait until the destination has taken it in
 //!                 fetch the log → few enough? ──yes──→ switch-over
 //!                   ↑               │no
 //!                   └── pass n: ←───┘
@@ -17,13 +18,17 @@ use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::params::OnTimeout;
 use crate::phase::Phase;
 use crate::vmstate::SectionId;
+use crate::wire::command::Command;
 use crate::wire::ram;
+use crate::wire::return_path::Message;
 use crate::wire::section::{self, PartType, SectionHeader};
 
 use super::out::RAM_SECTION_ID;
 
 /// Pages whose bits are cleared at once: a huge page's worth.
 const CHUNK_PAGES: u64 = 512;
+/// The value of the ping that follows each pass; any will do but the one that asks who is there.
+const SETTLE_PING: u32 = 1;
 /// Bytes after which a PART section is ended and the next one begun.
 const PART_BYTES: u64 = 64 << 20;
 /// How often the rate is measured within a pass.
@@ -107,6 +112,9 @@ impl Migration<'_> {
             }
             let begin = Instant::now();
             let end = self.send_pass(&mut passes, PartType::Part)?;
+            if end == PassEnd::Whole {
+                self.settle()?;
+            }
             let left = passes.dirty.count();
             self.fetch(&mut passes)?;
             let dirtied = passes.dirty.count().saturating_sub(left);
@@ -134,6 +142,18 @@ impl Migration<'_> {
                 Decision::Switch | Decision::Force => return Ok(passes),
                 Decision::GiveUp => return Err(self.not_converged(&passes)),
             }
+        }
+    }
+
+    /// Waits until the destination has taken in what was sent. The sockets hold megabytes, and a
+    /// destination that is behind by them would make the guest stand still until it has read them:
+    /// better it does so while the guest runs.
+    fn settle(&mut self) -> Result<(), SourceError> {
+        self.out.command(&Command::Ping(SETTLE_PING));
+        self.send("a ping after RAM")?;
+        match self.await_message("it was taking in RAM", false)? {
+            Message::Pong(_) => Ok(()),
+            other => Err(SourceError::Unexpected { found: other.name(), expected: "pong" }),
         }
     }
 

@@ -288,11 +288,23 @@ fn a_destination_that_stands_still_is_noticed_in_every_phase() {
     assert!(error.chain().contains("stands still"), "{}", error.chain());
     assert_eq!(world.runs(), Some("source"));
 
-    // As a QEMU: it reads everything and never says shut. That is doubt.
+    // It reads RAM and does not say that it has.
     let (source, _, world) = two_vms(64);
     let (outcome, _) = against(source, short, |mut stream| {
         say(&mut stream, &Message::Pong(1));
         read_to_end(stream);
+    });
+    let Outcome::Kept { error } = outcome else { panic!("{outcome:?}") };
+    assert!(error.chain().contains("it was taking in RAM"), "{}", error.chain());
+    assert_eq!(world.runs(), Some("source"));
+
+    // As a QEMU: it reads everything, answers every ping and never says shut. That is doubt.
+    let (source, _, world) = two_vms(64);
+    let (outcome, _) = against(source, short, |mut stream| {
+        let (mut buf, mut pong) = ([0; 4096], Vec::new());
+        Message::Pong(1).write(&mut pong);
+        // A pong that nobody asked for does no harm.
+        while stream.read(&mut buf).is_ok_and(|n| n > 0) && stream.write_all(&pong).is_ok() {}
     });
     assert!(matches!(outcome, Outcome::InDoubt { .. }), "{outcome:?}");
     assert_eq!(world.runs(), None);

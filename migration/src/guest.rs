@@ -110,6 +110,10 @@ pub trait GuestRam: Send + Sync {
     /// not make the host allocate memory for it.
     fn fill(&self, block: usize, offset: u64, len: u64, byte: u8) -> io::Result<()>;
 
+    /// Asks the host for the memory of `len` bytes now, so that writing there later is quick.
+    /// Changes no content. Only a hint: where it can't be followed, nothing is lost.
+    fn populate(&self, block: usize, offset: u64, len: u64);
+
     /// Whether the page at `offset` is all zero. May be raced by the guest: a page that changes
     /// afterwards is dirty and comes again.
     fn is_zero(&self, block: usize, offset: u64) -> bool;

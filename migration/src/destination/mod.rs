@@ -26,6 +26,7 @@
     )
 )]
 
+mod ahead;
 mod answer;
 mod compare;
 mod error;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::DestinationError;
+use super::ahead::Ahead;
 use crate::guest::{DestinationVm, GuestRam, PAGE_SIZE, RamBlock};
 use crate::stats::{MigrationStats, Moved};
 use crate::transport::StreamReader;
@@ -29,6 +30,7 @@ pub(super) struct RamLoader {
     /// The block of the last record.
     current: Option<usize>,
     fill: Option<Fill>,
+    ahead: Ahead,
     moved: Moved,
     counted: u64,
 }
@@ -36,7 +38,15 @@ pub(super) struct RamLoader {
 impl RamLoader {
     pub(super) fn new(ram: Arc<dyn GuestRam>) -> Self {
         let blocks = ram.blocks();
-        Self { ram, blocks, current: None, fill: None, moved: Moved::default(), counted: 0 }
+        Self {
+            ram,
+            blocks,
+            current: None,
+            fill: None,
+            ahead: Ahead::default(),
+            moved: Moved::default(),
+            counted: 0,
+        }
     }
 
     /// Reads the records of one section, up to and with their end.
@@ -140,6 +150,8 @@ impl RamLoader {
         offset: u64,
     ) -> Result<(), DestinationError> {
         self.flush_fill()?;
+        let len = self.blocks.get(block).map_or(0, |b| b.len);
+        self.ahead.page(&self.ram, block, offset, len);
         let at = reader.offset();
         self.moved.normal_pages = self.moved.normal_pages.saturating_add(1);
         reader

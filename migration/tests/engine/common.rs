@@ -167,6 +167,8 @@ impl GuestRam for FakeRam {
         Ok(())
     }
 
+    fn populate(&self, _block: usize, _offset: u64, _len: u64) {}
+
     fn is_zero(&self, block: usize, offset: u64) -> bool {
         let at = offset as usize;
         self.data.lock().unwrap()[block][at..at + PAGE_SIZE as usize].iter().all(|b| *b == 0)

@@ -55,6 +55,14 @@ pub fn warm_memory(mib: u64) {
     black_box(vec![1u8; bytes]);
 }
 
+/// Memory in MiB that can be had without taking it from anyone.
+pub fn available_mib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) >> 10
+}
+
 /// A TCP port of loopback that nobody listens at just now.
 pub fn free_port() -> Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));

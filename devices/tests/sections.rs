@@ -225,7 +225,7 @@ fn a_fresh_machines_sections_have_the_known_lengths_and_come_back_the_same() {
         assert_eq!(source.rest(), [FOOTER], "{name}");
         case.section.apply(state).unwrap();
         assert_eq!(case.section.save(Audience::Qemu).unwrap(), bytes, "{name}");
-        case.section.describe(Audience::Qemu).unwrap();
+        assert_eq!(case.section.save_described(Audience::Qemu).unwrap().0, bytes, "{name}");
     }
 }
 

@@ -260,11 +260,11 @@ impl Section for VirtioSection {
         Ok(())
     }
 
-    fn describe(&self, audience: Audience) -> Result<Value, StateError> {
-        let size = self.save(audience)?.len();
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
+        let bytes = self.save(audience)?;
         let mut describer = Describer::new(&self.id, self.version);
-        describer.opaque("virtio", "virtio", u64::try_from(size).unwrap_or(u64::MAX));
-        Ok(describer.finish())
+        describer.opaque("virtio", "virtio", u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+        Ok((bytes, describer.finish()))
     }
 
     fn layout_digest(&self) -> u64 {

@@ -124,9 +124,8 @@ impl Migration<'_> {
         let (mut saved, mut descriptions) = (Vec::new(), Vec::new());
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
-            // The description too reads the device's state, so it belongs here.
-            let state = section.save(audience).and_then(|b| Ok((b, section.describe(audience)?)));
-            let (body, description) = state.map_err(|source| SourceError::State { source })?;
+            let (body, description) =
+                section.save_described(audience).map_err(|source| SourceError::State { source })?;
             descriptions.push(description);
             saved.push((header, body));
         }

@@ -70,8 +70,9 @@ impl<D: Migratable + Send + 'static> Section for SectionOf<D> {
         })?;
         self.lock()?.restore(*state).map_err(|error| self.field_error(error))
     }
-    fn describe(&self, audience: Audience) -> Result<Value, StateError> {
-        describe(&self.id, &self.state(audience)?)
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
+        let state = self.state(audience)?;
+        Ok((to_bytes(&self.id, &state)?, describe(&self.id, &state)?))
     }
     fn layout_digest(&self) -> u64 {
         layout_digest::<D::State>()

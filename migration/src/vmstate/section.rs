@@ -100,8 +100,9 @@ pub trait Section: Send {
     ) -> Result<Box<dyn Any + Send>, StateError>;
     /// Takes what [`decode`](Self::decode) gave.
     fn apply(&mut self, state: Box<dyn Any + Send>) -> Result<(), StateError>;
-    /// What [`save`](Self::save) would write, in the words of QEMU's description.
-    fn describe(&self, audience: Audience) -> Result<Value, StateError>;
+    /// The same with its description in QEMU's words, both of one and the same state. The device is
+    /// read once: this happens while the guest stands still.
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError>;
     /// A digest of everything that [`save`](Self::save) could write: two sides whose digests are
     /// equal understand each other.
     fn layout_digest(&self) -> u64;

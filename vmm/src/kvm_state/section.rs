@@ -85,8 +85,9 @@ impl<T: VmState> Section for Part<T> {
         (self.keep)(&mut self.vm.kvm_state.arrived(), *state);
         Ok(())
     }
-    fn describe(&self, audience: Audience) -> Result<Value, StateError> {
-        vmstate::describe(&self.id, &self.state(audience)?)
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
+        let state = self.state(audience)?;
+        Ok((vmstate::to_bytes(&self.id, &state)?, vmstate::describe(&self.id, &state)?))
     }
     fn layout_digest(&self) -> u64 {
         vmstate::layout_digest::<T>()

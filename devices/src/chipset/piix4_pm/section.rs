@@ -51,8 +51,8 @@ impl Section for PmSection {
         self.inner.apply(state)
     }
 
-    fn describe(&self, audience: Audience) -> Result<Value, StateError> {
-        with_cpus(self.cpus, || self.inner.describe(audience))
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
+        with_cpus(self.cpus, || self.inner.save_described(audience))
     }
 
     fn layout_digest(&self) -> u64 {

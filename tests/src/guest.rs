@@ -1,6 +1,11 @@
 //! The self-checking guest behind a serial line that it can be spoken to by
 //! (`resources/selfcheck/README.md` has its commands and its lines).
 
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::qmp::Qmp;
 use crate::serial::SerialLine;
 use crate::vm::{Vm, VmArgs};
 
@@ -43,6 +48,11 @@ impl Guest {
     /// Waits for a guest of this form on a free port of loopback.
     pub fn incoming(memory: &str, smp: u32) -> Self {
         Self::start(Vm::incoming(memory, smp))
+    }
+
+    /// The same, with more arguments of `mini-vmm run`.
+    pub fn incoming_with(memory: &str, smp: u32, more: &str) -> Self {
+        Self::start(Vm::incoming(memory, smp).args(more))
     }
 
     /// Returns when the guest answers to commands, which it does once its memory is filled.
@@ -91,6 +101,32 @@ impl Guest {
             there.vm.stderr()
         );
         assert_eq!(self.vm.wait_exit(20), 0, "the source ends well:\n{}", self.vm.stderr());
+    }
+
+    /// Starts a migration with these parameters in QMP's words, and gives the control socket.
+    pub fn begin(&self, uri: &str, parameters: &Value) -> Qmp {
+        let mut qmp = self.vm.qmp();
+        qmp.execute("migrate-set-parameters", parameters.clone()).expect("parameters");
+        qmp.execute("migrate", json!({ "uri": uri })).expect("the migration starts");
+        qmp
+    }
+
+    /// The VM has ended, and its runtime directory has no trace of it.
+    pub fn nothing_is_left(&mut self) {
+        assert!(self.vm.has_ended(), "the process is still there");
+        let left = fs::read_dir(self.vm.dir().join("mini-vmm")).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "the VM's directory is left behind");
+    }
+
+    /// The guest moves to a fresh process after all, is whole there, and leaves nothing behind.
+    pub fn moves_after_all(mut self, memory: &str, smp: u32, more: &str) {
+        let mut there = Guest::incoming_with(memory, smp, more);
+        self.migrate_to(&there, true);
+        self.nothing_is_left();
+        there.is_whole();
+        there.vm.qmp().ask("quit");
+        assert_eq!(there.vm.wait_exit(20), 0, "{}", there.vm.stderr());
+        there.nothing_is_left();
     }
 }
 

@@ -1,15 +1,7 @@
 //! How a guest and its process end: power-off, reset, triple fault, signals.
 
-use std::fs;
-
 use nix::sys::signal::Signal;
 use system_tests::guest::Guest;
-
-/// The runtime directory has no trace of the VM.
-fn nothing_is_left(guest: &Guest) {
-    let left = fs::read_dir(guest.vm.dir().join("mini-vmm")).map_or(0, Iterator::count);
-    assert_eq!(left, 0, "the VM's directory is left behind");
-}
 
 #[test]
 fn a_guest_that_powers_off_ends_its_process_with_0() {
@@ -20,7 +12,7 @@ fn a_guest_that_powers_off_ends_its_process_with_0() {
     assert_eq!(event["data"]["guest"], true, "{event}");
     assert_eq!(event["data"]["reason"], "guest-shutdown", "{event}");
     assert_eq!(guest.vm.wait_exit(20), 0, "{}", guest.vm.stderr());
-    nothing_is_left(&guest);
+    guest.nothing_is_left();
 }
 
 #[test]
@@ -48,7 +40,7 @@ fn a_triple_fault_is_reported_with_registers_and_code_and_is_a_failure() {
     for words in ["triple fault", "rip=", "rflags=", "r15=", "cr3=", "efer=", "code at 0x"] {
         assert!(said.contains(words), "'{words}' is not in:\n{said}");
     }
-    nothing_is_left(&guest);
+    guest.nothing_is_left();
 }
 
 #[test]
@@ -63,7 +55,7 @@ fn a_signal_ends_the_process_cleanly_whatever_the_guest_does() {
             let event = qmp.event("SHUTDOWN");
             assert_eq!(event["data"]["reason"], "host-signal", "{event}");
             assert_eq!(guest.vm.wait_exit(20), 0, "{signal}: {}", guest.vm.stderr());
-            nothing_is_left(guest);
+            guest.nothing_is_left();
         }
     }
 }

@@ -20,7 +20,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn start(args: VmArgs) -> Self {
+    /// Starts a VM with its serial line at a socket.
+    pub fn start(args: VmArgs) -> Self {
         let socket = tempfile::TempDir::with_prefix("mini-vmm-line-").expect("a directory");
         let path = socket.path().join("serial.sock");
         let vm = args.serial_socket(&path).start();

@@ -64,6 +64,11 @@ impl DiskImage {
                     io::ErrorKind::Unsupported,
                     "its file system has no direct I/O: use cache=writeback",
                 ),
+                kind @ (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+                    if !self.readonly && File::open(&self.path).is_ok() =>
+                {
+                    io::Error::new(kind, format!("it may only be read ({e}): use readonly=on"))
+                }
                 _ => e,
             })?;
         lock(&file, self.readonly).map_err(|e| locked(&self.path, e))?;

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::SourceError;
 use crate::control::Control;
-use crate::transport::{Connection, StreamReader};
+use crate::transport::{Connection, StreamReader, is_stall};
 use crate::wire::WireError;
 use crate::wire::return_path::Message;
 
@@ -47,6 +47,8 @@ enum End {
     GaveUp(Option<String>, u32),
     /// The connection ended.
     Closed,
+    /// The kernel gave the connection up, because the destination took nothing for so long.
+    Stalled(Duration),
     /// Something that can't be read came.
     Bad(Option<WireError>),
 }
@@ -106,6 +108,14 @@ impl Inbox {
         matches!(self.lock().end, Some(End::Success))
     }
 
+    /// How long the destination took nothing, if the kernel gave the connection up for that.
+    pub(super) fn stalled(&self) -> Option<Duration> {
+        match self.lock().end {
+            Some(End::Stalled(timeout)) => Some(timeout),
+            _ => None,
+        }
+    }
+
     /// The destination's refusal, if it gave up in so many words.
     pub(super) fn refusal(&self) -> Option<SourceError> {
         match &self.lock().end {
@@ -137,6 +147,10 @@ impl Inbox {
             End::Success => Some(SourceError::Unexpected {
                 found: "shut",
                 expected: "the rest of the migration",
+            }),
+            End::Stalled(timeout) => Some(SourceError::Stalled {
+                during: "the migration was under way",
+                timeout: *timeout,
             }),
             _ => Some(SourceError::Closed { during: "the migration was under way" }),
         }
@@ -215,7 +229,10 @@ pub(super) fn read_messages(connection: &Connection, inbox: &Inbox, control: &Co
             Ok(message) => inbox.push(message),
             Err(error) if error.io().is_some() => {
                 tracing::debug!(%error, "the return path ended");
-                inbox.end(End::Closed);
+                // TCP_USER_TIMEOUT ends both directions, and this one may be the first to hear it.
+                let stalled = error.io().is_some_and(is_stall);
+                let timeout = control.parameters().stall_timeout;
+                inbox.end(if stalled { End::Stalled(timeout) } else { End::Closed });
                 break;
             }
             Err(error) => {

@@ -222,7 +222,10 @@ impl Migration<'_> {
             trouble.note(match (written, why) {
                 (Err(error), _) => error,
                 (_, NoMessage::Timeout) => SourceError::Stalled { during, timeout },
-                _ => SourceError::Closed { during },
+                _ => match self.inbox.stalled() {
+                    Some(timeout) => SourceError::Stalled { during, timeout },
+                    None => SourceError::Closed { during },
+                },
             });
             return Event::Lost;
         }

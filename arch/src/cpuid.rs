@@ -22,7 +22,8 @@ use crate::cpuid_names;
 use crate::cpuid_topology;
 use crate::error::{KvmError, vm_error};
 
-/// The largest APIC id of a machine whose guests may not know x2APIC.
+/// Most vCPUs of a machine whose guests may not know x2APIC: APIC ids are 8 bits wide, and 255 is
+/// all of them.
 pub const MAX_VCPUS: u32 = 254;
 
 /// One of the four registers that a leaf fills.

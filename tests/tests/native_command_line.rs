@@ -21,6 +21,28 @@ fn refused(runtime: &Path, args: &[&str], status: i32, words: &str) {
     assert!(!errors.contains("panicked"), "{args:?}: {errors}");
 }
 
+/// An ELF file with a PVH note, whose one segment of 4 KiB belongs at `address` (ELF-64 Object File
+/// Format, version 1.5; Xen, docs/misc/pvh: note type 18 is the entry).
+fn pvh_elf(address: u32) -> Vec<u8> {
+    const SEGMENT: u64 = 4096;
+    const NOTE_AT: u64 = 64 + 2 * 56;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let mut put = |bytes: &[u8]| file.extend_from_slice(bytes);
+    let words = |values: &[u64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
+    put(&[2, 0, 62, 0, 1, 0, 0, 0]);
+    put(&words(&[address.into(), 64, 0]));
+    put(&[0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    // PT_LOAD, PT_NOTE, then the note.
+    put(&[1, 0, 0, 0, 7, 0, 0, 0]);
+    put(&words(&[NOTE_AT + 20, address.into(), address.into(), SEGMENT, SEGMENT, 4]));
+    put(&[4, 0, 0, 0, 4, 0, 0, 0]);
+    put(&words(&[NOTE_AT, 0, 0, 20, 20, 4]));
+    put(b"\x04\0\0\0\x04\0\0\0\x12\0\0\0Xen\0");
+    put(&address.to_le_bytes());
+    put(&[0xf4; SEGMENT as usize]);
+    file
+}
+
 #[test]
 fn what_is_not_understood_is_named_and_ends_with_2() {
     let dir = tempfile::tempdir().unwrap();
@@ -33,9 +55,11 @@ fn what_is_not_understood_is_named_and_ends_with_2() {
         (&["run"], "there is nothing to run"),
         (&["run", "--selfcheck", "--memory", "0M"], "a multiple of 1M from 4M"),
         (&["run", "--selfcheck", "--memory", "65537K"], "a multiple of 1M"),
+        (&["run", "--selfcheck", "--memory", "3M"], "a multiple of 1M from 4M"),
         (&["run", "--selfcheck", "--memory", "512"], "a size with its unit"),
-        (&["run", "--selfcheck", "--smp", "0"], "a number of vCPUs from 1 to 255"),
-        (&["run", "--selfcheck", "--smp", "100000"], "a number of vCPUs from 1 to 255"),
+        (&["run", "--selfcheck", "--smp", "0"], "a number of vCPUs from 1 to 254"),
+        (&["run", "--selfcheck", "--smp", "255"], "a number of vCPUs from 1 to 254"),
+        (&["run", "--selfcheck", "--smp", "100000"], "a number of vCPUs from 1 to 254"),
         (&["run", "--selfcheck", "--machine", "pc-i440fx-7.1"], "did you mean 'pc-i440fx-7.2'?"),
         (&["run", "--selfcheck", "--disk", "pth=x"], "did you mean 'path'?"),
         (&["run", "--selfcheck", "--net", "mac=52:54:00:12:34:56"], "tap=NAME or stream=ADDR"),
@@ -57,11 +81,24 @@ fn what_cannot_be_had_is_named_and_ends_with_1() {
         path.to_str().unwrap().to_string()
     };
     let (empty, corrupt) = (file("empty", b""), file("corrupt", &[0x5a; 100_000]));
+    let directory = dir.path().to_str().unwrap();
+    let (good, low) = (file("good", &pvh_elf(1 << 20)), file("low", &pvh_elf(0)));
+    let cut = file("cut", &pvh_elf(1 << 20)[..0x800]);
     for (args, words) in [
         (&["run", "--config", "/nonexistent.toml"][..], "/nonexistent.toml"),
         (&["run", "--kernel", "/nonexistent"], "/nonexistent"),
         (&["run", "--kernel", &empty], "empty"),
         (&["run", "--kernel", &corrupt], "corrupt"),
+        (&["run", "--kernel", &cut], "cut short"),
+        (&["run", "--kernel", directory], "not a regular file"),
+        (&["run", "--kernel", &low], "linked at 1 MiB or above"),
+        (&["run", "--kernel", &good, "--initrd", "/nonexistent.img"], "/nonexistent.img"),
+        (&["run", "--selfcheck=nonsense=1"], "no parameter 'nonsense'"),
+        (&["run", "--selfcheck", "--disk", &format!("path={directory}")], "Is a directory"),
+        (&["run", "--selfcheck", "--qmp", &format!("unix:{directory}/none/x")], "none/x"),
+        (&["run", "--selfcheck", "--serial", &format!("unix:{directory}/none/x")], "none/x"),
+        (&["run", "--selfcheck", "--net", "stream=tcp:127.0.0.1:1"], "127.0.0.1:1"),
+        (&["run", "--migrate-listen", "tcp:no.such.invalid:1"], "no.such.invalid"),
         (&["run", "--selfcheck", "--memory", "3T"], "the host has only"),
         (&["run", "--selfcheck", "--disk", "path=/nonexistent.img"], "/nonexistent.img"),
         (&["run", "--selfcheck", "--net", "tap=absent0"], "absent0"),

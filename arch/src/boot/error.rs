@@ -60,8 +60,13 @@ pub enum BootError {
     /// The kernel wants memory that the guest doesn't have, or that is not RAM.
     #[error(
         "{name} does not fit the guest's memory: it needs {start:#x} to {end:#x}, and RAM for \
-         kernels is {} to {ram_end:#x}; give the guest more memory",
-        format_args!("{:#x}", super::at::HIGH_MEMORY)
+         kernels is {:#x} to {ram_end:#x}; {}",
+        super::at::HIGH_MEMORY,
+        if *start < super::at::HIGH_MEMORY {
+            "a kernel for this machine is linked at 1 MiB or above"
+        } else {
+            "give the guest more memory"
+        }
     )]
     KernelTooBig {
         /// The file.

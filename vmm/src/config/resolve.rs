@@ -12,8 +12,8 @@ use super::{
     Settings, VmName,
 };
 
-/// Most vCPUs a machine can have: APIC ids are 8 bits wide, and 255 means "all".
-pub const MAX_CPUS: u32 = 255;
+/// Most vCPUs a machine can have, so that a guest without x2APIC can name them all.
+pub const MAX_CPUS: u32 = arch::cpuid::MAX_VCPUS;
 
 /// Granule of RAM sizes.
 const MIB: u64 = 1 << 20;

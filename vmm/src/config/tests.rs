@@ -29,7 +29,7 @@ fn every_default_is_written_out() {
     let want = serde_json::json!({
         "name": "vm", "uuid": "00000000-0000-0000-0000-000000000000",
         "machine": "pc-i440fx-7.2", "cpu": "host,migratable=on", "smp": 2, "memory": "1G",
-        "kernel": "vmlinuz", "initrd": null, "append": "console=ttyS0",
+        "kernel": "vmlinuz", "initrd": null, "firmware": null, "append": "console=ttyS0",
         "disk": [
             {"path": "a.img", "id": "disk0", "addr": "04.0", "readonly": false, "cache": "writeback", "queues": 2},
             {"path": "b.img", "id": "disk1", "addr": "03.0", "readonly": true, "cache": "writeback", "queues": 2},
@@ -139,7 +139,7 @@ fn refusals_say_what_is_right() {
         ("selfcheck=''\nmemory='65537K'", "memory: '65537K' is not"),
         ("memory=512", "a size in quotes"),
         ("memory='512'", "a size with its unit"),
-        ("selfcheck=''\nsmp=0", "smp: '0' is not a number of vCPUs from 1 to 255"),
+        ("selfcheck=''\nsmp=0", "smp: '0' is not a number of vCPUs from 1 to 254"),
         ("selfcheck=''\nsmp=256", "smp: '256' is not"),
         ("machine='pc-i440fx-7.1'", "did you mean 'pc-i440fx-7.2'?"),
         ("cpu='hots'", "did you mean 'host'?"),

@@ -70,7 +70,8 @@ impl Drop for Proxy {
 /// What is between reading and writing.
 struct Filter {
     harm: Option<Harm>,
-    /// Bytes that have come and may be the beginning of what is looked for.
+    /// Bytes that have come and may be the beginning of what is looked for: already passed for a
+    /// cut, not yet for a replacement.
     held: Vec<u8>,
 }
 
@@ -94,13 +95,20 @@ impl Filter {
                 self.harm = Some(Harm::CutAt(left - n));
                 self.held.drain(..n).collect()
             }
+            // Nothing is held back: whoever waits for the end of a message would wait for ever.
             Some(Harm::CutBehind(bytes, more)) => match position(&self.held, bytes) {
                 Some(at) => {
-                    let (end, n) = (at + bytes.len() + more, self.held.len());
-                    self.harm = Some(Harm::CutAt(end.saturating_sub(n)));
-                    self.held.drain(..end.min(n)).collect()
+                    let end = at + bytes.len() + more;
+                    self.harm = Some(Harm::CutAt(end.saturating_sub(self.held.len())));
+                    let passed = self.held.len() - new.len();
+                    self.held.truncate(end);
+                    self.held.drain(..).skip(passed).collect()
                 }
-                None => self.pass_all_but_a_beginning(bytes),
+                None => {
+                    let known = self.held.len().saturating_sub(bytes.len() - 1);
+                    self.held.drain(..known);
+                    new.to_vec()
+                }
             },
             Some(Harm::Replace(bytes, by)) => {
                 while let Some(at) = position(&self.held, bytes) {
@@ -168,8 +176,9 @@ mod tests {
         let behind = |more| Harm::CutBehind(b"cd", more);
         assert_eq!(passed(behind(0), &[b"abc", b"def"]), (b"abcd".to_vec(), true));
         assert_eq!(passed(behind(1), &[b"abccdef", b"g"]), (b"abccde".to_vec(), true));
+        assert_eq!(passed(behind(1), &[b"a", b"b", b"c", b"def"]), (b"abcde".to_vec(), true));
         assert_eq!(passed(behind(3), &[b"abcd", b"ef", b"gh"]), (b"abcdefg".to_vec(), true));
-        assert_eq!(passed(behind(0), &[b"abdc"]), (b"abd".to_vec(), false));
+        assert_eq!(passed(behind(0), &[b"abdc"]), (b"abdc".to_vec(), false));
     }
 
     #[test]

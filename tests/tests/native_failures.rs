@@ -286,10 +286,9 @@ fn ctrl_c_cancels_and_the_guest_is_whole() {
 
 #[test]
 fn time_that_is_over_cancels_or_forces_as_was_asked() {
-    let mut here = Guest::ready(MEMORY, 1, "set=16M,rate=0,verify=0");
-    // The guest rewrites more in a second than may be sent, and the little that 5 ms are enough
-    // for is never all that is left.
-    let slow = ["--bandwidth", "20M", "--downtime", "5ms", "--timeout", "5s", "--on-timeout"];
+    // In the second that a pass takes the guest rewrites all of its set again, several times over.
+    let mut here = Guest::ready(MEMORY, 1, "fill=8M,set=4M,rate=0,verify=0");
+    let slow = ["--bandwidth", "4M", "--downtime", "5ms", "--timeout", "5s", "--on-timeout"];
     let run = |here: &Guest, there: &Guest, what: &str| {
         let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
         let out = command.args(slow).args([what, "--json"]).output().unwrap();
@@ -312,6 +311,9 @@ fn time_that_is_over_cancels_or_forces_as_was_asked() {
     assert_eq!(report["migration"]["status"], "completed", "{report}");
     let total = report["migration"]["total-time"].as_u64().unwrap_or_default();
     assert!(total >= 5000, "it did not wait for its time: {report}");
+    // At this rate the 5 ms that were allowed are enough for 20 KiB.
+    let rest = report["migration"]["ram"]["downtime-bytes"].as_u64().unwrap_or_default();
+    assert!(rest > 200 << 10, "it was not forced: {report}");
     assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
     there.is_whole();
     without_limits(there);

@@ -6,6 +6,8 @@
 
 pub mod guest;
 pub mod linux;
+pub mod network;
+pub mod pair;
 pub mod peer;
 pub mod proxy;
 pub mod qemu;

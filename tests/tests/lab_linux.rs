@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use system_tests::linux::Machine;
+use system_tests::network::Tap;
 use tempfile::TempDir;
 
 /// How far the guest's wall clock may be off. Both clocks are read over a serial line by a busy,
@@ -21,32 +22,6 @@ fn disk(dir: &TempDir) -> String {
 
 fn tool() -> String {
     std::env::var("MINI_VMM_GUEST_TOOL").expect("MINI_VMM_GUEST_TOOL is set by cargo xtask test")
-}
-
-/// A tap interface that lives as long as this.
-struct Tap {
-    name: &'static str,
-}
-
-impl Tap {
-    fn new(name: &'static str, address: &str) -> Self {
-        for args in [
-            ["tuntap", "add", name, "mode", "tap"],
-            ["addr", "add", address, "dev", name],
-            ["link", "set", name, "up", ""],
-        ] {
-            let args = args.into_iter().filter(|arg| !arg.is_empty());
-            let status = Command::new("ip").args(args).status().expect("ip is installed");
-            assert!(status.success(), "the tap {name} can be made");
-        }
-        Self { name }
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "del", self.name]).status();
-    }
 }
 
 /// Every record that the guest called durable is on the image.
@@ -68,7 +43,7 @@ fn three_migrations_in_a_row_lose_nothing() {
     let machine = Machine {
         args: format!(
             "--memory 256M --smp 2 --disk path={image} --net tap={} --rng --balloon --console null",
-            tap.name
+            tap.name()
         ),
         append: "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24".into(),
     };

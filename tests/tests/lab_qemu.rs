@@ -1,86 +1,82 @@
 //! Running guests between QEMU and mini-vmm, both ways, under real KVM.
 
-use std::fs::File;
-use std::path::Path;
-
-use system_tests::linux::{Linux, Machine, Terminal, file};
-use system_tests::qemu::{Qemu, QemuArgs};
+use system_tests::linux::Terminal;
+use system_tests::network::Bridge;
+use system_tests::pair::{self, Pair, Session, assert_interrupts_go_on, check_disk, features};
 use tempfile::TempDir;
 
-/// The same machine for both programs.
-struct Pair {
-    mini: Machine,
-    qemu: QemuArgs,
+/// What holds after every hop.
+struct Watch {
+    session: Session,
+    features: Vec<String>,
+    durable: u64,
+    generation: u64,
 }
 
-fn pair(image: &Path, smp: u32, work: &str) -> Pair {
-    let image = image.display();
-    let mini = Machine {
-        args: format!("--memory 256M --smp {smp} --disk path={image} --rng --balloon"),
-        append: format!("guest.run={work}"),
-    };
-    let qemu = QemuArgs::new(&format!(
-        "-accel kvm -cpu host -m 256 -smp {smp} \
-         -drive file={image},if=none,id=disk0,format=raw -device virtio-blk-pci,drive=disk0 \
-         -device virtio-rng-pci -device virtio-balloon-pci"
-    ))
-    .arg("-kernel")
-    .arg(file("MINI_VMM_GUEST_KERNEL").display().to_string())
-    .arg("-initrd")
-    .arg(file("MINI_VMM_GUEST_INITRD").display().to_string())
-    .arg("-append")
-    .arg(mini.command_line());
-    Pair { mini, qemu }
-}
-
-fn disk(dir: &TempDir) -> std::path::PathBuf {
-    let path = dir.path().join("disk.img");
-    File::create(&path).and_then(|file| file.set_len(64 << 20)).expect("a disk image");
-    path
-}
-
-/// A guest in a QEMU.
-struct InQemu {
-    qemu: Qemu,
-    terminal: Terminal,
-}
-
-impl Pair {
-    fn boot_qemu(&self) -> InQemu {
-        let qemu = self.qemu.start();
-        let terminal = qemu.terminal();
-        terminal.wait_ready();
-        InQemu { qemu, terminal }
+impl Watch {
+    fn new(guest: &mut Terminal) -> Self {
+        Self {
+            session: Session::start("10.99.0.2"),
+            features: features(guest),
+            durable: guest.next_number("disk: record"),
+            generation: guest.next_number("memory: generation"),
+        }
     }
 
-    fn to_mini(&self, guest: InQemu, dir: &Path, name: &str, return_path: bool) -> Linux {
-        let there = self.mini.incoming(dir, name, "127.0.0.1");
-        let end = guest.qemu.migrate(&there.vm.migrate_uri(), return_path);
-        assert_eq!(end["status"], "completed", "{end}\nmini-vmm: {}", there.vm.stderr());
-        println!("QEMU -> mini-vmm: {} ms, downtime {} ms", end["total-time"], end["downtime"]);
-        guest.terminal.assert_calm();
-        guest.qemu.terminate();
-        there
-    }
-
-    fn to_qemu(&self, guest: Linux) -> InQemu {
-        let qemu = self.qemu.clone().args("-incoming tcp:127.0.0.1:0").start();
-        let terminal = qemu.terminal();
-        println!("mini-vmm -> QEMU: {}", guest.leave_for(&qemu.migrate_uri()));
-        InQemu { qemu, terminal }
+    fn check(&mut self, guest: &mut Terminal) {
+        let durable = guest.next_number("disk: record");
+        assert!(durable > self.durable, "the disk writer went on");
+        self.durable = durable;
+        let generation = guest.next_number("memory: generation");
+        assert!(generation >= self.generation, "the memory worker went on");
+        self.generation = generation;
+        for work in ["fpu:", "clock:", "tcp-server:"] {
+            guest.wait_new(work, 30);
+        }
+        self.session.assert_alive();
+        assert_eq!(features(guest), self.features, "all features are as negotiated");
+        assert_interrupts_go_on(guest, 2);
+        guest.assert_content();
     }
 }
 
 #[test]
-fn a_guest_goes_from_qemu_to_mini_vmm_and_back() {
+fn four_hops_between_qemu_and_mini_vmm_lose_nothing() {
     let dir = TempDir::new().expect("a directory");
-    let pair = pair(&disk(&dir), 2, "memory,disk,clock,fpu");
-    let guest = pair.boot_qemu();
-    let durable = guest.terminal.next_number("disk: record");
-    let mut guest = pair.to_mini(guest, dir.path(), "there", true);
-    assert!(guest.next_number("disk: record") > durable, "the disk writer went on");
-    guest.assert_content();
-    let mut guest = pair.to_qemu(guest);
-    guest.terminal.next_number("disk: record");
-    guest.terminal.assert_content();
+    let image = pair::disk(dir.path());
+    let bridge = Bridge::new("mvbr0", "10.99.0.1/24", &["mvtapm", "mvtapq"]);
+    let taps: Vec<_> = bridge.taps().collect();
+    let disk = image.display();
+    let pair = Pair::new(
+        &format!(
+            "--memory 256M --smp 2 --disk path={disk} --net tap={} --rng --console null --balloon",
+            taps[0]
+        ),
+        &format!(
+            "-m 256 -smp 2 -drive file={disk},if=none,id=disk0,format=raw \
+             -device virtio-blk-pci,drive=disk0 \
+             -netdev tap,id=net0,ifname={},script=no,downscript=no \
+             -device virtio-net-pci,netdev=net0 -device virtio-rng-pci \
+             -device virtio-serial-pci -chardev null,id=console -device virtconsole,chardev=console \
+             -device virtio-balloon-pci",
+            taps[1]
+        ),
+        "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24",
+    );
+    let mut guest = pair.boot_qemu();
+    let mut watch = Watch::new(&mut guest.terminal);
+    for round in 1..=2 {
+        let mut here = pair.to_mini(guest, &format!("mini{round}"), true);
+        watch.check(&mut here);
+        guest = pair.to_qemu(here);
+        watch.check(&mut guest.terminal);
+    }
+    let Watch { session, durable, .. } = watch;
+    session.finish();
+    // The firmware that has travelled starts the guest again.
+    guest.terminal.tell("reboot -f");
+    guest.terminal.wait_new("GUEST READY", 90);
+    guest.qemu.qmp().ask("system_powerdown");
+    assert_eq!(guest.qemu.wait_exit(60), 0, "{}", guest.qemu.log());
+    check_disk(&image, durable);
 }

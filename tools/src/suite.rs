@@ -147,9 +147,11 @@ struct LabProgram {
 
 /// Builds the lab's tests and says where they are.
 fn lab_programs() -> Result<Vec<LabProgram>> {
+    let build = ["test", "--package", "system-tests", "--features", "lab", "--no-run", "--quiet"];
+    // Once for people, who want to read what does not compile, and once for the paths.
+    cargo(&build, &[])?;
     let mut command = Command::new(cargo_program());
-    command.args(["test", "--package", "system-tests", "--features", "lab", "--no-run", "--quiet"]);
-    command.arg("--message-format=json");
+    command.args(build).arg("--message-format=json");
     let messages = process::output(&mut command)?;
     let mut programs: Vec<_> = messages
         .lines()

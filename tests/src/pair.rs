@@ -1,0 +1,188 @@
+//! One machine that a QEMU and a mini-vmm can both be, and guests that go between them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::linux::{Linux, Machine, Terminal, file};
+use crate::qemu::{Qemu, QemuArgs};
+
+/// The same machine in both programs' words.
+pub struct Pair {
+    /// For mini-vmm.
+    pub mini: Machine,
+    /// For QEMU.
+    pub qemu: QemuArgs,
+    /// Where sockets go.
+    pub dir: TempDir,
+}
+
+/// A guest in a QEMU.
+pub struct InQemu {
+    /// The process.
+    pub qemu: Qemu,
+    /// Its guest's terminal.
+    pub terminal: Terminal,
+}
+
+impl Pair {
+    /// A machine with these devices; `append` is for the kernel's command line.
+    pub fn new(mini: &str, qemu: &str, append: &str) -> Self {
+        let mini = Machine { args: mini.into(), append: append.into() };
+        let qemu = QemuArgs::new(qemu)
+            .args("-accel kvm -cpu host -kernel")
+            .arg(file("MINI_VMM_GUEST_KERNEL").display().to_string())
+            .arg("-initrd")
+            .arg(file("MINI_VMM_GUEST_INITRD").display().to_string())
+            .arg("-append")
+            .arg(mini.command_line());
+        Self { mini, qemu, dir: TempDir::new().expect("a directory") }
+    }
+
+    /// Boots a guest in QEMU, by its firmware.
+    pub fn boot_qemu(&self) -> InQemu {
+        let qemu = self.qemu.start();
+        let terminal = qemu.terminal();
+        terminal.wait_ready();
+        InQemu { qemu, terminal }
+    }
+
+    /// Boots a guest in mini-vmm.
+    pub fn boot_mini(&self) -> Linux {
+        self.mini.boot(self.dir.path(), "first")
+    }
+
+    /// Moves a guest from QEMU to a new mini-vmm.
+    pub fn to_mini(&self, guest: InQemu, name: &str, return_path: bool) -> Linux {
+        let there = self.mini.incoming(self.dir.path(), name, "127.0.0.1");
+        let end = guest.qemu.migrate(&there.vm.migrate_uri(), return_path);
+        assert_eq!(end["status"], "completed", "{end}\nmini-vmm: {}", there.vm.stderr());
+        println!("QEMU -> mini-vmm: {} ms, downtime {} ms", end["total-time"], end["downtime"]);
+        guest.terminal.assert_calm();
+        guest.qemu.terminate();
+        there
+    }
+
+    /// A QEMU that waits.
+    pub fn incoming_qemu(&self) -> Qemu {
+        self.qemu.clone().args("-incoming tcp:127.0.0.1:0").start()
+    }
+
+    /// Moves a guest from mini-vmm to a new QEMU.
+    pub fn to_qemu(&self, guest: Linux) -> InQemu {
+        let qemu = self.incoming_qemu();
+        let terminal = qemu.terminal();
+        println!("mini-vmm -> QEMU: {}", guest.leave_for(&qemu.migrate_uri()));
+        InQemu { qemu, terminal }
+    }
+}
+
+/// An empty disk image in `dir`.
+pub fn disk(dir: &Path) -> PathBuf {
+    let path = dir.join("disk.img");
+    File::create(&path).and_then(|file| file.set_len(64 << 20)).expect("a disk image");
+    path
+}
+
+fn tool() -> Command {
+    Command::new(file("MINI_VMM_GUEST_TOOL"))
+}
+
+/// Every record that the guest called durable, up to number `last`, is on the image.
+pub fn check_disk(image: &Path, last: u64) {
+    let out = tool().arg("disk-check").arg(image).arg(last.to_string()).output();
+    let out = out.expect("the guest's tool runs here too");
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "records are lost:\n{said}");
+    println!("{said}");
+}
+
+/// One TCP session to the guest, every byte of which is checked.
+pub struct Session(Child);
+
+impl Session {
+    /// Connects to the guest's server.
+    pub fn start(address: &str) -> Self {
+        let child = tool()
+            .args(["tcp-client", address, "7000", "100000", "20000"])
+            .stdout(Stdio::piped())
+            .spawn();
+        Self(child.expect("the guest's tool runs here too"))
+    }
+
+    /// Fails if the session has ended.
+    pub fn assert_alive(&mut self) {
+        let ended = self.0.try_wait().expect("our own child");
+        assert!(ended.is_none(), "the TCP session goes on");
+    }
+
+    /// Ends it; fails if a byte was lost or wrong.
+    pub fn finish(self) {
+        kill(Pid::from_raw(self.0.id() as i32), Signal::SIGINT).expect("our own child");
+        let said = self.0.wait_with_output().expect("our own child");
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        println!("{}", said.lines().last().unwrap_or_default());
+        assert!(!said.contains("WRONG") && said.contains("tcp-client:"), "{said}");
+    }
+}
+
+/// How often each interrupt has come, on all processors together, and the local timers' each.
+fn interrupts(report: &str) -> BTreeMap<String, u64> {
+    let mut counts = BTreeMap::new();
+    for line in report.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let numbers: Vec<u64> = words.iter().skip(1).map_while(|w| w.parse().ok()).collect();
+        match (words.first(), words.last()) {
+            (Some(&"LOC:"), _) => {
+                for (cpu, n) in numbers.iter().enumerate() {
+                    counts.insert(format!("timer of processor {cpu}"), *n);
+                }
+            }
+            (_, Some(name)) if name.starts_with("virtio") && !numbers.is_empty() => {
+                counts.insert((*name).to_string(), numbers.iter().sum());
+            }
+            _ => {}
+        }
+    }
+    counts
+}
+
+/// Fails unless the guest's timers and all queues of its disk, network, random numbers and console
+/// that are in use go on interrupting. Needs `guest.run=disk,tcp` and those devices.
+pub fn assert_interrupts_go_on(guest: &mut Terminal, cpus: u32) {
+    let before = interrupts(&guest.shell("report"));
+    for cpu in 0..cpus {
+        let mask = 1 << cpu;
+        guest.shell(&format!(
+            "taskset {mask:x} dd if=/dev/vda of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null"
+        ));
+    }
+    guest.shell("dd if=/dev/hwrng of=/dev/null bs=64 count=16 2>/dev/null; echo hello >/dev/hvc0");
+    guest.wait_new("tcp-server:", 30);
+    let after = interrupts(&guest.shell("report"));
+    let names = (0..cpus).map(|cpu| format!("timer of processor {cpu}"));
+    let queues = after.keys().filter(|name| {
+        ["-req.", "-input.", "-output."].iter().any(|q| name.contains(q))
+            || *name == "virtio2-input"
+    });
+    let all: Vec<String> = names.chain(queues.cloned()).collect();
+    assert!(all.len() as u32 >= 2 * cpus + 2, "timers, disk and network are there: {after:?}");
+    for name in all {
+        assert!(after[&name] > before[&name], "{name} goes on: {before:?}, then {after:?}");
+    }
+}
+
+/// What each virtio device's driver and device have agreed on.
+pub fn features(guest: &mut Terminal) -> Vec<String> {
+    let said = guest.shell(
+        "for d in /sys/bus/virtio/devices/*; do echo \"features ${d##*/} $(cat $d/features)\"; done",
+    );
+    // Not by lines: what works in the background prints in between.
+    let two_words = |text: &str| text.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+    said.split("features ").skip(1).map(two_words).collect()
+}

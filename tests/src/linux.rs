@@ -115,6 +115,11 @@ impl Terminal {
         self.serial.wait_for("GUEST READY", 60);
     }
 
+    /// Waits until the guest has said this, since it was attached to.
+    pub fn wait_for(&self, needle: &str, seconds: u32) -> String {
+        self.serial.wait_for(needle, seconds)
+    }
+
     /// All that has come over the serial line of this process.
     pub fn text(&self) -> String {
         self.serial.text()

@@ -33,7 +33,7 @@ use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
-use crate::config::{self, Config, DiskCache, MigrationUri};
+use crate::config::{self, Config, DiskCache, MigrationUri, VirtioVersion};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::KvmRouting;
 use crate::memory::Ram;
@@ -111,7 +111,7 @@ pub struct Board {
     pm: Option<Arc<Mutex<Piix4Pm>>>,
     pci: Option<Arc<PciBus>>,
     /// The virtio functions and their slots.
-    virtio: Vec<(u8, Arc<Mutex<VirtioPci>>)>,
+    virtio: Vec<(u8, VirtioVersion, Arc<Mutex<VirtioPci>>)>,
     sections: Vec<MakeSection>,
 }
 
@@ -217,7 +217,7 @@ impl Board {
 
     /// The devices that the configuration asks for, in the order of their slots.
     fn virtio_devices(&mut self, p: &BoardParts<'_>, pci: &Arc<PciBus>) -> Result<(), BoardError> {
-        let mut wanted: Vec<(u8, Box<dyn VirtioDevice>)> = Vec::new();
+        let mut wanted: Vec<(u8, VirtioVersion, Box<dyn VirtioDevice>)> = Vec::new();
         for disk in &p.config.disk {
             let block = Block::new(BlockOptions {
                 image: DiskImage {
@@ -233,7 +233,7 @@ impl Board {
                 serial: String::new(),
                 queues: disk.queues,
             })?;
-            wanted.push((disk.addr.number(), Box::new(block)));
+            wanted.push((disk.addr.number(), disk.virtio, Box::new(block)));
         }
         for net in &p.config.net {
             let backend: Box<dyn NetBackend> = match &net.backend {
@@ -244,32 +244,36 @@ impl Board {
                 })),
             };
             let options = NetOptions { id: net.id.to_string(), mac: net.mac.0, backend };
-            wanted.push((net.addr.number(), Box::new(Net::new(options)?)));
+            wanted.push((net.addr.number(), net.virtio, Box::new(Net::new(options)?)));
         }
         if let Some(rng) = &p.config.rng {
-            wanted.push((rng.addr.number(), Box::new(Rng::new(rng.id.to_string()))));
+            wanted.push((rng.addr.number(), rng.virtio, Box::new(Rng::new(rng.id.to_string()))));
         }
         let mut console = None;
         if let Some(config) = &p.config.console {
             let chardev = Chardev::open(&config.backend)?;
             self.console_path = chardev.path();
             let device = Console::new(config.id.to_string(), chardev.writer());
-            wanted.push((config.addr.number(), Box::new(device)));
+            wanted.push((config.addr.number(), config.virtio, Box::new(device)));
             console = Some((config.addr.number(), chardev));
         }
         if let Some(balloon) = &p.config.balloon {
             let device = Balloon::new(balloon.id.to_string(), Box::new(p.ram.clone()));
-            wanted.push((balloon.addr.number(), Box::new(device)));
+            wanted.push((balloon.addr.number(), balloon.virtio, Box::new(device)));
         }
-        wanted.sort_by_key(|(slot, _)| *slot);
-        for (slot, device) in wanted {
+        wanted.sort_by_key(|(slot, _, _)| *slot);
+        for (slot, version, device) in wanted {
             let wiring = Wiring {
                 ram: p.ram.guest().clone(),
                 msi: p.msi.clone(),
                 io_events: p.doorbells.clone(),
                 pin: pci.inta(slot),
                 slot,
-                generation: Generation::Transitional,
+                generation: match version {
+                    VirtioVersion::Transitional => Generation::Transitional,
+                    VirtioVersion::Modern => Generation::Modern,
+                    VirtioVersion::Legacy => Generation::Legacy,
+                },
             };
             let function = Arc::new(Mutex::new(VirtioPci::new(device, wiring)?));
             pci.attach(slot, 0, function.clone())?;
@@ -288,7 +292,7 @@ impl Board {
                 }));
                 p.io.add(Arc::new(Mutex::new(service)))?;
             }
-            self.virtio.push((slot, function));
+            self.virtio.push((slot, version, function));
         }
         Ok(())
     }
@@ -323,7 +327,7 @@ impl Board {
     /// Opens the host sides of all devices for use by this machine, disks with their locks. When
     /// one can't be opened, all are closed again.
     pub fn open_backends(&self) -> Result<(), BackendError> {
-        for (_, function) in &self.virtio {
+        for (_, _, function) in &self.virtio {
             // Not in the condition: its lock would be held while all are closed again.
             let opened = lock(function).open();
             if let Err(e) = opened {
@@ -336,7 +340,7 @@ impl Board {
 
     /// Gives the host sides up, for another process to open them.
     pub fn close_backends(&self) -> Result<(), BackendError> {
-        let closed = self.virtio.iter().map(|(_, function)| lock(function).close());
+        let closed = self.virtio.iter().map(|(_, _, function)| lock(function).close());
         closed.fold(Ok(()), Result::and)
     }
 
@@ -349,14 +353,14 @@ impl Board {
 
     /// Tells the networks where the guest is now.
     pub fn announce(&self) {
-        for (_, function) in &self.virtio {
+        for (_, _, function) in &self.virtio {
             lock(function).device().announce();
         }
     }
 
     /// What there is on the PCI bus, for a manifest.
     pub fn describe_devices(&self) -> Vec<DeviceDetails> {
-        let describe = |(slot, function): &(u8, Arc<Mutex<VirtioPci>>)| {
+        let describe = |(slot, version, function): &(u8, VirtioVersion, Arc<Mutex<VirtioPci>>)| {
             let mut function = lock(function);
             let device = function.device();
             let kind = device.kind().name;
@@ -370,6 +374,7 @@ impl Board {
                 queues: device.queue_sizes().len() as u32,
                 vectors: device.vectors().into(),
                 features: device.features(),
+                virtio: *version,
                 sectors,
             }
         };

@@ -133,10 +133,14 @@ pub fn set_up(bus: &IoBus, ram: u64) -> Result<(), FirmwareError> {
 fn chipset(bus: &IoBus) {
     let at = |slot, function| Function { bus, slot, function };
     let host = at(0, 0);
-    // PAM: the BIOS area is plain RAM, readable and writable, since there is no ROM under it.
-    host.write8(0x59, 0x30);
-    for pam in 0x5a..=0x5f {
+    // PAM: 0xc0000 to 0xdffff, where the ACPI tables are, is plain RAM. From 0xe0000 on it is as at
+    // power-on, the BIOS: a reset of this chipset does not touch these registers, and a QEMU that
+    // resets the guest later runs it from there.
+    for pam in 0x5a..=0x5d {
         host.write8(pam, 0x33);
+    }
+    for pam in [0x59, 0x5e, 0x5f] {
+        host.write8(pam, 0x00);
     }
     // SMRAM: closed and locked away from everyone, since nothing runs in SMM.
     host.write8(0x72, 0x0a);

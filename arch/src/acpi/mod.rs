@@ -4,14 +4,16 @@
 //! mini-vmm's direct boot. They describe the same hardware: PM registers at 0x600, SCI 9, links of
 //! the PIIX3, one LAPIC for each vCPU.
 //!
-//! All tables fit below 1 MiB in the area that a BIOS would occupy, where an operating system
-//! looks for the root pointer by itself (ACPI 1.0b, 5.2.4.1).
+//! All tables fit below 1 MiB in the area of option ROMs, which the chipset shows as RAM. The 128 KiB
+//! behind it are left alone: there the BIOS must show through when the guest has moved to a QEMU and
+//! reboots. So an operating system does not come across the root pointer in its own search (ACPI
+//! 1.0b, 5.2.4.1); it is told (`hvm_start_info.rsdp_paddr`, `boot_params.acpi_rsdp_addr`).
 
 mod dsdt;
 mod tables;
 
-/// Where the tables go: the last 64 KiB below 1 MiB, where a PC has its BIOS.
-pub const AREA_START: u64 = 0xf_0000;
+/// Where the tables go: below the 128 KiB of the BIOS.
+pub const AREA_START: u64 = 0xd_0000;
 /// Size of that area in bytes.
 pub const AREA_LEN: usize = 0x1_0000;
 

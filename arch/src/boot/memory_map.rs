@@ -24,16 +24,16 @@ pub(super) struct MemoryMap {
     pieces: Vec<Piece>,
 }
 
-/// What a PC keeps for itself: the extended BIOS data area, the BIOS below 1 MiB (our ACPI tables),
+/// What a PC keeps for itself: the extended BIOS data area, the BIOS below 1 MiB,
 /// KVM's identity map and TSS pages on Intel, the BIOS below 4 GiB.
 const RESERVED: [(u64, u64); 4] = [
     (0x9_fc00, 0xa_0000),
-    (0xf_0000, 0x10_0000),
+    (0xe_0000, 0x10_0000),
     (0xfeff_c000, 0xff00_0000),
     (0xfffc_0000, 0x1_0000_0000),
 ];
 /// Video memory and option ROMs: neither RAM nor reserved, a hole in the map.
-const LEGACY_HOLE: (u64, u64) = (0xa_0000, 0xf_0000);
+const LEGACY_HOLE: (u64, u64) = (0xa_0000, 0xe_0000);
 
 impl MemoryMap {
     pub(super) fn new(ram: RamMap, acpi: Option<AcpiArea>) -> Self {
@@ -99,7 +99,7 @@ mod tests {
             [
                 (0, 0x9_fc00, Kind::Ram),
                 (0x9_fc00, 0xa_0000, Kind::Reserved),
-                (0xf_0000, 0x10_0000, Kind::Reserved),
+                (0xe_0000, 0x10_0000, Kind::Reserved),
                 (0x10_0000, 3 << 30, Kind::Ram),
                 (0xfeff_c000, 0xff00_0000, Kind::Reserved),
                 (0xfffc_0000, 1 << 32, Kind::Reserved),

@@ -96,6 +96,46 @@ impl fmt::Display for DiskCache {
     }
 }
 
+/// Which drivers a virtio device is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum VirtioVersion {
+    /// Old ones and new ones.
+    #[default]
+    Transitional,
+    /// Those of virtio 1.0 and later (QEMU's `disable-legacy=on`).
+    Modern,
+    /// Those of before (QEMU's `disable-modern=on`).
+    Legacy,
+}
+
+impl FromStr for VirtioVersion {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "transitional" => Ok(Self::Transitional),
+            "modern" => Ok(Self::Modern),
+            "legacy" => Ok(Self::Legacy),
+            _ => Err(unknown_word(
+                "virtio",
+                text,
+                "a kind of virtio device",
+                &["transitional", "modern", "legacy"],
+            )),
+        }
+    }
+}
+
+impl fmt::Display for VirtioVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Transitional => "transitional",
+            Self::Modern => "modern",
+            Self::Legacy => "legacy",
+        })
+    }
+}
+
 /// A virtio-blk device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -106,6 +146,8 @@ pub struct DiskConfig {
     pub id: VmName,
     /// Its slot.
     pub addr: PciSlot,
+    /// Which drivers it is for.
+    pub virtio: VirtioVersion,
     /// Whether the guest may only read it.
     pub readonly: bool,
     /// How it is opened.
@@ -139,6 +181,8 @@ pub struct NetConfig {
     pub id: VmName,
     /// Its slot.
     pub addr: PciSlot,
+    /// Which drivers it is for.
+    pub virtio: VirtioVersion,
 }
 
 /// A virtio-rng or virtio-balloon device.
@@ -149,6 +193,8 @@ pub struct PlainConfig {
     pub id: VmName,
     /// Its slot.
     pub addr: PciSlot,
+    /// Which drivers it is for.
+    pub virtio: VirtioVersion,
 }
 
 /// A virtio-console device.
@@ -161,4 +207,6 @@ pub struct ConsoleConfig {
     pub id: VmName,
     /// Its slot.
     pub addr: PciSlot,
+    /// Which drivers it is for.
+    pub virtio: VirtioVersion,
 }

@@ -20,6 +20,7 @@ mod uri;
 
 pub use devices::{
     CharBackend, ConsoleConfig, DiskCache, DiskConfig, NetBackend, NetConfig, PlainConfig,
+    VirtioVersion,
 };
 pub use error::ConfigError;
 pub use resolve::{Boot, Config, MAX_CPUS};

@@ -123,6 +123,7 @@ impl Config {
             Ok(DiskConfig {
                 addr: slots.next(disk.addr, &id)?,
                 id,
+                virtio: disk.virtio.unwrap_or_default(),
                 path: disk.path,
                 readonly: disk.readonly.is_some_and(|on| on.0),
                 cache: disk.cache.unwrap_or_default(),
@@ -136,6 +137,7 @@ impl Config {
             Ok(NetConfig {
                 addr: slots.next(net.addr, &id)?,
                 id,
+                virtio: net.virtio.unwrap_or_default(),
                 mac: macs.next(net.mac)?,
                 backend: backend(net)?,
             })
@@ -144,7 +146,8 @@ impl Config {
         let mut plain = |kind: &str, settings: Option<super::PlainSettings>| match settings {
             Some(device) if device.on => {
                 let id = id_or(device.place.id, kind, 0)?;
-                Ok(Some(PlainConfig { addr: slots.next(device.place.addr, &id)?, id }))
+                let addr = slots.next(device.place.addr, &id)?;
+                Ok(Some(PlainConfig { addr, id, virtio: device.place.virtio.unwrap_or_default() }))
             }
             _ => Ok(None),
         };
@@ -154,12 +157,13 @@ impl Config {
             Some(super::ConsoleSettings(table)) => {
                 let place = super::PlainSettings {
                     on: true,
-                    place: super::Place { id: table.id, addr: table.addr },
+                    place: super::Place { id: table.id, addr: table.addr, virtio: table.virtio },
                 };
-                plain("console", Some(place))?.map(|PlainConfig { id, addr }| ConsoleConfig {
+                plain("console", Some(place))?.map(|plain| ConsoleConfig {
                     backend: table.backend,
-                    id,
-                    addr,
+                    id: plain.id,
+                    addr: plain.addr,
+                    virtio: plain.virtio,
                 })
             }
         };

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::keys::{check_keys, split};
 use super::{
     ByteSize, CharBackend, ConfigError, CpuConfig, DiskCache, MacAddr, MachineType, MigrateListen,
-    MigrationUri, PciSlot, VmName,
+    MigrationUri, PciSlot, VirtioVersion, VmName,
 };
 
 /// `on` or `off` (also `true`, `false`, `yes`, `no`).
@@ -128,7 +128,7 @@ impl fmt::Display for QmpSocket {
     }
 }
 
-/// `path=F[,id=,addr=,readonly=,cache=,queues=]`.
+/// `path=F[,id=,addr=,readonly=,cache=,queues=,virtio=]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskSettings {
@@ -138,6 +138,8 @@ pub struct DiskSettings {
     pub id: Option<VmName>,
     /// Default: the next free slot.
     pub addr: Option<PciSlot>,
+    /// Default `transitional`.
+    pub virtio: Option<VirtioVersion>,
     /// Default off.
     pub readonly: Option<OnOff>,
     /// Default `writeback`.
@@ -146,7 +148,7 @@ pub struct DiskSettings {
     pub queues: Option<Queues>,
 }
 
-/// `tap=T|stream=ADDR[,mac=,id=,addr=]`.
+/// `tap=T|stream=ADDR[,mac=,id=,addr=,virtio=]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NetSettings {
@@ -160,6 +162,8 @@ pub struct NetSettings {
     pub id: Option<VmName>,
     /// Default: the next free slot.
     pub addr: Option<PciSlot>,
+    /// Default `transitional`.
+    pub virtio: Option<VirtioVersion>,
 }
 
 /// A device that is there or not: `on`, `off`, or `addr=…,id=…`.
@@ -179,9 +183,11 @@ pub struct Place {
     pub id: Option<VmName>,
     /// Default: the next free slot.
     pub addr: Option<PciSlot>,
+    /// Default `transitional`.
+    pub virtio: Option<VirtioVersion>,
 }
 
-/// `BACKEND[,id=,addr=]`.
+/// `BACKEND[,id=,addr=,virtio=]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ConsoleTable {
@@ -191,6 +197,8 @@ pub struct ConsoleTable {
     pub id: Option<VmName>,
     /// Default: the next free slot.
     pub addr: Option<PciSlot>,
+    /// Default `transitional`.
+    pub virtio: Option<VirtioVersion>,
 }
 
 /// A console: in a file a backend's text, or a table.
@@ -355,29 +363,29 @@ pub struct Settings {
     #[arg(long, value_name = "PARAMS", group = "boot", num_args = 0..=1, default_missing_value = "")]
     pub selfcheck: Option<String>,
 
-    /// Disk: path=FILE [,id=ID] [,addr=SLOT] [,readonly=on|off] [,cache=writeback|none] [,queues=N]
+    /// Disk: path=FILE [,id=ID] [,addr=SLOT] [,readonly=on|off] [,cache=writeback|none] [,queues=N] [,virtio=transitional|modern|legacy]
     ///
-    /// A raw image of any size, or a block device. A comma in a value is written twice. May be
-    /// given several times.
+    /// A raw image of any size, or a block device. A comma in a value is written twice. 'modern' and
+    /// 'legacy' are QEMU's disable-legacy=on and disable-modern=on. May be given several times.
     #[arg(long, value_name = "OPTIONS")]
     pub disk: Vec<DiskSettings>,
 
-    /// Network device: tap=NAME or stream=ADDR [,mac=MAC] [,id=ID] [,addr=SLOT]
+    /// Network device: tap=NAME or stream=ADDR [,mac=MAC] [,id=ID] [,addr=SLOT] [,virtio=KIND]
     ///
     /// The tap interface must exist. ADDR is tcp:HOST:PORT or unix:PATH, spoken to as QEMU's
     /// '-netdev stream'. May be given several times.
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetSettings>,
 
-    /// Random number device [=addr=SLOT,id=ID]
+    /// Random number device [=addr=SLOT,id=ID,virtio=KIND]
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub rng: Option<PlainSettings>,
 
-    /// Balloon device [=addr=SLOT,id=ID]
+    /// Balloon device [=addr=SLOT,id=ID,virtio=KIND]
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub balloon: Option<PlainSettings>,
 
-    /// Virtio console (hvc0): stdio, file:PATH, unix:PATH, pty or null [,id=ID] [,addr=SLOT]
+    /// Virtio console (hvc0): stdio, file:PATH, unix:PATH, pty or null [,id=ID] [,addr=SLOT] [,virtio=KIND]
     #[arg(long, value_name = "BACKEND")]
     pub console: Option<ConsoleSettings>,
 

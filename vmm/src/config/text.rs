@@ -47,4 +47,5 @@ as_text!(
     "a backend in quotes, like \"stdio\", \"pty\" or \"unix:/run/s.sock\""
 );
 as_text!(super::DiskCache, "\"writeback\" or \"none\"");
+as_text!(super::VirtioVersion, "\"transitional\", \"modern\" or \"legacy\"");
 as_text!(super::QmpSocket, "a socket in quotes, like \"unix:/run/qmp.sock\"");

@@ -6,6 +6,7 @@ use migration::manifest::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::VirtioVersion;
 use crate::vm::Vm;
 
 /// The details of a manifest. A later version may add to them; what is missing is not compared.
@@ -36,6 +37,9 @@ pub struct Device {
     pub vectors: u32,
     /// Features offered to the driver.
     pub features: u64,
+    /// Which drivers it is for.
+    #[serde(default)]
+    pub virtio: VirtioVersion,
     /// Capacity in 512-byte sectors, of a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sectors: Option<u64>,
@@ -140,6 +144,13 @@ fn devices(here: &[Device], source: &[Device]) -> Vec<Problem> {
             ours.queues.to_string(),
             theirs.queues.to_string(),
             "give both sides the same queues= (the default is one for each vCPU)",
+        );
+        differs(
+            "virtio",
+            "the kind",
+            ours.virtio.to_string(),
+            theirs.virtio.to_string(),
+            "give both sides the same virtio=",
         );
         differs(
             "msix-vectors",

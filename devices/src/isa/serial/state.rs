@@ -14,6 +14,7 @@ pub struct SerialState {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "serial")]
 pub(super) struct Uart {
     pub(super) divider: u16,
     pub(super) rbr: u8,

@@ -157,7 +157,11 @@ impl Machine {
             ram,
             config: config.clone(),
         };
-        if config.migrate_listen.is_none() {
+        if config.migrate_listen.is_some() {
+            // Until the guest is here: a byte that a serial port took now would be overwritten by
+            // the state that comes.
+            machine.pause_devices();
+        } else {
             machine.board.open_backends().map_err(BoardError::from)?;
             machine.boot()?;
         }

@@ -226,7 +226,7 @@ impl<'a> Migration<'a> {
         if self.control.cancelled().is_some() {
             return SourceError::Cancelled;
         }
-        self.inbox.last_words().unwrap_or(error)
+        cause(error, self.inbox.last_words())
     }
 
     /// Tells a destination that knows our messages that the guest stays here, as far as it can
@@ -236,5 +236,33 @@ impl<'a> Migration<'a> {
             let abort = Abort { reason: bounded_reason(reason) };
             self.out.say_at_border(&Command::Abort(abort));
         }
+    }
+}
+
+/// Of a write's error and the destination's last words, what says more. A destination that took
+/// nothing for too long has not closed the connection: the kernel has, and tells only one of the
+/// two directions why.
+fn cause(error: SourceError, last_words: Option<SourceError>) -> SourceError {
+    match (error, last_words) {
+        (stalled @ SourceError::Stalled { .. }, Some(SourceError::Closed { .. })) => stalled,
+        (error, last_words) => last_words.unwrap_or(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stall_is_not_a_closed_connection_and_words_say_more_than_either() {
+        let stalled = || SourceError::Stalled { during: "x", timeout: Default::default() };
+        let closed = || SourceError::Closed { during: "x" };
+        let words = || SourceError::Destination { reason: "no room".into() };
+        let sent = || SourceError::send("x", std::io::ErrorKind::BrokenPipe.into());
+        assert!(matches!(cause(stalled(), Some(closed())), SourceError::Stalled { .. }));
+        assert!(matches!(cause(stalled(), None), SourceError::Stalled { .. }));
+        assert!(matches!(cause(stalled(), Some(words())), SourceError::Destination { .. }));
+        assert!(matches!(cause(sent(), Some(closed())), SourceError::Closed { .. }));
+        assert!(matches!(cause(sent(), None), SourceError::Send { .. }));
     }
 }

@@ -5,7 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::config::ByteSize;
+use crate::config::{ByteSize, nearest};
 
 /// An ELF file with a PVH entry note, built from `resources/selfcheck`.
 pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/selfcheck.elf"));
@@ -62,7 +62,7 @@ impl Default for SelfcheckParams {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SelfcheckError {
     /// No such key.
-    #[error("the self-checking guest has no parameter '{key}'; it has {}", KEYS.join(", "))]
+    #[error("the self-checking guest has no parameter '{key}'; {}", known(key))]
     UnknownKey {
         /// What was said.
         key: String,
@@ -81,6 +81,14 @@ pub enum SelfcheckError {
 
 const KEYS: [&str; 11] =
     ["fill", "set", "rate", "verify", "spread", "full", "hz", "vcpus", "seed", "every", "skew"];
+/// The parameter that was probably meant, else all of them.
+fn known(key: &str) -> String {
+    match nearest(key, KEYS) {
+        Some(word) => format!("did you mean '{word}'?"),
+        None => format!("it has {}", KEYS.join(", ")),
+    }
+}
+
 /// A bound that keeps the guest's arithmetic from overflowing, and that nobody meets.
 const MANY: u64 = 1 << 40;
 

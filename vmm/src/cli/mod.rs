@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::client::{ClientError, QmpClient};
-use crate::config::{Config, ConfigError, MigrationUri, Settings};
+use crate::config::{Config, ConfigError, MigrationUri, Settings, nearest};
 use crate::run::RunError;
 use crate::rundir::{self, RunDirError};
 
@@ -184,7 +184,7 @@ impl CliError {
 
 /// The program: reads the command line, does what it says, and gives the exit status.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| misunderstood(&error));
     start_log();
     match dispatch(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -193,6 +193,29 @@ pub fn main() -> ExitCode {
             e.exit_code()
         }
     }
+}
+
+/// Says what was wrong with the command line, or what was asked for instead, and ends.
+fn misunderstood(error: &clap::Error) -> ! {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let said = |kind| match error.get(kind) {
+        Some(ContextValue::String(word)) => Some(word.as_str()),
+        _ => None,
+    };
+    // clap only suggests what begins alike; a transposition is the commoner slip.
+    if let (ErrorKind::InvalidSubcommand, Some(found), None) = (
+        error.kind(),
+        said(ContextKind::InvalidSubcommand),
+        error.get(ContextKind::SuggestedSubcommand),
+    ) {
+        let command = Cli::command();
+        let known = command.get_subcommands().filter(|c| !c.is_hide_set()).map(|c| c.get_name());
+        if let Some(word) = nearest(found, known) {
+            eprintln!("mini-vmm: there is no command '{found}': did you mean '{word}'?");
+            std::process::exit(2);
+        }
+    }
+    error.exit()
 }
 
 /// What happens inside goes to standard error; `MINI_VMM_LOG` says how much (`warn` if not set).

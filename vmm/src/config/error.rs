@@ -5,6 +5,9 @@ use thiserror::Error;
 /// What is wrong with a configuration, in words for the person who wrote it.
 #[derive(Debug, Error)]
 pub enum ConfigError {
+    /// A parameter of the self-checking guest.
+    #[error(transparent)]
+    Selfcheck(#[from] crate::selfcheck::SelfcheckError),
     /// A value that can't be understood, or is out of range.
     #[error("{what}: '{found}' is not {expected}")]
     Invalid {
@@ -55,13 +58,13 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The configuration file is not TOML, or a value in it is wrong.
-    #[error("{place}")]
+    // The reason is part of the words: the command line's parser shows no sources.
+    #[error("{place}: {reason}")]
     Parse {
         /// "the configuration file 'vm.toml'", or the flag.
         place: String,
         /// Where and why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        reason: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 

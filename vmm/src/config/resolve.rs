@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::selfcheck::SelfcheckParams;
+
 use super::{
     ByteSize, CharBackend, ConfigError, ConsoleConfig, CpuConfig, DiskConfig, MacAddr, MachineType,
     MigrateListen, NetBackend, NetConfig, NetSettings, OnOff, PciSlot, PlainConfig, QmpSocket,
@@ -147,7 +149,8 @@ impl Config {
             Some(device) if device.on => {
                 let id = id_or(device.place.id, kind, 0)?;
                 let addr = slots.next(device.place.addr, &id)?;
-                Ok(Some(PlainConfig { addr, id, virtio: device.place.virtio.unwrap_or_default() }))
+                let virtio = device.place.virtio.unwrap_or_default();
+                Ok::<_, ConfigError>(Some(PlainConfig { addr, id, virtio }))
             }
             _ => Ok(None),
         };
@@ -265,7 +268,11 @@ fn boot(settings: &Settings) -> Result<Boot, ConfigError> {
             initrd: settings.initrd.clone(),
             append: settings.append.clone().unwrap_or_else(|| "console=ttyS0".to_string()),
         }),
-        (None, Some(params)) => Ok(Boot::SelfCheck { selfcheck: params.clone() }),
+        (None, Some(params)) => {
+            // Used when the machine is built; a slip of the finger is said before.
+            params.parse::<SelfcheckParams>()?;
+            Ok(Boot::SelfCheck { selfcheck: params.clone() })
+        }
         (None, None) if settings.migrate_listen.is_some() => Ok(Boot::Incoming {}),
         (None, None) => Err(ConfigError::Combination(
             "there is nothing to run: say --kernel FILE, --selfcheck, or --migrate-listen URI",

@@ -224,7 +224,7 @@ fn from_options<T: DeserializeOwned>(
         }
     }
     serde_json::from_value(map.into())
-        .map_err(|e| ConfigError::Parse { place: flag.to_string(), source: e.into() })
+        .map_err(|e| ConfigError::Parse { place: flag.to_string(), reason: e.into() })
 }
 
 impl FromStr for DiskSettings {
@@ -425,7 +425,7 @@ impl Settings {
     pub fn from_toml(text: &str, place: &str) -> Result<Self, ConfigError> {
         let parse_error = |e: toml::de::Error| ConfigError::Parse {
             place: place.to_string(),
-            source: Box::new(e),
+            reason: Box::new(e),
         };
         let table: toml::Table = toml::from_str(text).map_err(parse_error)?;
         check_table(&table, place)?;

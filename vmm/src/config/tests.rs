@@ -31,16 +31,16 @@ fn every_default_is_written_out() {
         "machine": "pc-i440fx-7.2", "cpu": "host,migratable=on", "smp": 2, "memory": "1G",
         "kernel": "vmlinuz", "initrd": null, "firmware": null, "append": "console=ttyS0",
         "disk": [
-            {"path": "a.img", "id": "disk0", "addr": "04.0", "readonly": false, "cache": "writeback", "queues": 2},
-            {"path": "b.img", "id": "disk1", "addr": "03.0", "readonly": true, "cache": "writeback", "queues": 2},
+            {"path": "a.img", "id": "disk0", "addr": "04.0", "virtio": "transitional", "readonly": false, "cache": "writeback", "queues": 2},
+            {"path": "b.img", "id": "disk1", "addr": "03.0", "virtio": "transitional", "readonly": true, "cache": "writeback", "queues": 2},
         ],
         "net": [
-            {"tap": "tap0", "id": "net0", "addr": "05.0", "mac": "52:54:00:12:34:57"},
-            {"stream": "unix:/run/net.sock", "id": "net1", "addr": "06.0", "mac": "52:54:00:12:34:56"},
+            {"tap": "tap0", "id": "net0", "addr": "05.0", "virtio": "transitional", "mac": "52:54:00:12:34:57"},
+            {"stream": "unix:/run/net.sock", "id": "net1", "addr": "06.0", "virtio": "transitional", "mac": "52:54:00:12:34:56"},
         ],
-        "rng": {"id": "rng0", "addr": "07.0"},
-        "console": {"backend": "pty", "id": "console0", "addr": "08.0"},
-        "balloon": {"id": "balloon0", "addr": "02.0"},
+        "rng": {"id": "rng0", "addr": "07.0", "virtio": "transitional"},
+        "console": {"backend": "pty", "id": "console0", "addr": "08.0", "virtio": "transitional"},
+        "balloon": {"id": "balloon0", "addr": "02.0", "virtio": "transitional"},
         "serial": "stdio", "qmp": null, "paused": false, "migrate-listen": null,
     });
     assert_eq!(json, want);

@@ -185,9 +185,13 @@ impl Control {
         }
     }
 
-    pub(crate) fn begin(&self, total: u64) {
-        self.stats.begin(total);
-        self.events.phase(Phase::Setup);
+    /// The migration of `total` bytes of RAM has begun. Whoever starts the engine on a thread of
+    /// its own may say so first, that nobody finds no migration in between; the second time says
+    /// nothing.
+    pub fn begin(&self, total: u64) {
+        if self.stats.begin(total) {
+            self.events.phase(Phase::Setup);
+        }
     }
 
     pub(crate) fn pass(&self) -> u64 {

@@ -107,15 +107,20 @@ impl MigrationStats {
         self.lock().phase
     }
 
-    /// A new migration of `total` bytes of RAM begins; everything before is forgotten.
-    pub(crate) fn begin(&self, total: u64) {
-        *self.lock() = Inner {
-            phase: Phase::Setup,
-            started: Some(Instant::now()),
-            total,
-            remaining: total,
-            ..Inner::default()
-        };
+    /// A migration of `total` bytes of RAM begins. `false` when it had begun already.
+    pub(crate) fn begin(&self, total: u64) -> bool {
+        let mut s = self.lock();
+        let news = s.phase == Phase::None;
+        if news {
+            *s = Inner {
+                phase: Phase::Setup,
+                started: Some(Instant::now()),
+                total,
+                remaining: total,
+                ..Inner::default()
+            };
+        }
+        news
     }
 
     /// Goes to `next` if the table allows it; says whether it did.

@@ -3,13 +3,14 @@
 use std::fs;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 
 use super::{Address, Connection, TransportError};
 
@@ -57,6 +58,20 @@ impl Listener {
     /// Where it listens, with the port that was chosen.
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// Takes all connections that wait to be accepted, and hangs up on them; says whether one of
+    /// them has begun with these bytes.
+    pub fn waiting_with(&self, magic: [u8; 4]) -> Result<bool, TransportError> {
+        let mut found = false;
+        while let Some(connection) = self.accept(Duration::ZERO)? {
+            let mut first = [0; 4];
+            // What has not come by now is not waited for: whoever means it has sent it at once.
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+            let n = recv(connection.as_fd().as_raw_fd(), &mut first, flags).unwrap_or(0);
+            found |= n == first.len() && first == magic;
+        }
+        Ok(found)
     }
 
     /// Waits at most `timeout` for a connection; `None` when none came.
@@ -125,5 +140,32 @@ fn remove_stale(path: &PathBuf) {
         && let Err(error) = fs::remove_file(path)
     {
         tracing::debug!(path = %path.display(), %error, "removing a dead socket's file");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn connections_that_wait_are_told_apart_by_how_they_begin() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("socket");
+        let listener = Listener::bind(&Address::Unix(path.clone())).expect("a listener");
+        let magic = *b"\x11\x22\x33\x44";
+        assert!(!listener.waiting_with(magic).expect("nobody waits"));
+        let silent = UnixStream::connect(&path).expect("a connection");
+        let mut other = UnixStream::connect(&path).expect("a connection");
+        other.write_all(b"QEVM").expect("room");
+        assert!(!listener.waiting_with(magic).expect("two strangers"));
+        let mut short = UnixStream::connect(&path).expect("a connection");
+        short.write_all(&magic[..3]).expect("room");
+        let mut channel = UnixStream::connect(&path).expect("a connection");
+        channel.write_all(b"\x11\x22\x33\x44\0\0\0\x01").expect("room");
+        assert!(listener.waiting_with(magic).expect("a channel"));
+        assert!(!listener.waiting_with(magic).expect("nobody is left"));
+        drop((silent, short));
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
 use migration::manifest::Problem;
+use migration::transport::Listener;
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 
@@ -11,20 +12,26 @@ use super::details;
 use crate::control::RunState;
 use crate::vm::Vm;
 
+/// How a QEMU's further connections begin, each with a packet of its own (`MULTIFD_MAGIC`; the stream
+/// of the first one begins otherwise).
+const MULTIFD_MAGIC: [u8; 4] = 0x1122_3344_u32.to_be_bytes();
+
 /// A VM that waits to become what another one was.
-pub(super) struct Arriving {
+pub(super) struct Arriving<'a> {
     vm: Arc<Vm>,
+    listener: &'a Listener,
 }
 
-impl Arriving {
-    pub(super) fn new(vm: Arc<Vm>) -> Self {
+impl<'a> Arriving<'a> {
+    /// For a source that has connected to `listener`.
+    pub(super) fn new(vm: Arc<Vm>, listener: &'a Listener) -> Self {
         vm.kvm_state.forget();
         vm.machine.ram.roms().clear();
-        Self { vm }
+        Self { vm, listener }
     }
 }
 
-impl Machine for Arriving {
+impl Machine for Arriving<'_> {
     fn machine_type(&self) -> String {
         self.vm.config().machine.to_string()
     }
@@ -42,7 +49,7 @@ impl Machine for Arriving {
     }
 }
 
-impl DestinationVm for Arriving {
+impl DestinationVm for Arriving<'_> {
     fn check_details(&self, source: &Value) -> Vec<Problem> {
         details::compare(&self.vm, source)
     }
@@ -58,6 +65,14 @@ impl DestinationVm for Arriving {
     }
 
     fn prepare(&mut self) -> Result<(), VmError> {
+        // Nothing in the first connection says so, and its pages would be missing.
+        let others = self.listener.waiting_with(MULTIFD_MAGIC);
+        if others.map_err(|e| VmError::with("the listener could not be looked at", e))? {
+            return Err(VmError::new(
+                "the source sends its pages over several connections, which is not understood here: \
+                 switch its capability 'multifd' off",
+            ));
+        }
         self.vm
             .kvm_state
             .install(&self.vm.machine)

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use migration::control::Control;
 use migration::destination::{self, Failure};
+use migration::guest::GuestRam;
 use migration::source::{self, Outcome};
 use migration::transport::{Address, Connection, Listener, TransportError};
 
@@ -59,6 +60,8 @@ impl Vm {
         let connection = Connection::connect(address, CONNECT_TIMEOUT)?;
         let control = self.migration.control(self);
         let (vm, shared) = (self.clone(), control.clone());
+        // A client may ask how it goes as soon as this returns.
+        control.begin(self.machine.ram.blocks().iter().map(|block| block.len).sum());
         // Held until the new migration is noted, so that its end finds itself there.
         let mut desk = self.migration.lock();
         let thread = thread::Builder::new()
@@ -133,7 +136,7 @@ impl Vm {
                 }
             };
             let peer = connection.peer().to_string();
-            let mut arriving = Arriving::new(self.clone());
+            let mut arriving = Arriving::new(self.clone(), listener);
             match destination::run(&mut arriving, connection, &control) {
                 Ok(_) => {
                     self.migration.lock().listening = None;

@@ -94,6 +94,10 @@ pub struct VirtQueue {
     pub vector: u16,
     /// VIRTIO_F_NOTIFY_ON_EMPTY was negotiated.
     notify_on_empty: bool,
+    /// It goes on where another device stopped. What that one has still told its driver is not known,
+    /// so the first interrupt is one too many rather than one too few: with event indices, a driver
+    /// that has missed one is never interrupted again.
+    first_here: bool,
 }
 
 impl VirtQueue {
@@ -101,7 +105,13 @@ impl VirtQueue {
     pub fn new(default_size: u16) -> Result<Self, QueueError> {
         let mut ring = Queue::new(MAX_QUEUE_SIZE).map_err(QueueError::Ring)?;
         ring.try_set_size(default_size).map_err(|_| QueueError::Size(default_size))?;
-        Ok(Self { ring, default_size, vector: NO_VECTOR, notify_on_empty: false })
+        Ok(Self {
+            ring,
+            default_size,
+            vector: NO_VECTOR,
+            notify_on_empty: false,
+            first_here: false,
+        })
     }
 
     /// The size that the driver chose, or the default.
@@ -163,6 +173,7 @@ impl VirtQueue {
         self.set_size(self.default_size);
         self.vector = NO_VECTOR;
         self.notify_on_empty = false;
+        self.first_here = false;
     }
 
     /// The next request, if there is one.
@@ -207,8 +218,9 @@ impl VirtQueue {
         if self.notify_on_empty && self.avail_idx(ram)? == self.ring.next_avail() {
             return Ok(true);
         }
+        let first = std::mem::take(&mut self.first_here);
         if self.ring.event_idx_enabled() {
-            return Ok(wanted);
+            return Ok(wanted || first);
         }
         fence(Ordering::SeqCst);
         let flags: u16 = self.load(ram, self.ring.avail_ring())?;
@@ -264,5 +276,6 @@ impl VirtQueue {
     pub(super) fn set_position(&mut self, last_avail: u16, used: u16) {
         self.ring.set_next_avail(last_avail);
         self.ring.set_next_used(used);
+        self.first_here = true;
     }
 }

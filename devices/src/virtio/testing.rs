@@ -383,6 +383,13 @@ impl Guest {
         self.ram.write_obj(state.avail, GuestAddress(avail + 2)).unwrap();
     }
 
+    /// Asks for an interrupt when `more` requests and one have been given back (virtio 1.2, 2.7.8).
+    pub(crate) fn want_interrupt(&self, queue: usize, more: u16) {
+        let state = &self.queues[queue];
+        let event = Self::ring(queue) + 0x1000 + 4 + 2 * u64::from(state.size);
+        self.ram.write_obj(state.used.wrapping_add(more), GuestAddress(event)).unwrap();
+    }
+
     /// Rings, and does what the I/O thread does then.
     pub(crate) fn kick(&self, queue: usize) {
         self.write16(0x3000 + 4 * u64::try_from(queue).unwrap(), u16::try_from(queue).unwrap());

@@ -199,13 +199,14 @@ impl Net {
         if !core.is_live() || !self.is_open {
             return;
         }
-        if let Some(frame) = self.waiting.take()
-            && !self.deliver(&core, &frame)
-        {
-            self.waiting = Some(frame);
-            return;
-        }
         let mut delivered = false;
+        if let Some(frame) = self.waiting.take() {
+            if !self.deliver(&core, &frame) {
+                self.waiting = Some(frame);
+                return;
+            }
+            delivered = true;
+        }
         for _ in 0..BUDGET {
             let mut buffer = std::mem::take(&mut self.buffer);
             let received = self.backend.receive(&mut buffer);

@@ -147,9 +147,11 @@ fn frames_come_in_one_buffer_or_in_several() {
     assert_eq!(guest.dirty(), [buffers[0] & !0xfff, ring].into_iter().collect());
     // The third frame waits for buffers; half of what a large one needs is not enough.
     wire.put(0x44, &large);
+    guest.want_interrupt(RX, 0);
     guest.add(RX, &[(buffers[3], 256, true)]);
     guest.kick(RX);
     assert_eq!(guest.used(RX), [(3, 72)]);
+    assert_eq!(guest.msi.take(), [1], "for a frame that had waited, too");
     guest.add(RX, &[(buffers[4], 256, true)]);
     guest.kick(RX);
     assert_eq!(guest.used(RX), []);
@@ -400,10 +402,13 @@ fn every_field_moves() {
     guest.function.lock().unwrap().open().unwrap();
     let csum = Offloads { csum: true, ..Offloads::default() };
     assert_eq!(second.0.lock().unwrap().offloads, csum, "as soon as the tap is open");
+    // Whatever the source has still said or not, the driver hears of the first frame here.
+    guest.want_interrupt(RX, 7);
     second.put(0, &[&[3; 6], [7; 54].as_slice()].concat());
     guest.function.lock().unwrap().resume();
     guest.serve();
     assert_eq!(guest.used(RX), [(0, 72)]);
+    assert_eq!(guest.msi.take(), [1]);
 
     // The mac, one group too many, all multicast; behind PCI block, MSI-X and registers.
     let part = 276 + 64 + 1 + 2 + 8 + 4 + 8 + 4 + 3 * 16;

@@ -18,6 +18,11 @@ use crate::rom::Roms;
 /// The unit of everything: an x86 page.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// What KVM can map at once (Intel SDM volume 3, 4.5.4: a page directory entry's 2 MiB).
+const HUGE_PAGE: usize = 2 << 20;
+/// How often memory is placed anew so that it begins with a huge page.
+const ALIGN_TRIES: usize = 4;
+
 /// Guest RAM could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -143,11 +148,34 @@ impl Ram {
     }
 }
 
+/// Maps memory on a huge page's boundary, if that can be had: KVM maps a huge page to the guest only
+/// where both its addresses are on one. Linux has done so by itself since 6.7.
+fn map_aligned(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegionError> {
+    let map = || {
+        MmapRegionBuilder::<AtomicBitmap>::new(len as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+    };
+    // Mappings are placed downwards: with a filler of the right size in its place, the next one
+    // ends lower by as much. A filler may also fall into a hole above; the next one will not.
+    let mut fillers = Vec::new();
+    loop {
+        let region = map()?;
+        let beyond = region.as_ptr() as usize % HUGE_PAGE;
+        if beyond == 0 || fillers.len() == ALIGN_TRIES {
+            return Ok(region);
+        }
+        drop(region);
+        fillers.push(MmapRegion::<()>::new(beyond)?);
+    }
+}
+
 fn map(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegionError> {
-    let region = MmapRegionBuilder::<AtomicBitmap>::new(len as usize)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-        .build()?;
+    let region = map_aligned(len)?;
+    if !(region.as_ptr() as usize).is_multiple_of(HUGE_PAGE) {
+        tracing::debug!("guest memory is not on a huge page's boundary");
+    }
     // SAFETY: the range is exactly the mapping made above; the advice changes no content.
     let advised =
         unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
@@ -155,4 +183,22 @@ fn map(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegion
         tracing::debug!("no huge pages for guest memory: {}", std::io::Error::last_os_error());
     }
     Ok(region)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_where_kvm_can_map_huge_pages() {
+        for size in [64 << 20, 5 << 30] {
+            // Another mapping of odd size, so that nothing is aligned by chance.
+            let _odd = MmapRegion::<()>::new(3 * PAGE_SIZE as usize).unwrap();
+            let ram = Ram::new(size, 40).unwrap();
+            for slot in ram.slots() {
+                let unlike = (slot.host_address ^ slot.guest_address) % HUGE_PAGE as u64;
+                assert_eq!(unlike, 0, "{slot:x?}");
+            }
+        }
+    }
 }

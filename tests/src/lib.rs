@@ -15,3 +15,4 @@ pub mod qmp;
 pub mod serial;
 pub mod vm;
 pub mod wait;
+pub mod work;

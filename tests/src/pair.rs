@@ -1,12 +1,7 @@
 //! One machine that a QEMU and a mini-vmm can both be, and guests that go between them.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::linux::{Linux, Machine, Terminal, file};
@@ -79,55 +74,6 @@ impl Pair {
         let terminal = qemu.terminal();
         println!("mini-vmm -> QEMU: {}", guest.leave_for(&qemu.migrate_uri()));
         InQemu { qemu, terminal }
-    }
-}
-
-/// An empty disk image in `dir`.
-pub fn disk(dir: &Path) -> PathBuf {
-    let path = dir.join("disk.img");
-    File::create(&path).and_then(|file| file.set_len(64 << 20)).expect("a disk image");
-    path
-}
-
-fn tool() -> Command {
-    Command::new(file("MINI_VMM_GUEST_TOOL"))
-}
-
-/// Every record that the guest called durable, up to number `last`, is on the image.
-pub fn check_disk(image: &Path, last: u64) {
-    let out = tool().arg("disk-check").arg(image).arg(last.to_string()).output();
-    let out = out.expect("the guest's tool runs here too");
-    let said = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success(), "records are lost:\n{said}");
-    println!("{said}");
-}
-
-/// One TCP session to the guest, every byte of which is checked.
-pub struct Session(Child);
-
-impl Session {
-    /// Connects to the guest's server.
-    pub fn start(address: &str) -> Self {
-        let child = tool()
-            .args(["tcp-client", address, "7000", "100000", "20000"])
-            .stdout(Stdio::piped())
-            .spawn();
-        Self(child.expect("the guest's tool runs here too"))
-    }
-
-    /// Fails if the session has ended.
-    pub fn assert_alive(&mut self) {
-        let ended = self.0.try_wait().expect("our own child");
-        assert!(ended.is_none(), "the TCP session goes on");
-    }
-
-    /// Ends it; fails if a byte was lost or wrong.
-    pub fn finish(self) {
-        kill(Pid::from_raw(self.0.id() as i32), Signal::SIGINT).expect("our own child");
-        let said = self.0.wait_with_output().expect("our own child");
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        println!("{}", said.lines().last().unwrap_or_default());
-        assert!(!said.contains("WRONG") && said.contains("tcp-client:"), "{said}");
     }
 }
 

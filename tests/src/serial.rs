@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -12,6 +13,8 @@ use crate::wait;
 pub struct SerialLine {
     stream: UnixStream,
     text: Arc<Mutex<String>>,
+    /// The other end is gone, with the VM's process.
+    closed: Arc<AtomicBool>,
 }
 
 impl SerialLine {
@@ -24,7 +27,9 @@ impl SerialLine {
             || path.display().to_string(),
         );
         let text = Arc::new(Mutex::new(String::new()));
+        let closed = Arc::new(AtomicBool::new(false));
         let (mut reader, kept) = (stream.try_clone().expect("a second handle"), text.clone());
+        let ended = closed.clone();
         // Ends when the VM's process does, or with this process.
         thread::spawn(move || {
             let mut buf = [0; 4096];
@@ -32,8 +37,9 @@ impl SerialLine {
                 let mut text = kept.lock().unwrap_or_else(PoisonError::into_inner);
                 text.push_str(&String::from_utf8_lossy(&buf[..n]));
             }
+            ended.store(true, Ordering::Release);
         });
-        Self { stream, text }
+        Self { stream, text, closed }
     }
 
     /// All that has come so far.
@@ -46,7 +52,8 @@ impl SerialLine {
         self.stream.write_all(bytes).expect("the guest's serial line takes input");
     }
 
-    /// Waits for a whole line behind byte `from` of the text that `found` likes.
+    /// Waits for a whole line behind byte `from` of the text that `found` likes. A line that is
+    /// closed before is waited for no longer.
     pub fn wait_line_from<T>(
         &self,
         from: usize,
@@ -58,17 +65,28 @@ impl SerialLine {
             what,
             seconds,
             || {
+                // Asked first: what came before the end is read below.
+                let closed = self.closed.load(Ordering::Acquire);
                 let text = self.text();
                 let new = text.get(from..).unwrap_or_default();
                 let whole = new.rfind('\n').map_or("", |end| &new[..end]);
-                whole.lines().find_map(|line| found(line.trim_end()))
+                let line = whole.lines().find_map(|line| found(line.trim_end()));
+                assert!(
+                    line.is_some() || !closed,
+                    "the guest's line was closed while {what} was waited for\n{}",
+                    self.tail()
+                );
+                line
             },
-            || {
-                let text = self.text();
-                let tail: Vec<_> = text.lines().rev().take(40).collect();
-                tail.into_iter().rev().collect::<Vec<_>>().join("\n")
-            },
+            || self.tail(),
         )
+    }
+
+    /// The last lines, for an error.
+    fn tail(&self) -> String {
+        let text = self.text();
+        let tail: Vec<_> = text.lines().rev().take(40).collect();
+        tail.into_iter().rev().collect::<Vec<_>>().join("\n")
     }
 
     /// Waits for a line that contains `needle`, from the beginning on.

@@ -228,8 +228,26 @@ impl Vm {
     }
 }
 
+/// What each thread of a process does at the moment, as the host's kernel sees it: for a test that
+/// waited in vain.
+fn threads(pid: u32) -> String {
+    let read = |path: &Path, file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut text = String::new();
+    for path in tasks.map(|task| task.path()) {
+        let name = read(&path, "comm");
+        let state = read(&path, "status");
+        let state = state.lines().find(|line| line.starts_with("State:")).unwrap_or("State: ?");
+        text += &format!("{} {state}\n{}", name.trim_end(), read(&path, "stack"));
+    }
+    text
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
+        if let Some(child) = self.child.as_ref().filter(|_| std::thread::panicking()) {
+            eprintln!("--- the threads of {}:\n{}", self.name, threads(child.id()));
+        }
         if let Some(mut child) = self.child.take()
             && self.ended.is_none()
         {

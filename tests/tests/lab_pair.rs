@@ -1,10 +1,11 @@
 //! Two hosts with different kernels and processors, joined by a network: there and back.
 
-use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 
 use system_tests::linux::Machine;
 use system_tests::peer::{self, PeerVm};
+use system_tests::work::{check_disk, disk};
 use tempfile::TempDir;
 
 #[test]
@@ -18,11 +19,10 @@ fn a_guest_goes_to_another_host_and_comes_back() {
 
     let dir = TempDir::new().expect("a directory");
     // The shared directory is a disk that both hosts reach.
-    let image = format!("{}/disk.img", peer::shared_directory());
-    File::create(&image).and_then(|file| file.set_len(16 << 20)).expect("a disk image");
+    let image = disk(Path::new(&peer::shared_directory()));
     let machine = Machine {
         // What both processors have.
-        args: format!("--cpu x86-64-v2 --memory 256M --smp 2 --disk path={image}"),
+        args: format!("--cpu x86-64-v2 --memory 256M --smp 2 --disk path={}", image.display()),
         append: "guest.run=memory,disk,clock,fpu".into(),
     };
     let guest = machine.boot(dir.path(), "first");
@@ -48,10 +48,5 @@ fn a_guest_goes_to_another_host_and_comes_back() {
     back.vm.qmp().ask("system_powerdown");
     assert_eq!(back.vm.wait_exit(60), 0, "{}", back.vm.stderr());
 
-    let tool = std::env::var("MINI_VMM_GUEST_TOOL").expect("MINI_VMM_GUEST_TOOL");
-    let out = Command::new(tool)
-        .args(["disk-check", &image, &durable.to_string()])
-        .output()
-        .expect("the guest's tool runs here too");
-    assert!(out.status.success(), "records are lost: {}", String::from_utf8_lossy(&out.stdout));
+    check_disk(&image, durable);
 }

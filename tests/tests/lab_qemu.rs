@@ -2,7 +2,8 @@
 
 use system_tests::linux::Terminal;
 use system_tests::network::Bridge;
-use system_tests::pair::{self, Pair, Session, assert_interrupts_go_on, check_disk, features};
+use system_tests::pair::{Pair, assert_interrupts_go_on, features};
+use system_tests::work::{Session, check_disk, disk};
 use tempfile::TempDir;
 
 /// What holds after every hop.
@@ -43,7 +44,7 @@ impl Watch {
 #[test]
 fn four_hops_between_qemu_and_mini_vmm_lose_nothing() {
     let dir = TempDir::new().expect("a directory");
-    let image = pair::disk(dir.path());
+    let image = disk(dir.path());
     let bridge = Bridge::new("mvbr0", "10.99.0.1/24", &["mvtapm", "mvtapq"]);
     let taps: Vec<_> = bridge.taps().collect();
     let disk = image.display();

@@ -1,13 +1,14 @@
 //! What a QEMU sends that can't be taken: refused by name, and QEMU's guest runs on.
 
 use serde_json::json;
-use system_tests::pair::{self, Pair};
+use system_tests::pair::Pair;
+use system_tests::work::disk;
 use tempfile::TempDir;
 
 #[test]
 fn what_does_not_fit_is_refused_by_name_and_the_guest_in_qemu_runs_on() {
     let dir = TempDir::new().expect("a directory");
-    let disk = pair::disk(dir.path()).display().to_string();
+    let disk = disk(dir.path()).display().to_string();
     let qemu = format!(
         "-m 256 -smp 1 -drive file={disk},if=none,id=disk0,format=raw \
          -device virtio-blk-pci,drive=disk0 -device virtio-rng-pci"

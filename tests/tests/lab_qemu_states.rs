@@ -1,12 +1,13 @@
 //! What a guest is doing and what its machine looks like when it moves between QEMU and mini-vmm.
 
 use serde_json::json;
-use system_tests::pair::{self, Pair, check_disk};
+use system_tests::pair::{self, Pair};
+use system_tests::work::{check_disk, disk};
 use tempfile::TempDir;
 
 /// A machine with one disk and this work.
 fn with_disk(dir: &TempDir, smp: u32, work: &str) -> Pair {
-    let disk = pair::disk(dir.path()).display().to_string();
+    let disk = disk(dir.path()).display().to_string();
     Pair::new(
         &format!("--memory 256M --smp {smp} --disk path={disk}"),
         &format!(
@@ -92,7 +93,7 @@ fn an_idle_guest_arrives_by_a_source_that_wants_no_answer() {
 #[test]
 fn modern_devices_in_slots_of_their_own_and_memory_above_the_hole() {
     let dir = TempDir::new().expect("a directory");
-    let disk = pair::disk(dir.path()).display().to_string();
+    let disk = disk(dir.path()).display().to_string();
     // 3.5 GiB: 3 GiB below the PCI hole, the rest at 4 GiB.
     let pair = Pair::new(
         &format!(

@@ -38,6 +38,14 @@ pub enum Error {
         /// Those that there are.
         known: String,
     },
+    /// No test of a lab program has such a name.
+    #[error("`{program}` has no test whose name contains `{filter}`")]
+    NoLabTest {
+        /// The program.
+        program: String,
+        /// What was asked for.
+        filter: String,
+    },
     /// A file, directory or socket operation failed.
     #[error("could not {doing}: {source}")]
     Io {

@@ -1,9 +1,10 @@
 //! A stock Debian kernel under real KVM: boot, move, reboot, power off.
 
+use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use system_tests::linux::Machine;
-use system_tests::network::Tap;
+use system_tests::network::{ARP, Sniffer, Tap, is_gratuitous_arp};
 use system_tests::work::{Session, check_disk, disk};
 use tempfile::TempDir;
 
@@ -36,7 +37,13 @@ fn three_migrations_in_a_row_lose_nothing() {
         let durable = guest.next_number("disk: record");
         let verified = guest.next_number("memory: generation");
         let there = machine.incoming(dir.path(), name, "127.0.0.1");
+        // Its own driver tells the network, because ours asks it to.
+        let sniffer = Sniffer::new(ARP);
+        let announced = thread::spawn(move || {
+            sniffer.hear(1, 60, |frame| is_gratuitous_arp(frame, [10, 99, 0, 2]))
+        });
         guest = guest.migrate_to(there);
+        announced.join().expect("the guest announced itself");
         // The work goes on where it was, all of it, and on both processors.
         assert!(guest.next_number("disk: record") > durable, "the disk writer went on");
         assert!(guest.next_number("memory: generation") >= verified, "the memory worker went on");
@@ -88,5 +95,24 @@ fn a_stock_kernel_boots_on_one_processor_and_powers_off() {
     assert!(report.contains("virtio_blk"), "{report}");
     guest.assert_content();
     guest.tell("poweroff -f");
+    assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
+}
+
+#[test]
+fn a_stock_kernel_with_four_processors_moves_and_powers_off() {
+    let dir = TempDir::new().expect("a directory");
+    let machine =
+        Machine { args: "--memory 256M --smp 4".into(), append: "guest.run=memory,clock".into() };
+    let mut guest = machine.boot(dir.path(), "here");
+    guest.assert_content();
+    let verified = guest.next_number("memory: generation");
+    let there = machine.incoming(dir.path(), "there", "127.0.0.1");
+    guest = guest.migrate_to(there);
+    assert!(guest.next_number("memory: generation") >= verified, "the memory worker went on");
+    guest.wait_new("clock:", 30);
+    let report = guest.shell("report");
+    assert!(report.contains("processors: 4"), "{report}");
+    guest.assert_content();
+    guest.vm.qmp().ask("system_powerdown");
     assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
 }

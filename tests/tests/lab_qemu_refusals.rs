@@ -27,9 +27,10 @@ fn what_does_not_fit_is_refused_by_name_and_the_guest_in_qemu_runs_on() {
     ];
     for (memory, smp, devices, name) in cases {
         let pair = mini(memory, smp, &devices);
-        let there = pair.mini.incoming(pair.dir.path(), "there", "127.0.0.1");
+        let mut there = pair.mini.incoming(pair.dir.path(), "there", "127.0.0.1");
         let end = guest.qemu.migrate(&there.vm.migrate_uri(), true);
         assert_eq!(end["status"], "failed", "{devices}: {end}");
+        assert_eq!(there.vm.wait_exit(20), 1);
         let said = there.vm.stderr();
         assert!(said.contains(name), "{memory} {devices}: no '{name}' in:\n{said}");
         assert_eq!(guest.qemu.qmp().status(), "running", "{devices}");

@@ -31,6 +31,7 @@ use devices::virtio::{
 };
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
+use crate::announce::{Announcer, Rounds};
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
 use crate::config::{self, Config, DiskCache, MigrationUri, VirtioVersion};
@@ -112,6 +113,7 @@ pub struct Board {
     pci: Option<Arc<PciBus>>,
     /// The virtio functions and their slots.
     virtio: Vec<(u8, VirtioVersion, Arc<Mutex<VirtioPci>>)>,
+    announcer: Option<Arc<Mutex<Announcer>>>,
     sections: Vec<MakeSection>,
 }
 
@@ -294,6 +296,16 @@ impl Board {
             }
             self.virtio.push((slot, version, function));
         }
+        let interface = |net: &config::NetConfig| {
+            let at = net.addr.number();
+            let (_, _, function) = self.virtio.iter().find(|(slot, ..)| *slot == at)?;
+            Some((net.id.to_string(), function.clone()))
+        };
+        let interfaces = p.config.net.iter().filter_map(interface).collect();
+        let announcer = Announcer::new(interfaces, p.clock.clone(), p.bell.clone());
+        let announcer = Arc::new(Mutex::new(announcer));
+        self.timed.push(announcer.clone());
+        self.announcer = Some(announcer);
         Ok(())
     }
 
@@ -351,10 +363,17 @@ impl Board {
         }
     }
 
-    /// Tells the networks where the guest is now.
-    pub fn announce(&self) {
-        for (_, _, function) in &self.virtio {
-            lock(function).device().announce();
+    /// The network interfaces' identifiers.
+    pub fn interfaces(&self) -> Vec<String> {
+        self.announcer
+            .as_ref()
+            .map_or_else(Vec::new, |all| lock(all).ids().map(str::to_owned).collect())
+    }
+
+    /// Tells the networks where the guest is now: those of the interfaces `only`, or all.
+    pub fn announce(&self, rounds: Rounds, only: Option<Vec<String>>) {
+        if let Some(announcer) = &self.announcer {
+            lock(announcer).start(rounds, only);
         }
     }
 

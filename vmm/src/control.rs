@@ -221,6 +221,14 @@ pub enum ControlError {
         /// The state found.
         state: RunState,
     },
+    /// A network interface that the VM doesn't have.
+    #[error("There is no network interface '{id}'; there are: {known}")]
+    NoInterface {
+        /// What was asked for.
+        id: String,
+        /// Those that there are.
+        known: String,
+    },
     /// A migration parameter or capability that doesn't exist, or doesn't take that value.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
@@ -287,6 +295,16 @@ pub trait VmControl: Send + Sync {
     /// # Errors
     /// If the VM has ended, or is on its way in or out.
     fn system_reset(&self) -> Result<(), ControlError>;
+    /// Tells the networks where the guest is, as often as `parameters` say; `only` are the interfaces
+    /// for which, none means all.
+    ///
+    /// # Errors
+    /// If the guest doesn't run, or has no such interface.
+    fn announce_self(
+        &self,
+        parameters: &Parameters,
+        only: Option<Vec<String>>,
+    ) -> Result<(), ControlError>;
     /// Ends the VM now, without asking the guest; returns at once.
     fn quit(&self);
 

@@ -1,5 +1,6 @@
 //! The machine put together: configuration, board wiring, vCPU threads, lifecycle, control socket.
 
+pub mod announce;
 pub mod board;
 pub mod chardev;
 pub mod cli;

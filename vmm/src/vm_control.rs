@@ -9,6 +9,7 @@ use migration::transport::Address;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
+use crate::announce::Rounds;
 use crate::config::{MigrateListen, MigrationUri};
 use crate::control::{
     ControlError, CpuInfo, RunState, RuntimeInfo, ShutdownReason, TimedEvent, VmControl,
@@ -89,6 +90,24 @@ impl VmControl for VmHandle {
 
     fn system_powerdown(&self) -> Result<(), ControlError> {
         self.0.powerdown()
+    }
+
+    fn announce_self(
+        &self,
+        parameters: &Parameters,
+        only: Option<Vec<String>>,
+    ) -> Result<(), ControlError> {
+        let state = self.0.state();
+        if !state.is_running() {
+            return Err(ControlError::WrongState { command: "announce-self", state });
+        }
+        let board = &self.0.machine.board;
+        let all = board.interfaces();
+        if let Some(unknown) = only.iter().flatten().find(|id| !all.contains(id)) {
+            return Err(ControlError::NoInterface { id: unknown.clone(), known: all.join(", ") });
+        }
+        board.announce(Rounds::from(parameters), only);
+        Ok(())
     }
 
     fn system_reset(&self) -> Result<(), ControlError> {

@@ -270,7 +270,6 @@ impl VirtioDevice for Balloon {
     fn close(&mut self) -> Result<(), BackendError> {
         Ok(())
     }
-    fn announce(&mut self) {}
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
         layout.part::<State>("balloon").part::<Subsections>("balloon")

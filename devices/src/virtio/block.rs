@@ -304,7 +304,6 @@ impl VirtioDevice for Block {
         let Some(disk) = self.shared.gate().disk.take() else { return Ok(()) };
         disk.flush().map_err(|e| self.backend_error("cannot be flushed", e))
     }
-    fn announce(&mut self) {}
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
         layout.part::<RawElement>("inflight")

@@ -357,7 +357,6 @@ impl VirtioDevice for Console {
     fn close(&mut self) -> Result<(), BackendError> {
         Ok(())
     }
-    fn announce(&mut self) {}
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
         layout.part::<Head>("console").part::<PortHead>("port").part::<Popped>("popped")

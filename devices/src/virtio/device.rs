@@ -128,7 +128,7 @@ pub trait VirtioDevice: Send {
     fn close(&mut self) -> Result<(), BackendError>;
 
     /// Tells the network that it is here now; nothing for devices without one.
-    fn announce(&mut self);
+    fn announce(&mut self) {}
 
     /// Adds what decides the form of the device's own part to the section's layout.
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest;

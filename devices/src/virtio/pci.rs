@@ -178,6 +178,11 @@ impl VirtioPci {
         self.device.as_mut()
     }
 
+    /// Whether the VM stands still.
+    pub fn is_paused(&self) -> bool {
+        self.core.is_paused()
+    }
+
     /// Opens the host side. On a destination this comes last.
     pub fn open(&mut self) -> Result<(), BackendError> {
         self.device.open()

@@ -110,7 +110,6 @@ impl VirtioDevice for Rng {
         self.source = None;
         Ok(())
     }
-    fn announce(&mut self) {}
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
         layout

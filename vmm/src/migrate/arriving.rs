@@ -9,6 +9,7 @@ use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 
 use super::details;
+use crate::announce::Rounds;
 use crate::control::RunState;
 use crate::vm::Vm;
 
@@ -108,7 +109,8 @@ impl DestinationVm for Arriving<'_> {
             life.state = RunState::Paused;
         }
         drop(life);
-        self.vm.machine.board.announce();
+        let rounds = Rounds::from(&self.vm.migration.lock().parameters);
+        self.vm.machine.board.announce(rounds, None);
         Ok(())
     }
 

@@ -102,6 +102,10 @@ impl VmControl for FakeVm {
         Ok(())
     }
 
+    fn announce_self(&self, _: &Parameters, _: Option<Vec<String>>) -> Result<(), ControlError> {
+        Ok(())
+    }
+
     fn quit(&self) {
         self.bus.send(Event::Shutdown(ShutdownReason::HostQmpQuit));
         self.quit.notify_one();

@@ -34,6 +34,7 @@ impl Command {
 
 /// All commands, by name. `qmp_capabilities` is the session's own, and stands here to be listed.
 static COMMANDS: &[Command] = &[
+    Command::new("announce-self", run::announce_self),
     Command::new("cont", run::cont),
     Command::new("migrate", migrate::migrate),
     Command::new("migrate-continue", migrate::migrate_continue),

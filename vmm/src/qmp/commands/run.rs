@@ -1,8 +1,11 @@
 //! Commands that stop, go on, press buttons, end.
 
+use migration::params::Parameters;
 use serde_json::json;
 
 use super::{Args, Outcome, Shared};
+use crate::control::ControlError;
+use crate::qmp::QmpError;
 
 /// Stops the vCPUs. The event comes first, then the answer.
 ///
@@ -58,6 +61,31 @@ pub(super) fn system_powerdown(shared: &Shared, args: Args) -> Outcome {
 pub(super) fn system_reset(shared: &Shared, args: Args) -> Outcome {
     args.finish()?;
     shared.vm.system_reset()?;
+    Ok(json!({}))
+}
+
+/// Tells the networks where the guest is: after a switch has forgotten it, say.
+///
+/// ```text
+/// -> {"execute": "announce-self", "arguments": {"initial": 50, "max": 550, "rounds": 2, "step": 100}}
+/// <- {"return": {}}
+/// -> {"execute": "announce-self", "arguments": {"initial": 50, "max": 550, "rounds": 2}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'step' is missing"}}
+/// -> {"execute": "announce-self", "arguments": {"initial": 50, "max": 550, "rounds": 2, "step": 0}}
+/// <- {"error": {"class": "GenericError", "desc": "parameter 'announce-step' expects an integer from 1 to 10000, found 0"}}
+/// -> {"execute": "announce-self", "arguments": {"initial": 0, "max": 0, "rounds": 1, "step": 1, "at": 1}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'at' is unexpected"}}
+/// ```
+pub(super) fn announce_self(shared: &Shared, mut args: Args) -> Outcome {
+    let only = args.optional_strings("interfaces")?;
+    let mut rest = args.rest();
+    let mut parameters = Parameters::default();
+    for name in ["initial", "max", "rounds", "step"] {
+        let value = rest.remove(name).ok_or_else(|| QmpError::Missing(name.to_owned()))?;
+        parameters.set(&format!("announce-{name}"), &value).map_err(ControlError::from)?;
+    }
+    Args::new(rest).finish()?;
+    shared.vm.announce_self(&parameters, (!only.is_empty()).then_some(only))?;
     Ok(json!({}))
 }
 

@@ -16,6 +16,7 @@
 //! | [`source`] | gives a VM away: passes, switch-over, hand-over |
 //! | [`destination`] | takes a VM: reads, checks, loads, starts |
 //! | [`handover`] | who runs the VM, as two state machines without I/O |
+//! | [`inspect`] | what a stream contains, for people |
 //! | [`converge`] | when to stop the guest |
 //! | [`control`], [`params`], [`phase`], [`stats`] | steering and watching one migration |
 #![forbid(unsafe_code)]
@@ -26,6 +27,7 @@ pub mod destination;
 pub mod dirty;
 pub mod guest;
 pub mod handover;
+pub mod inspect;
 pub mod manifest;
 pub mod params;
 pub mod phase;

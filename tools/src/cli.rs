@@ -49,6 +49,13 @@ enum Command {
     /// Measure mini-vmm against QEMU, and others, in one run with interleaved rounds
     #[command(long_about = BENCH_ABOUT)]
     Bench(BenchArgs),
+    /// Read the streams in a folder to their last bytes, and write them the same
+    ///
+    /// Files may be packed with xz, gzip or zstd.
+    Golden {
+        /// Where they are
+        folder: PathBuf,
+    },
     /// Install and fetch what the tools need (they also do so themselves when they need it)
     Setup,
     /// Make the files of a Linux guest for tests, and print where they are
@@ -227,6 +234,10 @@ impl Cli {
             }
             Command::Test { native_only } => xtask::suite::run(native_only).map(|()| 0),
             Command::Bench(args) => args.run().map(|()| 0),
+            Command::Golden { folder } => {
+                xtask::golden::check(&folder)?;
+                Ok(0)
+            }
             Command::Setup => {
                 setup::everything()?;
                 // After this the tests need no network.

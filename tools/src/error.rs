@@ -46,6 +46,14 @@ pub enum Error {
         /// What was asked for.
         filter: String,
     },
+    /// A recorded stream is not read, or not written, as it once was.
+    #[error("{}: {why}", file.display())]
+    Golden {
+        /// The file.
+        file: std::path::PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// A file, directory or socket operation failed.
     #[error("could not {doing}: {source}")]
     Io {

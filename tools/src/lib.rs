@@ -11,6 +11,7 @@ pub mod apt;
 pub mod bench;
 pub mod cache;
 pub mod error;
+pub mod golden;
 pub mod images;
 pub mod initramfs;
 pub mod kernel;

@@ -37,10 +37,22 @@ pub fn write(out: &mut Vec<u8>, configuration: &Configuration) {
     out.push(CONFIGURATION);
     out.extend_from_slice(&(configuration.machine.len() as u32).to_be_bytes());
     out.extend_from_slice(configuration.machine.as_bytes());
-    if let Some(uuid) = &configuration.uuid {
+    let subsection = |out: &mut Vec<u8>, name| {
         out.push(SUBSECTION);
-        write_str8(out, "configuration/uuid");
+        write_str8(out, name);
         out.extend_from_slice(&1u32.to_be_bytes());
+    };
+    if let Some(bits) = configuration.page_bits {
+        subsection(out, "configuration/target-page-bits");
+        out.extend_from_slice(&bits.to_be_bytes());
+    }
+    if !configuration.capabilities.is_empty() {
+        subsection(out, "configuration/capabilities");
+        out.extend_from_slice(&(configuration.capabilities.len() as u32).to_be_bytes());
+        configuration.capabilities.iter().for_each(|name| write_str8(out, name));
+    }
+    if let Some(uuid) = &configuration.uuid {
+        subsection(out, "configuration/uuid");
         out.extend_from_slice(uuid);
     }
 }

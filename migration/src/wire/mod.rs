@@ -117,6 +117,8 @@ pub enum WireError {
     FooterId {
         /// The section's name and instance.
         section: String,
+        /// Offset in the stream.
+        offset: u64,
         /// The id in the section's header.
         expected: u32,
         /// The id in the footer.
@@ -146,6 +148,23 @@ pub enum WireError {
 }
 
 impl WireError {
+    /// Where in the stream, in bytes.
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::BrokenOff { offset, .. }
+            | Self::TooLarge { offset, .. }
+            | Self::Unexpected { offset, .. }
+            | Self::FooterMissing { offset, .. }
+            | Self::FooterId { offset, .. }
+            | Self::Unsupported { offset, .. }
+            | Self::Json { offset, .. } => *offset,
+            // The first four bytes, the next four, and what follows them.
+            Self::NotAStream { .. } => 0,
+            Self::StreamVersion { .. } => 4,
+            Self::ConfigurationMissing { .. } => 8,
+        }
+    }
+
     /// The I/O error behind this, if the bytes stopped coming.
     pub fn io(&self) -> Option<&io::Error> {
         match self {

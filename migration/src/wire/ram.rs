@@ -29,10 +29,13 @@ pub const PAGE: u64 = 0x08;
 pub const EOS: u64 = 0x10;
 /// Same block as before.
 pub const CONTINUE: u64 = 0x20;
-const XBZRLE: u64 = 0x40;
+/// A difference to the page that was sent before.
+pub const XBZRLE: u64 = 0x40;
 const HOOK: u64 = 0x80;
-const COMPRESS: u64 = 0x100;
-const MULTIFD_FLUSH: u64 = 0x200;
+/// A page that zlib has made smaller.
+pub const COMPRESS: u64 = 0x100;
+/// QEMU 8.1 and later: pages on further connections up to here belong together.
+pub const MULTIFD_FLUSH: u64 = 0x200;
 
 /// The bits of a header that are flags.
 const FLAGS: u64 = PAGE_SIZE - 1;
@@ -149,7 +152,8 @@ pub fn write_eos(out: &mut Vec<u8>) {
     out.extend_from_slice(&EOS.to_be_bytes());
 }
 
-fn write_record(out: &mut Vec<u8>, block: Option<&str>, offset: u64, kind: u64) {
+/// Writes the header of a record of this kind.
+pub fn write_record(out: &mut Vec<u8>, block: Option<&str>, offset: u64, kind: u64) {
     match block {
         None => out.extend_from_slice(&(offset | kind | CONTINUE).to_be_bytes()),
         Some(name) => {

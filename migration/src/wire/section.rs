@@ -10,7 +10,7 @@
 //! A body has no length: whoever reads it must know its layout, and the footer is the proof.
 
 use super::limits::MAX_DESCRIPTION;
-use super::{WireError, read_str8, read_u8, read_u32, skip, write_str8};
+use super::{WireError, read_bytes, read_str8, read_u8, read_u32, skip, write_str8};
 use crate::vmstate::{ByteSource, SectionId};
 
 /// The byte in front of a part of the stream.
@@ -108,7 +108,7 @@ pub fn read_footer(source: &mut dyn ByteSource, key: &SectionId, id: u32) -> Res
     }
     let found = read_u32(source, "a section's footer")?;
     if found != id {
-        return Err(WireError::FooterId { section: key.to_string(), expected: id, found });
+        return Err(WireError::FooterId { section: key.to_string(), offset, expected: id, found });
     }
     Ok(())
 }
@@ -121,8 +121,20 @@ pub fn write_end(out: &mut Vec<u8>, description: &str) {
     out.extend_from_slice(description.as_bytes());
 }
 
+/// Reads the description, after its type.
+pub fn read_description(source: &mut dyn ByteSource) -> Result<Vec<u8>, WireError> {
+    let what = "the description of the devices";
+    let len = description_len(source)?;
+    read_bytes(source, len, what)
+}
+
 /// Reads the description's length and skips its text, after its type.
 pub fn skip_description(source: &mut dyn ByteSource) -> Result<(), WireError> {
+    let len = description_len(source)?;
+    skip(source, len, "the description of the devices")
+}
+
+fn description_len(source: &mut dyn ByteSource) -> Result<u32, WireError> {
     let offset = source.offset();
     let what = "the description of the devices";
     let len = read_u32(source, what)?;
@@ -134,7 +146,7 @@ pub fn skip_description(source: &mut dyn ByteSource) -> Result<(), WireError> {
             max: MAX_DESCRIPTION.into(),
         });
     }
-    skip(source, len, what)
+    Ok(len)
 }
 
 #[cfg(test)]

@@ -1,0 +1,229 @@
+//! The RAM sections: counted, and handed on page by page.
+
+use super::visit::{PageContent, PageRecord, Visitor};
+use super::walk::Stop;
+use crate::guest::{PAGE_SIZE, RamBlock};
+use crate::vmstate::ByteSource;
+use crate::wire::ram::{
+    COMPRESS, CONTINUE, EOS, MEM_SIZE, MULTIFD_FLUSH, PAGE, XBZRLE, ZERO, read_blocks, read_fill,
+};
+use crate::wire::{
+    WireError, read_array, read_bytes, read_str8, read_u8, read_u16, read_u32, read_u64,
+};
+
+/// Records of pages, by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pages {
+    /// Raw.
+    pub normal: u64,
+    /// All zero.
+    pub zero: u64,
+    /// All of another byte.
+    pub filled: u64,
+    /// Compressed, or a difference to what was sent before; not among the pages that are handed on.
+    pub encoded: u64,
+}
+
+impl Pages {
+    /// All of them.
+    pub fn all(&self) -> u64 {
+        [self.normal, self.zero, self.filled, self.encoded]
+            .iter()
+            .fold(0, |n, m| n.saturating_add(*m))
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        for (mine, its) in [
+            (&mut self.normal, other.normal),
+            (&mut self.zero, other.zero),
+            (&mut self.filled, other.filled),
+            (&mut self.encoded, other.encoded),
+        ] {
+            *mine = mine.saturating_add(its);
+        }
+    }
+}
+
+/// One block, and what came for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockReport {
+    /// Name and length.
+    pub block: RamBlock,
+    /// Its records.
+    pub pages: Pages,
+}
+
+/// Reads RAM sections.
+#[derive(Debug, Default)]
+pub(super) struct RamReader {
+    pub(super) blocks: Vec<BlockReport>,
+    current: Option<usize>,
+    /// The source shares memory with its destination: each block has an address.
+    pub(super) addresses: bool,
+}
+
+impl RamReader {
+    /// Reads one section's records, up to and with their end.
+    pub(super) fn section(
+        &mut self,
+        from: &mut dyn ByteSource,
+        visitor: &mut dyn Visitor,
+        counted: &mut Pages,
+    ) -> Result<(), Stop> {
+        loop {
+            let at = from.offset();
+            let header = read_u64(from, "a RAM record")?;
+            let (offset, flags) = (header & !0xfff, header & 0xfff);
+            match flags & !CONTINUE {
+                EOS => return Ok(visitor.end_of_records()?),
+                MULTIFD_FLUSH => {
+                    visitor.multifd_flush()?;
+                    continue;
+                }
+                MEM_SIZE => {
+                    self.list(from, offset, visitor)?;
+                    continue;
+                }
+                _ => {}
+            }
+            let same_block = flags & CONTINUE != 0;
+            let index = self.target(from, same_block, offset, at)?;
+            let mut one = Pages::default();
+            let (page, bytes);
+            let content = match flags & !CONTINUE {
+                ZERO => match read_fill(from)? {
+                    0 => {
+                        one.zero = 1;
+                        PageContent::Filled(0)
+                    }
+                    byte => {
+                        one.filled = 1;
+                        PageContent::Filled(byte)
+                    }
+                },
+                PAGE => {
+                    one.normal = 1;
+                    page = read_array(from, "a page")?;
+                    PageContent::Bytes(&page)
+                }
+                XBZRLE => {
+                    one.encoded = 1;
+                    let encoding = read_u8(from, "an xbzrle page's encoding")?;
+                    let len = read_u16(from, "an xbzrle page's length")?;
+                    bytes = read_bytes(from, len.into(), "an xbzrle page")?;
+                    PageContent::Xbzrle { encoding, bytes: &bytes }
+                }
+                COMPRESS => {
+                    one.encoded = 1;
+                    bytes = compressed(from)?;
+                    PageContent::Compressed(&bytes)
+                }
+                other => {
+                    return Err(WireError::Unexpected {
+                        what: "the flags of a RAM record",
+                        offset: at,
+                        expected: "a known combination".into(),
+                        found: format!("{other:#x}"),
+                    }
+                    .into());
+                }
+            };
+            counted.add(&one);
+            if let Some(block) = self.blocks.get_mut(index) {
+                block.pages.add(&one);
+                let record = PageRecord { index, block: &block.block, same_block, offset };
+                visitor.page(record, content)?;
+            }
+        }
+    }
+
+    fn list(
+        &mut self,
+        from: &mut dyn ByteSource,
+        total: u64,
+        visitor: &mut dyn Visitor,
+    ) -> Result<(), Stop> {
+        let blocks = if self.addresses {
+            blocks_with_addresses(from, total)?
+        } else {
+            let blocks = read_blocks(from, total)?;
+            blocks.into_iter().map(|block| (block, None)).collect()
+        };
+        visitor.blocks(self.blocks.len(), &blocks)?;
+        let reports =
+            blocks.into_iter().map(|(block, _)| BlockReport { block, pages: Pages::default() });
+        self.blocks.extend(reports);
+        Ok(())
+    }
+
+    /// The block of a record.
+    fn target(
+        &mut self,
+        from: &mut dyn ByteSource,
+        same_block: bool,
+        offset: u64,
+        at: u64,
+    ) -> Result<usize, WireError> {
+        let unexpected = |what, expected: String, found| {
+            Err(WireError::Unexpected { what, offset: at, expected, found })
+        };
+        let index = if same_block {
+            self.current
+        } else {
+            let name = read_str8(from, "a RAM block's name")?;
+            let found = self.blocks.iter().position(|b| b.block.name == name);
+            if found.is_none() {
+                return unexpected("a RAM record", "a block of the list".into(), name);
+            }
+            found
+        };
+        let Some((index, block)) = index.and_then(|i| Some((i, self.blocks.get(i)?))) else {
+            let expected = "a block's name in the first record".into();
+            return unexpected("a RAM record", expected, "\"the same block\"".into());
+        };
+        self.current = Some(index);
+        if offset >= block.block.len {
+            let expected =
+                format!("an offset below {:#x} in {}", block.block.len, block.block.name);
+            return unexpected("a RAM record", expected, format!("{offset:#x}"));
+        }
+        Ok(index)
+    }
+}
+
+/// The bytes of a compressed page.
+fn compressed(from: &mut dyn ByteSource) -> Result<Vec<u8>, WireError> {
+    let (what, offset) = ("a compressed page's length", from.offset());
+    let found = read_u32(from, what)?;
+    // zlib makes what it can't compress a little longer.
+    let max = 2 * PAGE_SIZE;
+    if u64::from(found) > max {
+        return Err(WireError::TooLarge { what, offset, found: found.into(), max });
+    }
+    read_bytes(from, found, "a compressed page")
+}
+
+/// With the capability x-ignore-shared each block's length is followed by its guest address.
+fn blocks_with_addresses(
+    from: &mut dyn ByteSource,
+    total: u64,
+) -> Result<Vec<(RamBlock, Option<u64>)>, WireError> {
+    let (mut blocks, mut left) = (Vec::new(), total);
+    while left > 0 {
+        let at = from.offset();
+        let name = read_str8(from, "a RAM block's name")?;
+        let len = read_u64(from, "a RAM block's length")?;
+        let address = read_u64(from, "a RAM block's address")?;
+        if len == 0 || len > left || blocks.len() >= crate::wire::limits::MAX_RAM_BLOCKS {
+            return Err(WireError::Unexpected {
+                what: "a RAM block's length",
+                offset: at,
+                expected: format!("at most the {left:#x} bytes left of the sum"),
+                found: format!("{len:#x} for {name}"),
+            });
+        }
+        left = left.saturating_sub(len);
+        blocks.push((RamBlock { name, len }, Some(address)));
+    }
+    Ok(blocks)
+}

@@ -1,0 +1,144 @@
+//! Writes a stream anew from what was understood of it.
+
+use std::io::{self, Write};
+
+use super::report::{CommandPart, DeviceSection};
+use super::visit::{PageContent, PageRecord, Visitor};
+use super::walk::OWN_COMMANDS;
+use crate::guest::RamBlock;
+use crate::wire::header::{self, Configuration};
+use crate::wire::section::{
+    PartType, SectionHeader, write_footer, write_header, write_part_header,
+};
+use crate::wire::{ram, write_str8};
+
+/// A visitor that writes what it is shown, with the encoders that a source uses. If the result is what
+/// was read, nothing was overlooked.
+pub struct Rewriter<W> {
+    to: W,
+    out: Vec<u8>,
+}
+
+impl<W: Write> Rewriter<W> {
+    /// Writes to `to`.
+    pub fn new(to: W) -> Self {
+        Self { to, out: Vec::new() }
+    }
+
+    /// What it has written to.
+    pub fn into_inner(self) -> W {
+        self.to
+    }
+
+    fn write(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> io::Result<()> {
+        self.out.clear();
+        write(&mut self.out);
+        self.to.write_all(&self.out)
+    }
+}
+
+impl<W: Write> Visitor for Rewriter<W> {
+    fn begin(&mut self, configuration: &Configuration) -> io::Result<()> {
+        self.write(|out| header::write(out, configuration))
+    }
+
+    fn ram(&mut self, kind: PartType, id: u32, header: Option<&SectionHeader>) -> io::Result<()> {
+        self.write(|out| match header {
+            Some(header) => write_header(out, kind, header),
+            None => write_part_header(out, kind, id),
+        })
+    }
+
+    fn blocks(&mut self, _: usize, blocks: &[(RamBlock, Option<u64>)]) -> io::Result<()> {
+        self.write(|out| {
+            if blocks.iter().all(|(_, address)| address.is_none()) {
+                let blocks: Vec<_> = blocks.iter().map(|(block, _)| block.clone()).collect();
+                return ram::write_blocks(out, &blocks);
+            }
+            let total = blocks.iter().fold(0_u64, |sum, (block, _)| sum.saturating_add(block.len));
+            out.extend_from_slice(&(total | ram::MEM_SIZE).to_be_bytes());
+            for (block, address) in blocks {
+                write_str8(out, &block.name);
+                out.extend_from_slice(&block.len.to_be_bytes());
+                out.extend_from_slice(&address.unwrap_or_default().to_be_bytes());
+            }
+        })
+    }
+
+    fn page(&mut self, record: PageRecord<'_>, content: PageContent<'_>) -> io::Result<()> {
+        let PageRecord { block, same_block, offset, .. } = record;
+        let name = (!same_block).then_some(block.name.as_str());
+        self.write(|out| match content {
+            PageContent::Filled(byte) => {
+                ram::write_record(out, name, offset, ram::ZERO);
+                out.push(byte);
+            }
+            PageContent::Bytes(page) => {
+                ram::write_page_header(out, name, offset);
+                out.extend_from_slice(page);
+            }
+            PageContent::Xbzrle { encoding, bytes } => {
+                ram::write_record(out, name, offset, ram::XBZRLE);
+                out.push(encoding);
+                out.extend_from_slice(&(bytes.len() as u16).to_be_bytes());
+                out.extend_from_slice(bytes);
+            }
+            PageContent::Compressed(bytes) => {
+                ram::write_record(out, name, offset, ram::COMPRESS);
+                out.extend_from_slice(&(bytes.len() as u32).to_be_bytes());
+                out.extend_from_slice(bytes);
+            }
+        })
+    }
+
+    fn multifd_flush(&mut self) -> io::Result<()> {
+        self.to.write_all(&ram::MULTIFD_FLUSH.to_be_bytes())
+    }
+
+    fn end_of_records(&mut self) -> io::Result<()> {
+        self.write(ram::write_eos)
+    }
+
+    fn footer(&mut self, id: u32) -> io::Result<()> {
+        self.write(|out| write_footer(out, id))
+    }
+
+    fn device(&mut self, section: &DeviceSection) -> io::Result<()> {
+        let DeviceSection { id, key, version, .. } = section;
+        let header = SectionHeader { id: *id, key: key.clone(), version: *version };
+        self.write(|out| {
+            write_header(out, PartType::Full, &header);
+            match &section.value {
+                Some(value) => value.write(out),
+                None => out.extend_from_slice(&section.body),
+            }
+        })
+    }
+
+    fn command(&mut self, command: &CommandPart) -> io::Result<()> {
+        self.write(|out| {
+            out.push(PartType::Command as u8);
+            out.extend_from_slice(&command.number.to_be_bytes());
+            let len = command.payload.len();
+            if OWN_COMMANDS.contains(&command.number) {
+                out.extend_from_slice(&4_u16.to_be_bytes());
+                out.extend_from_slice(&(len as u32).to_be_bytes());
+            } else {
+                out.extend_from_slice(&(len as u16).to_be_bytes());
+            }
+            out.extend_from_slice(&command.payload);
+        })
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.to.write_all(&[PartType::Eof as u8])
+    }
+
+    fn description(&mut self, text: &[u8]) -> io::Result<()> {
+        self.write(|out| {
+            out.push(PartType::Description as u8);
+            out.extend_from_slice(&(text.len() as u32).to_be_bytes());
+            out.extend_from_slice(text);
+        })
+    }
+}

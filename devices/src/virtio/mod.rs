@@ -27,6 +27,7 @@ mod queue;
 mod registers;
 pub mod rng;
 mod state;
+mod take_apart;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -45,3 +46,4 @@ pub use pci::{Generation, VirtioEvents, VirtioPci, Wiring};
 pub use queue::{MAX_QUEUE_SIZE, NO_VECTOR, QueueError, RingAddresses, VirtQueue};
 pub use rng::Rng;
 pub use state::VirtioSection;
+pub use take_apart::take_apart;

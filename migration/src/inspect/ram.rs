@@ -74,13 +74,13 @@ impl RamReader {
             let at = from.offset();
             let header = read_u64(from, "a RAM record")?;
             let (offset, flags) = (header & !0xfff, header & 0xfff);
-            match flags & !CONTINUE {
-                EOS => return Ok(visitor.end_of_records()?),
-                MULTIFD_FLUSH => {
+            match (flags, offset) {
+                (EOS, 0) => return Ok(visitor.end_of_records()?),
+                (MULTIFD_FLUSH, 0) => {
                     visitor.multifd_flush()?;
                     continue;
                 }
-                MEM_SIZE => {
+                (MEM_SIZE, _) => {
                     self.list(from, offset, visitor)?;
                     continue;
                 }

@@ -241,10 +241,13 @@ impl<R: Read> Walk<R> {
         let number = read_u16(&mut self.input, "a command")?;
         let length = read_u16(&mut self.input, "a command's length")?;
         let mut payload = read_bytes(&mut self.input, length.into(), "a command's payload")?;
-        if OWN_COMMANDS.contains(&number)
-            && let Some(len) = payload.first_chunk::<4>()
-        {
-            let len = u32::from_be_bytes(*len);
+        if OWN_COMMANDS.contains(&number) {
+            let Ok(len) = <[u8; 4]>::try_from(payload) else {
+                let (what, found) = ("a command's length", length.to_string());
+                let expected = format!("4 for command {number:#x}");
+                return Err(WireError::Unexpected { what, offset, expected, found }.into());
+            };
+            let len = u32::from_be_bytes(len);
             if len > MAX_JSON {
                 let what = "a command's payload";
                 let (found, max) = (len.into(), MAX_JSON.into());

@@ -7,6 +7,7 @@ mod console;
 mod control;
 mod demo;
 mod documents;
+mod inspect;
 mod migrate;
 mod terminal;
 
@@ -78,6 +79,12 @@ enum Command {
     Reset(VmArg),
     /// Attach this terminal to a VM's serial port (leave with Ctrl-])
     Console(VmArg),
+    /// Show what a migration stream contains, QEMU's or our own
+    ///
+    /// A broken stream is shown up to the break, with what was expected there and what it mostly comes
+    /// from. Devices are taken apart by the description at the stream's end, so any machine's can be
+    /// shown.
+    Inspect(inspect::InspectArgs),
     /// Watch a running VM leave one process and go on in another
     Demo {
         /// Memory of the VM
@@ -161,6 +168,9 @@ enum CliError {
         #[source]
         source: std::io::Error,
     },
+    /// A stream that is not as it should be.
+    #[error("{0}")]
+    Inspect(String),
     /// The demonstration went wrong.
     #[error("the demonstration failed: {0}")]
     Demo(String),
@@ -243,6 +253,7 @@ fn dispatch(command: Command) -> Result<(), CliError> {
         Command::Powerdown(vm) => control::simple(&vm, "system_powerdown"),
         Command::Reset(vm) => control::simple(&vm, "system_reset"),
         Command::Console(vm) => console::attach(&vm),
+        Command::Inspect(args) => inspect::inspect(&args),
         Command::Demo { memory, smp } => demo::demo(&memory, smp),
         Command::SelfcheckImage { file } => std::fs::write(file, crate::selfcheck::IMAGE)
             .map_err(CliError::io("cannot write the self-checking guest")),

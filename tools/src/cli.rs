@@ -49,12 +49,25 @@ enum Command {
     /// Measure mini-vmm against QEMU, and others, in one run with interleaved rounds
     #[command(long_about = BENCH_ABOUT)]
     Bench(BenchArgs),
+    /// Give every section of a machine bytes as a hostile source would send them
+    Fuzz {
+        /// For how long: 60s, 8h
+        #[arg(long, default_value = "60s", value_name = "TIME", value_parser = duration)]
+        time: Duration,
+        /// Begin where an earlier run began, which has printed this
+        #[arg(long, value_name = "NUMBER")]
+        seed: Option<u64>,
+    },
     /// Read the streams in a folder to their last bytes, and write them the same
     ///
     /// Files may be packed with xz, gzip or zstd.
     Golden {
         /// Where they are
-        folder: PathBuf,
+        #[arg(required_unless_present = "strip")]
+        folder: Option<PathBuf>,
+        /// Write the stream in a file without its pages to a new file, packed by xz
+        #[arg(long, num_args = 2, value_names = ["FROM", "TO"], conflicts_with = "folder")]
+        strip: Option<Vec<PathBuf>>,
     },
     /// Install and fetch what the tools need (they also do so themselves when they need it)
     Setup,
@@ -234,8 +247,17 @@ impl Cli {
             }
             Command::Test { native_only } => xtask::suite::run(native_only).map(|()| 0),
             Command::Bench(args) => args.run().map(|()| 0),
-            Command::Golden { folder } => {
-                xtask::golden::check(&folder)?;
+            Command::Fuzz { time, seed } => {
+                xtask::suite::fuzz(time, seed)?;
+                Ok(0)
+            }
+            Command::Golden { folder, strip } => {
+                if let Some([from, to]) = strip.as_deref() {
+                    xtask::golden::strip(from, to)?;
+                }
+                if let Some(folder) = folder {
+                    xtask::golden::check(&folder)?;
+                }
                 Ok(0)
             }
             Command::Setup => {

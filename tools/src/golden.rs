@@ -2,7 +2,7 @@
 //! writer learns here what he has broken.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Read, Seek, Write};
+use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -85,6 +85,30 @@ fn check_file(path: &Path) -> Result<Option<String>> {
         "{} bytes, {pages} pages, {known} of {devices} devices described",
         report.bytes
     )))
+}
+
+/// Writes a stream without its pages, packed, for a folder of recorded ones: what is left is the
+/// machine, and nobody's programs.
+///
+/// # Errors
+/// If it can't be read to its end, or the new file can't be written.
+pub fn strip(from: &Path, to: &Path) -> Result<()> {
+    let plain = tempfile::tempfile().doing(|| "make a temporary file".to_owned())?;
+    let share = || plain.try_clone().doing(|| "share a temporary file".to_owned());
+    let mut rewriter = Rewriter::new(BufWriter::new(share()?)).without_pages();
+    let bad = |why: String| Error::Golden { file: from.to_owned(), why };
+    let report = inspect::read(unpacked(from)?, &mut rewriter, &mut |_| {});
+    let report = report.map_err(|e| bad(e.to_string()))?;
+    if let Some(broken) = report.broken {
+        return Err(bad(format!("it breaks at offset {:#x}: {}", broken.offset, broken.what)));
+    }
+    rewriter.into_inner().flush().doing(|| "write a temporary file".to_owned())?;
+    let mut packed = share()?;
+    packed.rewind().doing(|| "read a temporary file".to_owned())?;
+    let file = File::create_new(to).doing(|| format!("make {}", to.display()))?;
+    let mut pack = Command::new("xz");
+    pack.args(["-9e", "-c"]).stdin(packed).stdout(file).stderr(Stdio::inherit());
+    process::run(&mut pack)
 }
 
 /// The file itself, or a nameless file with what is packed in it.

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::kernel::KernelKind;
 use crate::lab::{self, HostOptions, LabCommand, Second};
-use crate::{bench, images, process, setup};
+use crate::{bench, golden, images, process, setup};
 
 /// Times in the lab are those of an emulated processor: the tests' deadlines grow by this factor.
 const LAB_SLOWNESS: &str = "5";
@@ -24,6 +24,8 @@ const LAB_TIMEOUT: Duration = Duration::from_secs(480);
 const LAB_TRIES: u32 = 3;
 /// How many tries may fail in one run of all tests: a change that breaks much is not the lab's fault.
 const LAB_FAILURES: u32 = 4;
+/// Streams that every later version must read.
+const GOLDEN: &str = "tests/golden";
 /// Lab tests whose names begin so need a second host.
 const PAIR_PREFIX: &str = "lab_pair";
 
@@ -56,6 +58,15 @@ pub fn run(native_only: bool) -> Result<()> {
         cargo(&["doc", "--workspace", "--no-deps", "--quiet"], &deny)
     })?;
     step("licences and sources of dependencies", &mut dependencies)?;
+    step("recorded streams", &mut || {
+        golden::check(Path::new(GOLDEN))?;
+        // Others, where this machine has some.
+        match std::env::var_os("MINI_VMM_GOLDEN") {
+            Some(folder) => golden::check(Path::new(&folder)).map(drop),
+            None => Ok(()),
+        }
+    })?;
+    step("hostile bytes for every section, a minute", &mut || fuzz(Duration::from_secs(60), None))?;
     // The system tests run the program itself.
     step("build", &mut || cargo(&["build", "--package", "vmm", "--quiet"], &[]))?;
     step("unit, protocol and KVM tests", &mut || {
@@ -104,6 +115,16 @@ pub fn run_in_lab(name: &str, args: &[String]) -> Result<()> {
     let program = program
         .ok_or_else(|| Error::NoLabProgram { name: name.into(), known: known.join(", ") })?;
     in_lab(program, args, &mut Failures::default())
+}
+
+/// Gives every section of a machine changed bytes for so long, from this seed on.
+pub fn fuzz(time: Duration, seed: Option<u64>) -> Result<()> {
+    let seconds = time.as_secs().to_string();
+    let seed = seed.map(|seed| seed.to_string());
+    let mut env = vec![("MINI_VMM_FUZZ_SECONDS", seconds.as_str())];
+    env.extend(seed.as_deref().map(|seed| ("MINI_VMM_FUZZ_SEED", seed)));
+    let test = ["test", "--package", "vmm", "--test", "fuzz_sections", "--quiet"];
+    cargo(&[test.as_slice(), &["--", "--nocapture"]].concat(), &env)
 }
 
 fn verdict(result: &Result<()>) -> &'static str {

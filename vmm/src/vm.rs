@@ -182,7 +182,7 @@ impl Vm {
     }
 
     /// Every section of the machine, in QEMU's order. `state` is what is told of whether it runs.
-    pub(crate) fn sections(self: &Arc<Self>, state: RunState) -> Vec<Box<dyn Section>> {
+    pub fn sections(self: &Arc<Self>, state: RunState) -> Vec<Box<dyn Section>> {
         let [mut all, chips, pit] = kvm_state::sections(self);
         let (mut chips, mut pit) = (Some(chips), Some(pit));
         for section in self.machine.board.sections() {

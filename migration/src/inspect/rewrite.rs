@@ -17,12 +17,18 @@ use crate::wire::{ram, write_str8};
 pub struct Rewriter<W> {
     to: W,
     out: Vec<u8>,
+    pages: bool,
 }
 
 impl<W: Write> Rewriter<W> {
     /// Writes to `to`.
     pub fn new(to: W) -> Self {
-        Self { to, out: Vec::new() }
+        Self { to, out: Vec::new(), pages: true }
+    }
+
+    /// Leaves every page out: what stays is the machine, without what its guest had in memory.
+    pub fn without_pages(self) -> Self {
+        Self { pages: false, ..self }
     }
 
     /// What it has written to.
@@ -66,6 +72,9 @@ impl<W: Write> Visitor for Rewriter<W> {
     }
 
     fn page(&mut self, record: PageRecord<'_>, content: PageContent<'_>) -> io::Result<()> {
+        if !self.pages {
+            return Ok(());
+        }
         let PageRecord { block, same_block, offset, .. } = record;
         let name = (!same_block).then_some(block.name.as_str());
         self.write(|out| match content {

@@ -11,6 +11,7 @@
 mod devices;
 mod error;
 mod keys;
+mod overrule;
 mod resolve;
 mod settings;
 mod text;

@@ -64,17 +64,16 @@ pub(super) fn char_shorthand(
         // A file's name is all that follows, commas and all.
         Some(("file", path)) => Some(CharBackend::File(path.into())),
         Some(("unix", rest)) => {
-            let mut pairs = split(rest, Some("path")).into_iter();
-            let path = pairs.next().map(|(_, path)| path).unwrap_or_default();
-            let rest: Vec<_> = pairs.map(|(key, value)| format!("{key}={value}")).collect();
-            let mut props = Props::parse(&rest.join(","), "").unwrap_or_default();
+            let mut pairs = split(rest, Some("path"));
+            let path = if pairs.is_empty() { String::new() } else { pairs.remove(0).1 };
+            let mut props = Props::of(pairs);
             let backend = socket(path, &mut props, option, found)?;
             props.settle(option, &[CHARDEV], found);
             Some(backend)
         }
         _ => {
             let (kind, rest) = text.split_once(',').unwrap_or((text, ""));
-            let props = Props::parse(rest, "").unwrap_or_default();
+            let props = Props::of(split(rest, None));
             char_backend(kind, props, option, found)
         }
     }

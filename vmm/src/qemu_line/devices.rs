@@ -24,6 +24,18 @@ pub(super) struct Backends {
     pub(super) chars: BTreeMap<String, Option<CharBackend>>,
 }
 
+impl Backends {
+    /// Those that no device has taken.
+    fn tell_unused(&self, found: &mut Findings) {
+        let drives = self.drives.unused().map(|id| format!("-drive or -blockdev {id}"));
+        let nets = self.nets.keys().map(|id| format!("-netdev {id}"));
+        let chars = self.chars.keys().map(|id| format!("-chardev {id}"));
+        for option in drives.chain(nets).chain(chars) {
+            found.note(&option, "no device uses it; left out");
+        }
+    }
+}
+
 /// Gives out slots as QEMU does while it goes through the devices, and makes settings of them.
 pub(super) struct Devices<'a> {
     backends: Backends,
@@ -53,11 +65,8 @@ impl<'a> Devices<'a> {
         }
         // QEMU makes these when it has seen all options.
         for drive in std::mem::take(&mut self.backends.drives.virtio) {
-            let mut props = Props::default();
-            for word in ["driver=virtio-blk-pci".to_string(), format!("drive={drive}")] {
-                props.merge(Props::parse(&word, "driver").unwrap_or_default());
-            }
-            self.device(props);
+            let pairs = [("driver", "virtio-blk-pci".to_string()), ("drive", drive)];
+            self.device(Props::of(pairs.map(|(key, value)| (key.to_string(), value)).into()));
         }
         if let Some((option, _)) = self.serial.take() {
             self.found.matters(
@@ -67,6 +76,7 @@ impl<'a> Devices<'a> {
             );
         }
         self.name_the_nameless();
+        self.backends.tell_unused(self.found);
     }
 
     /// A device without an id is named by its kind and place; not as one that has been given that

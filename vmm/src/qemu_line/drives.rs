@@ -1,6 +1,6 @@
 //! Disk images in a QEMU command line: `-drive`, and the nodes of `-blockdev`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::findings::Findings;
@@ -47,6 +47,8 @@ pub(super) struct Image {
 pub(super) struct Drives {
     images: BTreeMap<String, Option<Image>>,
     nodes: BTreeMap<String, Node>,
+    /// What devices have taken, and the nodes below it.
+    used: BTreeSet<String>,
     /// Those of `if=virtio`, which are disks without a `-device`.
     pub(super) virtio: Vec<String>,
 }
@@ -95,7 +97,9 @@ impl Drives {
         }
         let image = self.image_of_drive(&mut props, &option, found);
         props.settle(&option, &[DRIVE, HOST, ERRORS], found);
-        self.images.insert(id, image);
+        if self.images.insert(id, image).is_some() {
+            found.matters(option, "there is another one of that name, so QEMU refuses it");
+        }
     }
 
     fn image_of_drive(
@@ -146,6 +150,12 @@ impl Drives {
         Some(Image { path, readonly: readonly.unwrap_or(false), cache })
     }
 
+    /// Those that no device has asked for.
+    pub(super) fn unused(&self) -> impl Iterator<Item = &str> {
+        let names = self.images.keys().chain(self.nodes.keys());
+        names.filter(|name| !self.used.contains(*name)).map(String::as_str)
+    }
+
     /// Takes a `-blockdev`.
     pub(super) fn blockdev(&mut self, text: &str, found: &mut Findings) {
         let mut props = match Props::parse(text, "driver") {
@@ -157,12 +167,20 @@ impl Drives {
         };
         let option = format!("-blockdev {name}");
         let node = node(props, &option, MAX_DEPTH, found);
-        self.nodes.insert(name, node);
+        if self.nodes.insert(name, node).is_some() {
+            found.matters(option, "there is another one of that name, so QEMU refuses it");
+        }
     }
 
     /// The image that a device names. What is wrong with it goes to `found`, and has been told
     /// already where nothing comes back without a word.
-    pub(super) fn image(&self, name: &str, option: &str, found: &mut Findings) -> Option<Image> {
+    pub(super) fn image(
+        &mut self,
+        name: &str,
+        option: &str,
+        found: &mut Findings,
+    ) -> Option<Image> {
+        self.used.insert(name.to_string());
         if let Some(image) = self.images.get(name) {
             return image.clone();
         }
@@ -193,6 +211,7 @@ impl Drives {
                     (node, direct) = (below, below.direct.or(direct));
                 }
                 ("raw", Some(Below::Named(below))) => {
+                    self.used.insert(below.clone());
                     let Some(below) = self.nodes.get(below) else {
                         found.matters(option, format!("there is no -blockdev {below}"));
                         return None;

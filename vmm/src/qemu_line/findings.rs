@@ -36,8 +36,8 @@ pub enum LikeError {
     Program(String),
     /// Some of it matters to the guest, and can't be had.
     #[error(
-        "--like: a VM of mini-vmm can't be like this QEMU's, because of {}{}",
-        if .0.len() == 1 { "" } else { "\n  " },
+        "--like: a VM of mini-vmm can't be like this QEMU's:{}{}",
+        if .0.len() == 1 { " " } else { "\n  " },
         list(.0)
     )]
     Matters(Vec<Problem>),

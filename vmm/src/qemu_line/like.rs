@@ -1,5 +1,6 @@
 //! From a QEMU command line to settings.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::backends::{char_shorthand, chardev, netdev, or_null};
@@ -87,8 +88,14 @@ impl Reader {
             },
             "drive" => self.backends.drives.drive(&value, &mut self.found),
             "blockdev" => self.backends.drives.blockdev(&value, &mut self.found),
-            "netdev" => self.backends.nets.extend(netdev(&value, &mut self.found)),
-            "chardev" => self.backends.chars.extend(chardev(&value, &mut self.found)),
+            "netdev" => {
+                let netdev = netdev(&value, &mut self.found);
+                add("-netdev", &mut self.backends.nets, netdev, &mut self.found);
+            }
+            "chardev" => {
+                let chardev = chardev(&value, &mut self.found);
+                add("-chardev", &mut self.backends.chars, chardev, &mut self.found);
+            }
             "device" => self.devices.push(value),
             "serial" => self.serials.push(value),
             "qmp" | "qmp-pretty" => self.qmps.push(value),
@@ -234,5 +241,19 @@ impl Reader {
                 }
             },
         }
+    }
+}
+
+/// Keeps a backend under its id.
+fn add<T>(
+    option: &str,
+    all: &mut BTreeMap<String, T>,
+    backend: Option<(String, T)>,
+    found: &mut Findings,
+) {
+    let Some((id, backend)) = backend else { return };
+    let option = format!("{option} {id}");
+    if all.insert(id, backend).is_some() {
+        found.matters(option, "there is another one of that id, so QEMU refuses it");
     }
 }

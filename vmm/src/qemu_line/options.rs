@@ -18,10 +18,12 @@ enum Class {
     Read,
     /// The guest does not see it.
     Host,
+    /// The same, but something else is different, which is told.
+    Instead(&'static str),
     /// It matters; what to do about it.
     Matters(&'static str),
 }
-use Class::{Host, Matters, Read};
+use Class::{Host, Instead, Matters, Read};
 
 const NO_SUCH_DEVICE: &str = "mini-vmm has no such device; start the guest in QEMU without it";
 const NO_SUCH_DISK: &str = "it is not a virtio disk; write -drive if=none,id=…,file=…,format=raw and \
@@ -75,10 +77,10 @@ const OPTIONS: &[(&str, bool, Class)] = &[
     ("full-screen", false, Host),
     ("monitor", true, Host),
     ("echr", true, Host),
-    ("no-reboot", false, Host),
-    ("no-shutdown", false, Host),
-    ("action", true, Host),
-    ("boot", true, Host),
+    ("no-reboot", false, Instead("a guest that reboots is started again here; left out")),
+    ("no-shutdown", false, Instead("a VM whose guest switches itself off ends here; left out")),
+    ("action", true, Instead("what a guest's end leads to can't be chosen here; left out")),
+    ("boot", true, Instead("no firmware runs here that would choose; left out")),
     ("daemonize", false, Host),
     ("pidfile", true, Host),
     ("chroot", true, Host),
@@ -183,6 +185,7 @@ pub(super) fn sort(words: &[String], found: &mut Findings) -> Vec<Opt> {
         match class {
             Read => options.push(Opt { name, value }),
             Host => found.note(&shown, "the guest does not see it; left out"),
+            Instead(what) => found.note(&shown, what),
             Matters(why) => found.matters(shown, *why),
         }
     }

@@ -39,6 +39,11 @@ impl Props {
         Ok(Self(pairs))
     }
 
+    /// Of pairs that have been split already.
+    pub(super) fn of(pairs: Vec<(String, String)>) -> Self {
+        Self(pairs)
+    }
+
     /// Says all that `later` says over again, as an option that is given twice.
     pub(super) fn merge(&mut self, later: Self) {
         self.0.extend(later.0);

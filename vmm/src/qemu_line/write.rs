@@ -61,11 +61,13 @@ impl QemuLine {
         if let Some(balloon) = &config.balloon {
             line.device("virtio-balloon-pci", &balloon.id, balloon.addr, balloon.virtio, "");
         }
-        // No device can have this name, since theirs are one word behind "char-".
+        // No device can have these names, since theirs are one word behind "char-".
         line.chardev("serial0", &config.serial)?;
         line.option("-serial", "chardev:serial0");
         if let Some(qmp) = &config.qmp {
-            line.option("-qmp", format!("unix:{},server=on,wait=off", escaped(&qmp.0)?));
+            // The short form takes a path with an equals sign for something else.
+            line.chardev("qmp0", &CharBackend::Unix(qmp.0.clone()))?;
+            line.option("-qmp", "chardev:qmp0");
         }
         if config.paused {
             line.options.push(vec!["-S".to_string()]);

@@ -64,8 +64,10 @@ fn what_the_guest_does_not_see_is_told() {
         ("-monitor stdio", "-monitor stdio: "),
         ("-pidfile /run/x", "-pidfile /run/x: "),
         ("-daemonize", "-daemonize: "),
-        ("-no-reboot", "-no-reboot: "),
-        ("-boot order=c,menu=on", "-boot order=c,menu=on: "),
+        ("-no-reboot", "-no-reboot: a guest that reboots is started again here"),
+        ("-boot order=c,menu=on", "-boot order=c,menu=on: no firmware runs here"),
+        ("-netdev tap,id=n,ifname=t", "-netdev n: no device uses it"),
+        ("-drive if=none,id=d,file=x,format=raw", "-drive or -blockdev d: no device uses it"),
         ("-name 'two words'", "say another with --name"),
         ("-name web,process=x", "the guest does not see process"),
         ("-incoming exec:cat", "say with --migrate-listen"),
@@ -127,6 +129,11 @@ fn what_matters_is_named_with_what_to_do() {
         ("-serial null", "-serial null: mini-vmm has one serial port"),
         ("disk.img", "'disk.img': a word that belongs to no option"),
         ("-append", "-append: its value is missing"),
+        ("-chardev null,id=c -chardev pty,id=c", "-chardev c: there is another one of that id"),
+        (
+            "-blockdev file,node-name=d,filename=x -blockdev file,node-name=d,filename=y",
+            "another one",
+        ),
         ("> log", "if a shell was to see it"),
     ] {
         let error = refusal(&format!("{BOARD} {said}"));
@@ -211,6 +218,7 @@ fn the_lines_of_a_test_bench() {
         for reason in reasons {
             assert!(error.contains(reason), "{options}: {error}");
         }
+        // A heading stands above several, and in the line of a single one.
         let lines = error.lines().count() - usize::from(reasons.len() > 1);
         assert_eq!(lines, reasons.len(), "{options}: {error}");
     }

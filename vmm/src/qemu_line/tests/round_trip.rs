@@ -1,7 +1,7 @@
 //! A configuration is written for QEMU, read back, and is the same.
 
 use super::*;
-use crate::config::{MigrateListen, OnOff};
+use crate::config::MigrateListen;
 
 fn assert_comes_back(config: &Config) {
     let line = QemuLine::of(config, None).unwrap();
@@ -21,12 +21,11 @@ fn configurations_come_back_the_same() {
         "kernel = '-odd'\nappend = \"root=/dev/vda quiet 'a b' \\\"c\\\" $HOME \\\\ # !\"\nmemory = '3584M'",
         "name = 'web.1'\nuuid = '12345678-1234-5678-1234-567812345678'\nsmp = 254\nmemory = '1T'\n\
          cpu = 'host,migratable=off'\nmigrate-listen = 'tcp:[::1]:7000'\npaused = true\n\
-         firmware = '/my bios/b,c.bin'\nqmp = 'unix:/run/a,b c.sock'\nserial = 'pty'",
+         firmware = '/my bios/b,c.bin'\nqmp = 'unix:/run/a,b=c d.sock'\nserial = 'pty'",
         "migrate-listen = 'unix:/run/a,b=c d.sock'\nsmp = 4\nserial = 'unix:/run/s,1=x.sock'\nrng = true\n\
          balloon = { addr = '1f' }\nconsole = { backend = 'file:/tmp/a,,b.log', id = 'hvc' }\n\
-         disk = [{ path = 'a,b.img' }, { path = '/b c/it''s.img', readonly = true, cache = 'none', queues = 1, addr = '9' }]\n\
-         net = [{ tap = 'tap,0' }, { stream = 'unix:/n,et.sock', virtio = 'legacy' }, { stream = 'tcp:[fe80::1]:99' }]"
-            .replace("it''s", "its").as_str(),
+         disk = [{ path = 'a,b.img' }, { path = '/b c/its.img', readonly = true, cache = 'none', queues = 1, addr = '9' }]\n\
+         net = [{ tap = 'tap,0' }, { stream = 'unix:/n,et.sock', virtio = 'legacy' }, { stream = 'tcp:[fe80::1]:99' }]",
         "kernel = 'k'\ninitrd = 'i'\n\
          disk = [{ path = 'nbd:img' }, { path = \"it's \\\"q\\\"=\\n.img\" }, { path = './x:y' }, { path = 'json:{}' }]",
     ] {
@@ -142,5 +141,25 @@ fn flags_are_said_over_the_line() {
     );
     assert_eq!(config, want);
     assert_eq!(line.notes, [] as [&str; 0]);
-    assert_eq!(Settings::default().paused.map(|OnOff(on)| on), None);
+}
+
+/// What operators are told to write is understood, and little of it is left out.
+#[test]
+fn the_line_of_the_manual_is_taken() {
+    let manual = include_str!("../../../../docs/qemu.md");
+    let from = manual.find("    qemu-system-x86_64").expect("a command line");
+    let block = &manual[from..];
+    let line = &block[..block.find("\n\n").expect("its end")];
+    let like = Like::from_line(line).unwrap();
+    let notes = [
+        "-display none: the guest does not see it; left out",
+        "-netdev tap,id=net0: the guest does not see downscript, script; left out",
+    ];
+    assert_eq!(like.notes, notes);
+    let want = from_toml(
+        "kernel = 'vmlinuz'\ninitrd = 'initrd.img'\nappend = 'console=ttyS0 root=/dev/vda'\n\
+         memory = '1024M'\nsmp = 2\ndisk = [{ path = 'web.img' }]\nnet = [{ tap = 'tap0' }]\n\
+         serial = 'unix:/run/web.serial'\nqmp = 'unix:/run/web.qmp'",
+    );
+    assert_eq!(Config::resolve(like.settings).unwrap(), want);
 }

@@ -70,6 +70,11 @@ fn what_is_not_understood_is_named_and_ends_with_2() {
         (&["run", "--selfcheck", "--disk", "pth=x"], "did you mean 'path'?"),
         (&["run", "--selfcheck", "--net", "mac=52:54:00:12:34:56"], "tap=NAME or stream=ADDR"),
         (&["run", "--migrate-listen", "tpc:localhost:1"], "did you mean 'tcp:localhost:1'?"),
+        (&["run", "--like", "qemu-system-x86_64 -name 'x"], "a quote in it is not closed"),
+        (&["run", "--like", "qemu-system-x86_64 -device e1000"], "-device e1000: mini-vmm has no"),
+        (&["run", "--like", "-m 1G", "--config", config], "cannot be used with"),
+        (&["qemu-command", "--config", config], "did you mean 'memory'?"),
+        (&["qemu-command", "--incoming", "tpc:localhost:1"], "did you mean 'tcp:localhost:1'?"),
         (&["migrate", "tcp:localhost"], "tcp:HOST:PORT"),
         (&["migrate", "tcp:localhost:1", "--downtime", "300"], "a time with its unit"),
         (&["migrate", "tcp:localhost:1", "--on-timeout", "force"], "--timeout"),
@@ -109,6 +114,7 @@ fn what_cannot_be_had_is_named_and_ends_with_1() {
         (&["run", "--selfcheck", "--net", "tap=absent0"], "absent0"),
         (&["status"], "no VM runs here"),
         (&["stop", "--vm", "nobody"], "no VM named 'nobody'"),
+        (&["qemu-command", "--vm", "nobody"], "no VM named 'nobody'"),
         (&["migrate", "tcp:127.0.0.1:1"], "no VM runs here"),
     ] {
         refused(dir.path(), args, 1, words);

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod power;
+pub mod qemu_line;
 pub mod qmp;
 pub mod ram_access;
 pub mod rom;

@@ -9,6 +9,7 @@ mod demo;
 mod documents;
 mod inspect;
 mod migrate;
+mod qemu;
 mod terminal;
 
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::client::{ClientError, QmpClient};
 use crate::config::{Config, ConfigError, MigrationUri, Settings, nearest};
+use crate::qemu_line::{LikeError, WriteError};
 use crate::run::RunError;
 use crate::rundir::{self, RunDirError};
 
@@ -30,6 +32,7 @@ Examples:
       --migrate-listen tcp:0.0.0.0:7000                     ... waits for it on another host
   mini-vmm migrate --vm web tcp:other-host:7000             ... and this moves it there
   mini-vmm status --json                                    the recorded configuration
+  mini-vmm qemu-command --incoming tcp:0.0.0.0:7001         the QEMU that could take it
 ";
 
 /// A KVM virtual machine monitor whose reason to exist is live migration that cannot lose a VM.
@@ -51,6 +54,13 @@ enum Command {
     /// --migrate-listen. The guest runs on meanwhile, here until the destination holds all of it.
     /// Ctrl-C cancels, and the guest stays.
     Migrate(migrate::MigrateArgs),
+    /// Print the QEMU command line that equals a VM
+    ///
+    /// Of a running VM, or of the one that a configuration file describes. With --incoming that QEMU
+    /// waits for the VM, and 'mini-vmm migrate' moves it there. The other way round, 'mini-vmm run
+    /// --like' reads such a line.
+    #[command(name = "qemu-command")]
+    Qemu(qemu::QemuArgs),
     /// Show the VMs of this user that run on this host
     List {
         /// As JSON
@@ -116,6 +126,18 @@ struct RunArgs {
     /// Read settings from a TOML file; the keys are the flags' names
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Be like the VM of this QEMU command line: 'qemu-system-x86_64 ...', all in one argument
+    ///
+    /// What the guest does not see is left out with a note; what it sees and mini-vmm has not is an
+    /// error, so that a guest that QEMU runs with this line can be migrated here. Other flags are
+    /// said over it.
+    #[arg(
+        long,
+        value_name = "COMMAND LINE",
+        conflicts_with = "config",
+        allow_hyphen_values = true
+    )]
+    like: Option<String>,
     #[command(flatten)]
     settings: Settings,
 }
@@ -153,6 +175,15 @@ enum CliError {
     /// The VM does not answer, or refuses.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// A QEMU command line that can't be taken.
+    #[error(transparent)]
+    Like(#[from] LikeError),
+    /// No QEMU equals the VM.
+    #[error(transparent)]
+    Qemu(#[from] WriteError),
+    /// A VM of another version.
+    #[error("the configuration that the VM shows is not one of this version of mini-vmm")]
+    Recorded(#[source] serde_json::Error),
     /// The VM could not run.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -186,7 +217,9 @@ impl CliError {
         match self {
             // A file that can't be read is no mistake in what was said.
             Self::Config(ConfigError::File { .. }) => ExitCode::FAILURE,
-            Self::Config(_) | Self::Directory(RunDirError::Which(_)) => ExitCode::from(2),
+            Self::Config(_) | Self::Like(_) | Self::Directory(RunDirError::Which(_)) => {
+                ExitCode::from(2)
+            }
             _ => ExitCode::FAILURE,
         }
     }
@@ -244,6 +277,7 @@ fn dispatch(command: Command) -> Result<(), CliError> {
     match command {
         Command::Run(args) => run(*args),
         Command::Migrate(args) => migrate::migrate(&args),
+        Command::Qemu(args) => qemu::command(&args),
         Command::List { json } => control::list(json),
         Command::Status { vm, json } => control::status(&vm, json),
         Command::Stop(vm) => control::simple(&vm, "stop"),
@@ -266,9 +300,10 @@ fn dispatch(command: Command) -> Result<(), CliError> {
 }
 
 fn run(args: RunArgs) -> Result<(), CliError> {
-    let settings = match &args.config {
-        Some(file) => Settings::from_file(file)?.overruled_by(args.settings),
-        None => args.settings,
+    let settings = match (&args.config, &args.like) {
+        (Some(file), _) => Settings::from_file(file)?.overruled_by(args.settings),
+        (None, Some(line)) => qemu::like(line)?.overruled_by(args.settings),
+        (None, None) => args.settings,
     };
     let config = Config::resolve(settings)?;
     crate::run::run(&config)?;

@@ -77,7 +77,7 @@ pub(super) fn check_keys<'a, T: DeserializeOwned>(
 
 /// Splits `a=1,b=2,c` as QEMU writes options: a doubled comma is a comma in a value, a key without
 /// `=` means `on`. With `first`, a first part without `=` is the value of that key.
-pub(super) fn split(text: &str, first: Option<&str>) -> Vec<(String, String)> {
+pub(crate) fn split(text: &str, first: Option<&str>) -> Vec<(String, String)> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {

@@ -11,6 +11,7 @@
 mod devices;
 mod error;
 mod keys;
+mod overrule;
 mod resolve;
 mod settings;
 mod text;
@@ -32,7 +33,7 @@ pub use types::{CpuConfig, CpuModel, MacAddr, MachineType, PciSlot, VmName};
 pub use units::{ByteSize, HumanDuration, Rate};
 pub use uri::{MigrateListen, MigrationUri};
 
-pub(crate) use keys::nearest;
+pub(crate) use keys::{nearest, split};
 
 #[cfg(test)]
 mod tests;

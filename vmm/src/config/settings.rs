@@ -308,7 +308,7 @@ impl<'de> Deserialize<'de> for ConsoleSettings {
 }
 
 /// Everything that can be said about a VM. A flag overrules the file; disks and nets add up, the
-/// file's first.
+/// file's first, and one with the id of one in the file overrules that, key by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Settings {
@@ -366,14 +366,16 @@ pub struct Settings {
     /// Disk: path=FILE [,id=ID] [,addr=SLOT] [,readonly=on|off] [,cache=writeback|none] [,queues=N] [,virtio=transitional|modern|legacy]
     ///
     /// A raw image of any size, or a block device. A comma in a value is written twice. 'modern' and
-    /// 'legacy' are QEMU's disable-legacy=on and disable-modern=on. May be given several times.
+    /// 'legacy' are QEMU's disable-legacy=on and disable-modern=on. May be given several times; with the
+    /// id of a disk of --config or --like it changes that one.
     #[arg(long, value_name = "OPTIONS")]
     pub disk: Vec<DiskSettings>,
 
     /// Network device: tap=NAME or stream=ADDR [,mac=MAC] [,id=ID] [,addr=SLOT] [,virtio=KIND]
     ///
     /// The tap interface must exist. ADDR is tcp:HOST:PORT or unix:PATH, spoken to as QEMU's
-    /// '-netdev stream'. May be given several times.
+    /// '-netdev stream'. May be given several times; with the id of one of --config or --like it changes
+    /// that one.
     #[arg(long, value_name = "OPTIONS")]
     pub net: Vec<NetSettings>,
 
@@ -431,41 +433,6 @@ impl Settings {
         check_table(&table, place)?;
         // Once more from the text, so that a bad value is shown with its line.
         toml::from_str(text).map_err(parse_error)
-    }
-
-    /// `self` with everything that `flags` says instead, or in addition.
-    #[must_use]
-    pub fn overruled_by(mut self, flags: Self) -> Self {
-        if flags.kernel.is_some() {
-            self.selfcheck = None;
-        }
-        if flags.selfcheck.is_some() {
-            (self.kernel, self.initrd, self.append) = (None, None, None);
-        }
-        self.disk.extend(flags.disk);
-        self.net.extend(flags.net);
-        Self {
-            name: flags.name.or(self.name),
-            uuid: flags.uuid.or(self.uuid),
-            machine: flags.machine.or(self.machine),
-            cpu: flags.cpu.or(self.cpu),
-            smp: flags.smp.or(self.smp),
-            memory: flags.memory.or(self.memory),
-            kernel: flags.kernel.or(self.kernel),
-            initrd: flags.initrd.or(self.initrd),
-            append: flags.append.or(self.append),
-            firmware: flags.firmware.or(self.firmware),
-            selfcheck: flags.selfcheck.or(self.selfcheck),
-            disk: self.disk,
-            net: self.net,
-            rng: flags.rng.or(self.rng),
-            balloon: flags.balloon.or(self.balloon),
-            console: flags.console.or(self.console),
-            serial: flags.serial.or(self.serial),
-            qmp: flags.qmp.or(self.qmp),
-            paused: flags.paused.or(self.paused),
-            migrate_listen: flags.migrate_listen.or(self.migrate_listen),
-        }
     }
 }
 

@@ -124,6 +124,30 @@ fn flags_overrule_the_file() {
 }
 
 #[test]
+fn a_device_with_the_id_of_one_in_the_file_overrules_that() {
+    let file = "migrate-listen='defer'\ndisk=[{path='1'},{path='2',id='root',readonly=true,addr='9'}]\n\
+                net=[{tap='t',mac='52:54:00:aa:bb:cc'}]";
+    let file = Settings::from_toml(file, "x").unwrap();
+    let flags = "disk=[{path='3',id='root',queues=4},{path='4',id='disk0'},{path='5',id='disk1'}]\n\
+                 net=[{stream='unix:/s',id='net0',addr='1f'}]";
+    let flags = Settings::from_toml(flags, "x").unwrap();
+    let config = Config::resolve(file.overruled_by(flags)).unwrap();
+    let want = resolve(
+        "migrate-listen='defer'\n\
+         disk=[{path='4'},{path='3',id='root',readonly=true,addr='9',queues=4},{path='5',id='disk1'}]\n\
+         net=[{stream='unix:/s',mac='52:54:00:aa:bb:cc',addr='1f'}]",
+    );
+    assert_eq!(config, want.unwrap());
+
+    let twice = Settings::from_toml("disk=[{path='1',id='x'},{path='2',id='x'}]", "x").unwrap();
+    let error = Config::resolve(Settings {
+        migrate_listen: Some(MigrateListen::Defer),
+        ..Settings::default().overruled_by(twice)
+    });
+    assert!(error.unwrap_err().to_string().contains("id 'x' is used by both"));
+}
+
+#[test]
 fn refusals_say_what_is_right() {
     for (toml, want) in [
         (

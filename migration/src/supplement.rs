@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::{Manifest, RamDigests};
 use crate::vmstate::{ByteSource, SectionId};
-use crate::wire::limits::MAX_DESCRIPTION;
+use crate::wire::limits::MAX_SAVED_DESCRIPTION;
 use crate::wire::{WireError, read_bytes, read_u32};
 
 const WHAT: &str = "the description of the devices";
@@ -63,8 +63,8 @@ struct Description {
 pub(crate) fn read(source: &mut dyn ByteSource) -> Result<Option<Supplement>, WireError> {
     let offset = source.offset();
     let len = read_u32(source, WHAT)?;
-    if len > MAX_DESCRIPTION {
-        let (found, max) = (len.into(), MAX_DESCRIPTION.into());
+    if len > MAX_SAVED_DESCRIPTION {
+        let (found, max) = (len.into(), MAX_SAVED_DESCRIPTION.into());
         return Err(WireError::TooLarge { what: WHAT, offset, found, max });
     }
     let text = read_bytes(source, len, WHAT)?;

@@ -160,7 +160,8 @@ mod tests {
         while !pid.ends_with('\n') {
             let mut byte = [0];
             match pipe.read(&mut byte) {
-                Ok(_) => pid.push(char::from(byte[0])),
+                Ok(1) => pid.push(char::from(byte[0])),
+                Ok(_) => panic!("it has ended"),
                 Err(_) => thread::sleep(STEP),
             }
         }

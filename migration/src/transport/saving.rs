@@ -12,6 +12,8 @@ use super::StreamError;
 
 /// Guest memory has secrets: nobody else may read it.
 const MODE: u32 = 0o600;
+/// How many names are tried beside a file.
+const MAX_LEFT_BEHIND: u32 = 16;
 
 /// What is to be done about the file at the end. Dropping it undoes what was begun.
 #[derive(Debug)]
@@ -62,8 +64,7 @@ impl Saving {
         let mut options = OpenOptions::new();
         options.write(true).mode(MODE);
         if offset == 0 && found.is_none_or(|kind| kind.is_file()) {
-            let beside = beside(&path);
-            let file = options.create_new(true).open(&beside).map_err(failed)?;
+            let (file, beside) = create_beside(&path).map_err(failed)?;
             let saving = Self { path, beside: Some(beside), made: false, done: false };
             return Ok(Opened::File(file, saving));
         }
@@ -113,12 +114,22 @@ impl Drop for Saving {
     }
 }
 
-/// A name in the same directory that nobody else uses.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.part", std::process::id()));
-    path.with_file_name(name)
+/// A new file in the same directory, under a name that nobody else uses.
+fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
+    let mut last = io::ErrorKind::AlreadyExists.into();
+    for n in 0..MAX_LEFT_BEHIND {
+        let mut name = OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(format!(".{}-{n}.part", std::process::id()));
+        let beside = path.with_file_name(name);
+        match File::options().write(true).create_new(true).mode(MODE).open(&beside) {
+            Ok(file) => return Ok((file, beside)),
+            // Of a process that was killed, or of one in another container.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
 }
 
 #[cfg(test)]

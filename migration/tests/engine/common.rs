@@ -536,7 +536,8 @@ impl DestinationVm for FakeVm {
         }]
     }
     fn accept_block(&mut self, block: &RamBlock) -> bool {
-        let known = self.keeps.contains(&block.name);
+        let has = self.ram.blocks().iter().any(|b| b.name == block.name);
+        let known = self.keeps.contains(&block.name) && !has;
         if known {
             self.ram.blocks.lock().unwrap().push(block.clone());
             self.ram.data.lock().unwrap().push(vec![0; block.len as usize]);

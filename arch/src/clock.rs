@@ -74,7 +74,8 @@ impl ClockState {
                 tracing::warn!(
                     source_ns = then,
                     here_ns = now,
-                    "the two hosts' wall clocks disagree; the guest's clocks go on without the downtime"
+                    "the VM was saved long ago, or the two hosts' wall clocks disagree; the guest's \
+                     clocks go on without the time between"
                 );
                 0
             }

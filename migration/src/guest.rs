@@ -90,14 +90,20 @@ pub trait GuestRam: Send + Sync {
     fn blocks(&self) -> Vec<RamBlock>;
 
     /// Writes all parts to `out`, in order, with vectored writes straight from guest memory; any
-    /// number of parts (split at the system's `IOV_MAX`). `out` is a blocking socket with a send
-    /// timeout: an interrupted call is repeated, a partial one continued, and the error of a call
-    /// that timed out without moving a byte (`WouldBlock`) returned as it is.
-    fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()>;
+    /// number of parts (split at the system's `IOV_MAX`). An interrupted call is repeated, a partial
+    /// one continued. When `out` takes no more (`WouldBlock`: a blocking socket whose send timeout is
+    /// over, or a non-blocking pipe that is full) `full` is asked: it returns when the write may be
+    /// tried again, or the error that ends it.
+    fn write_parts(
+        &self,
+        out: BorrowedFd<'_>,
+        parts: &[IoPart<'_>],
+        full: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()>;
 
     /// One vectored read from `from` into the parts, in order. Returns how many bytes came, as
     /// `readv` does: 0 is the end of the stream, fewer than asked for is no error. An interrupted
-    /// call is repeated; `WouldBlock` is a receive timeout and is returned as it is.
+    /// call is repeated; `WouldBlock` (a receive timeout, or an empty pipe) is returned as it is.
     fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize>;
 
     /// Copies `bytes` to the block from byte `offset` on.

@@ -58,6 +58,8 @@
 //! - A destination that refuses after COMMIT has decided for ever before it says so.
 //! - Disk locks are given up before COMMIT and taken before the first vCPU runs, so that the
 //!   kernel arbitrates between two sides that both believe the VM is theirs.
+//! - Where nobody answers, nobody runs the guest before the stream is whole: a write or a flush that
+//!   fails is a refusal, and so is a command that ends badly.
 //! - A QEMU source resumes when the connection breaks before it has read `shut(0)`; so to a QEMU
 //!   `shut(0)` is sent before the guest starts, and the guest does not start when it can't be sent.
 
@@ -70,6 +72,9 @@ pub enum Peer {
     MiniVmm,
     /// It knows the stream and `shut`.
     Qemu,
+    /// A file, a pipe or a command, which answers nothing: what was written is all that is known.
+    /// Only a source has such a peer.
+    Nobody,
 }
 
 /// The side that gives the VM away.

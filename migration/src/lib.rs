@@ -33,6 +33,7 @@ pub mod params;
 pub mod phase;
 pub mod source;
 pub mod stats;
+pub(crate) mod supplement;
 pub mod transport;
 pub mod verify;
 pub mod vmstate;

@@ -34,7 +34,7 @@ use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 use crate::announce::{Announcer, Rounds};
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
-use crate::config::{self, Config, DiskCache, MigrationUri, VirtioVersion};
+use crate::config::{self, Config, DiskCache, SocketUri, VirtioVersion};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::KvmRouting;
 use crate::memory::Ram;
@@ -241,8 +241,8 @@ impl Board {
             let backend: Box<dyn NetBackend> = match &net.backend {
                 config::NetBackend::Tap(name) => Box::new(Tap::new(name.clone())),
                 config::NetBackend::Stream(uri) => Box::new(StreamSocket::new(match uri {
-                    MigrationUri::Tcp { host, port } => StreamAddress::Tcp(host.clone(), *port),
-                    MigrationUri::Unix(path) => StreamAddress::Unix(path.clone()),
+                    SocketUri::Tcp { host, port } => StreamAddress::Tcp(host.clone(), *port),
+                    SocketUri::Unix(path) => StreamAddress::Unix(path.clone()),
                 })),
             };
             let options = NetOptions { id: net.id.to_string(), mac: net.mac.0, backend };

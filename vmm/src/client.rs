@@ -3,11 +3,13 @@
 //! It blocks, and takes one command at a time. It also talks to a QEMU's control socket.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -111,10 +113,38 @@ impl QmpClient {
     /// # Errors
     /// [`ClientError::Refused`] with the VM's reason; the others if there was no answer.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
+        let (id, request) = self.request(command, arguments);
+        self.reader.get_mut().write_all(request.as_bytes()).map_err(broken)?;
+        self.answer(command, id)
+    }
+
+    /// Hands an open descriptor to the VM, which keeps it under this name.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn pass_descriptor(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), ClientError> {
+        let (id, request) = self.request("getfd", json!({ "fdname": name }));
+        let socket = self.reader.get_mut();
+        let fds = [fd.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&fds)];
+        let parts = [IoSlice::new(request.as_bytes())];
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        let sent = sendmsg::<()>(socket.as_raw_fd(), &parts, &control, flags, None)
+            .map_err(|e| broken(e.into()))?;
+        // The descriptor has gone with the first of them.
+        let rest = request.as_bytes().get(sent..).unwrap_or_default();
+        socket.write_all(rest).map_err(broken)?;
+        self.answer("getfd", id).map(drop)
+    }
+
+    fn request(&mut self, command: &str, arguments: Value) -> (u64, String) {
         let id = self.next_id;
         self.next_id += 1;
         let request = json!({ "execute": command, "arguments": arguments, "id": id });
-        self.reader.get_mut().write_all(format!("{request}\r\n").as_bytes()).map_err(broken)?;
+        (id, format!("{request}\r\n"))
+    }
+
+    fn answer(&mut self, command: &str, id: u64) -> Result<Value, ClientError> {
         loop {
             let mut message = self.receive(command)?;
             if message.get("event").is_some() {

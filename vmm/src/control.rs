@@ -4,6 +4,7 @@
 //! [`VmControl`] and [`Event`]; the machine knows neither of them. Every call may block for a while
 //! (a `stop` waits for all vCPUs), so callers on an async runtime move it to a thread of its own.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -15,7 +16,7 @@ use thiserror::Error;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
-use crate::config::MigrationUri;
+use crate::config::{MigrationUri, SocketUri};
 
 /// What the machine is doing, in the words of QMP's `query-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -94,7 +95,7 @@ pub struct RuntimeInfo {
     /// The same for the virtio console.
     pub console: Option<PathBuf>,
     /// Where the VM listens for a migration, with the port that was really taken.
-    pub migrate_listen: Option<MigrationUri>,
+    pub migrate_listen: Option<SocketUri>,
 }
 
 /// Who or what ended the VM, as QMP's `ShutdownCause` says it.
@@ -325,6 +326,13 @@ pub trait VmControl: Send + Sync {
     /// # Errors
     /// If this VM does not wait for one, or the address can't be taken.
     fn migrate_incoming(&self, uri: &MigrationUri) -> Result<(), ControlError>;
+    /// Keeps an open descriptor, for a migration to `fd:NAME`.
+    ///
+    /// # Errors
+    /// If there are too many.
+    fn keep_descriptor(&self, name: &str, fd: OwnedFd) -> Result<(), ControlError>;
+    /// Closes such a descriptor; whether there was one.
+    fn close_descriptor(&self, name: &str) -> bool;
     /// Where the migration stands, outgoing or incoming.
     fn query_migrate(&self) -> MigrationInfo;
     /// What there is to say about the last migration, outgoing or incoming, finished or not; nothing

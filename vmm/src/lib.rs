@@ -11,6 +11,7 @@ pub mod control;
 pub mod dirty;
 pub mod event_loop;
 pub mod firmware;
+pub mod grants;
 pub mod kvm;
 pub mod kvm_state;
 pub mod machine;

@@ -95,7 +95,12 @@ impl GuestRam for Ram {
         blocks
     }
 
-    fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()> {
+    fn write_parts(
+        &self,
+        out: BorrowedFd<'_>,
+        parts: &[IoPart<'_>],
+        full: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
         let roms = self.roms().list();
         let mut iov = Vec::with_capacity(parts.len() + 1);
         for part in parts {
@@ -115,10 +120,12 @@ impl GuestRam for Ram {
             let n = unsafe { libc::writev(out.as_raw_fd(), rest.as_ptr(), count) };
             if n < 0 {
                 let e = io::Error::last_os_error();
-                if e.kind() == io::ErrorKind::Interrupted {
-                    continue;
+                match e.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock => full()?,
+                    _ => return Err(e),
                 }
-                return Err(e);
+                continue;
             }
             advance(&mut iov, &mut first, n as usize);
         }
@@ -253,6 +260,10 @@ mod tests {
 
     use super::*;
 
+    fn timeout() -> io::Result<()> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
     fn ram() -> Ram {
         Ram::new(4 << 20, 40).unwrap()
     }
@@ -268,7 +279,7 @@ mod tests {
             IoPart::Bytes(b""),
             IoPart::Bytes(b"tail"),
         ];
-        ram.write_parts(a.as_fd(), &parts).unwrap();
+        ram.write_parts(a.as_fd(), &parts, &mut timeout).unwrap();
         let mut got = [0; 12];
         b.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"head\x07\x07\x07\x07tail");
@@ -306,7 +317,7 @@ mod tests {
                 [IoPart::Bytes(b"h"), IoPart::Ram { block: 0, offset: page * 4096, len: 4096 }]
             })
             .collect();
-        ram.write_parts(a.as_fd(), &parts).unwrap();
+        ram.write_parts(a.as_fd(), &parts, &mut timeout).unwrap();
         drop(a);
         let all = reader.join().unwrap().unwrap();
         assert_eq!(all.len(), 700 * 4097);

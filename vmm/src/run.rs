@@ -11,6 +11,7 @@ use signal_hook::iterator::Signals;
 
 use crate::config::{Config, MigrateListen};
 use crate::control::{ControlError, RunState, ShutdownReason};
+use crate::grants::Grants;
 use crate::machine::{Machine, MachineError};
 use crate::migrate::IncomingError;
 use crate::power::{MachineEvent, MachineEvents};
@@ -65,13 +66,13 @@ pub enum RunError {
 }
 
 /// Runs a VM until it ends.
-pub fn run(config: &Config) -> Result<RunOutcome, RunError> {
+pub fn run(config: &Config, grants: Grants) -> Result<RunOutcome, RunError> {
     let (queue, events) = MachineEvents::new();
     // Before the machine: a signal that comes while it is built must end it too.
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(RunError::Signals)?;
     let handle = signals.handle();
     let watcher = watch_signals(signals, queue.clone()).map_err(RunError::Signals)?;
-    let outcome = build_and_live(config, &events, queue);
+    let outcome = build_and_live(config, grants, &events, queue);
     handle.close();
     if watcher.join().is_err() {
         tracing::error!("the thread that watches for signals panicked");
@@ -81,6 +82,7 @@ pub fn run(config: &Config) -> Result<RunOutcome, RunError> {
 
 fn build_and_live(
     config: &Config,
+    grants: Grants,
     events: &Receiver<MachineEvent>,
     queue: MachineEvents,
 ) -> Result<RunOutcome, RunError> {
@@ -90,9 +92,9 @@ fn build_and_live(
         listeners.push(qmp::bind(&more.0)?);
     }
     let machine = Machine::new(config, &queue)?;
-    let vm = Vm::new(machine, queue);
+    let vm = Vm::new(machine, queue, grants);
     if let Some(MigrateListen::At(uri)) = &config.migrate_listen {
-        vm.begin_incoming(&uri.into())?;
+        vm.begin_incoming(uri)?;
     }
     let server = QmpServer::start(listeners, Arc::new(VmHandle(vm.clone())))?;
     let outcome = begin(&vm).and_then(|()| serve(&vm, events));

@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::control::{ControlError, Event, EventBus, RunState, ShutdownReason};
 use migration::vmstate::Section;
 
+use crate::grants::Grants;
 use crate::kvm_state::{self, KvmState};
 use crate::machine::{Machine, MachineError};
 use crate::migrate::MigrationDesk;
@@ -35,7 +36,7 @@ fn failed(what: &str, e: MachineError) -> ControlError {
 
 impl Vm {
     /// Takes a machine that stands still.
-    pub fn new(machine: Machine, queue: MachineEvents) -> Arc<Self> {
+    pub fn new(machine: Machine, queue: MachineEvents, grants: Grants) -> Arc<Self> {
         let config = machine.config();
         let state = match (&config.migrate_listen, config.paused) {
             (Some(_), _) => RunState::Inmigrate,
@@ -47,7 +48,7 @@ impl Vm {
             events: EventBus::new(),
             queue,
             life: Mutex::new(life),
-            migration: MigrationDesk::default(),
+            migration: MigrationDesk::new(grants),
             kvm_state: KvmState::default(),
         })
     }

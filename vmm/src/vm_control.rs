@@ -1,11 +1,11 @@
 //! [`VmControl`] as the machine gives it.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::stats::{MigrationInfo, Report};
-use migration::transport::Address;
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
@@ -18,22 +18,6 @@ use crate::vm::Vm;
 
 /// The VM as its control plane holds it.
 pub(crate) struct VmHandle(pub(crate) Arc<Vm>);
-
-impl From<&MigrationUri> for Address {
-    fn from(uri: &MigrationUri) -> Self {
-        match uri {
-            MigrationUri::Tcp { host, port } => Self::Tcp { host: host.clone(), port: *port },
-            MigrationUri::Unix(path) => Self::Unix(path.clone()),
-        }
-    }
-}
-
-fn uri(address: &Address) -> MigrationUri {
-    match address {
-        Address::Tcp { host, port } => MigrationUri::Tcp { host: host.clone(), port: *port },
-        Address::Unix(path) => MigrationUri::Unix(path.clone()),
-    }
-}
 
 fn failed(
     what: impl Into<String>,
@@ -65,7 +49,7 @@ impl VmControl for VmHandle {
         RuntimeInfo {
             serial: board.serial_path.clone(),
             console: board.console_path.clone(),
-            migrate_listen: self.0.migration.lock().listening.as_ref().map(uri),
+            migrate_listen: self.0.migration.lock().listening.clone(),
         }
     }
 
@@ -133,9 +117,8 @@ impl VmControl for VmHandle {
         if self.0.migration.lock().is_busy() {
             return Err(ControlError::MigrationInProgress);
         }
-        let to = Address::from(to);
         self.0
-            .begin_outgoing(&to)
+            .begin_outgoing(to)
             .map_err(|e| failed(format!("The migration to {to} could not be started"), e))
     }
 
@@ -165,10 +148,18 @@ impl VmControl for VmHandle {
         if !deferred || !waits || self.0.migration.lock().is_busy() {
             return Err(ControlError::NotDeferred);
         }
-        let at = Address::from(at);
-        self.0
-            .begin_incoming(&at)
-            .map_err(|e| failed(format!("Nothing can be received at {at}"), e))
+        self.0.begin_incoming(at).map_err(|e| failed(format!("Nothing can be received at {at}"), e))
+    }
+
+    fn keep_descriptor(&self, name: &str, fd: OwnedFd) -> Result<(), ControlError> {
+        let kept = self.0.migration.grants.keep(name.to_string(), fd);
+        kept.map_err(|e| failed(format!("The descriptor '{name}' can't be kept"), e))
+    }
+
+    fn close_descriptor(&self, name: &str) -> bool {
+        // A number is none that was handed over.
+        !name.starts_with(|c: char| c.is_ascii_digit())
+            && self.0.migration.grants.take(name).is_some()
     }
 
     fn query_migrate(&self) -> MigrationInfo {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use migration::vmstate::{Audience, ByteSource, Section, SliceSource};
 use vmm::config::{Config, Settings};
 use vmm::control::RunState;
+use vmm::grants::Grants;
 use vmm::machine::Machine;
 use vmm::power::MachineEvents;
 use vmm::vm::Vm;
@@ -93,7 +94,7 @@ fn machine(directory: &std::path::Path) -> Arc<Vm> {
     let config = Config::resolve(settings).expect("a configuration");
     let (queue, _) = MachineEvents::new();
     let machine = Machine::new(&config, &queue).expect("a machine: is there a /dev/kvm?");
-    Vm::new(machine, queue)
+    Vm::new(machine, queue, Grants::default())
 }
 
 /// Gives a body to a section as a destination does, and says whether it was taken.

@@ -19,20 +19,21 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// Where answers go.
 pub(super) struct ReturnPath {
-    connection: Connection,
+    /// None where nobody hears.
+    connection: Option<Connection>,
     open: bool,
     mini_vmm: bool,
     last: Instant,
 }
 
 impl ReturnPath {
-    pub(super) fn new(connection: Connection) -> Self {
+    pub(super) fn new(connection: Option<Connection>) -> Self {
         Self { connection, open: false, mini_vmm: false, last: Instant::now() }
     }
 
     /// The source wants answers.
     pub(super) fn open(&mut self) {
-        self.open = true;
+        self.open = self.connection.is_some();
     }
 
     /// The source is a mini-vmm; says whether that is news. Without a return path there is no way
@@ -49,14 +50,14 @@ impl ReturnPath {
     }
 
     pub(super) fn set_stall_timeout(&self, timeout: Duration) -> io::Result<()> {
-        self.connection.set_stall_timeout(timeout)
+        self.connection.as_ref().map_or(Ok(()), |c| c.set_stall_timeout(timeout))
     }
 
     pub(super) fn send(&mut self, message: &Message) -> Result<(), DestinationError> {
         let mut bytes = Vec::new();
         message.write(&mut bytes);
         self.last = Instant::now();
-        let mut connection = &self.connection;
+        let Some(mut connection) = self.connection.as_ref() else { return Ok(()) };
         connection
             .write_all(&bytes)
             .map_err(|source| DestinationError::Answer { what: message.name(), source })
@@ -113,10 +114,11 @@ impl ReturnPath {
     /// Closes such that the source can read what was said: a socket that is closed with unread
     /// bytes in it may throw away what it has sent.
     pub(super) fn linger(&mut self, reader: &mut StreamReader) {
-        self.connection.shutdown(Shutdown::Write);
-        if self.connection.set_stall_timeout(LINGER).is_ok() {
+        let Some(connection) = &self.connection else { return };
+        connection.shutdown(Shutdown::Write);
+        if connection.set_stall_timeout(LINGER).is_ok() {
             reader.drain(MAX_LINGER, Instant::now(), LINGER);
         }
-        self.connection.shutdown(Shutdown::Both);
+        connection.shutdown(Shutdown::Both);
     }
 }

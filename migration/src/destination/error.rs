@@ -5,6 +5,7 @@ use std::io;
 use crate::guest::VmError;
 use crate::handover::destination::Event;
 use crate::manifest::{PROTOCOL_VERSIONS, Problem};
+use crate::transport::StreamError;
 use crate::verify::RamDifference;
 use crate::vmstate::{FieldError, SectionId, StateError};
 use crate::wire::WireError;
@@ -29,6 +30,22 @@ pub enum DestinationError {
         /// What came instead.
         #[source]
         source: WireError,
+    },
+    /// The file holds something else, or the pipe brings it.
+    #[error("there is no saved VM in {name}")]
+    NoVm {
+        /// Which.
+        name: String,
+        /// What stands there instead.
+        #[source]
+        source: WireError,
+    },
+    /// The file, pipe or command did not bring all of it.
+    #[error("the VM can't be restored")]
+    Stream {
+        /// Why.
+        #[source]
+        source: StreamError,
     },
     /// The bytes are not those of a migration that this side can take.
     #[error(transparent)]
@@ -98,6 +115,14 @@ pub enum DestinationError {
     DuplicateSection {
         /// Its name and instance.
         section: SectionId,
+    },
+    /// A section that was saved for a mini-vmm is longer than its fields.
+    #[error("section {section} has {bytes} bytes more than its fields take")]
+    Surplus {
+        /// Its name and instance.
+        section: SectionId,
+        /// How many.
+        bytes: usize,
     },
     /// A RAM block that this machine does not have.
     #[error(

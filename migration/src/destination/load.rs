@@ -4,8 +4,9 @@ use std::any::Any;
 
 use super::DestinationError;
 use crate::guest::DestinationVm;
+use crate::supplement::FullerSection;
 use crate::transport::StreamReader;
-use crate::vmstate::{Audience, FieldError, Section, SectionId, StateError};
+use crate::vmstate::{Audience, FieldError, Section, SectionId, SliceSource, StateError};
 use crate::wire::section::SectionHeader;
 
 /// This machine's sections, and what has come for them.
@@ -62,6 +63,34 @@ impl Loader {
         }
         let state = section.decode(header.version, reader).map_err(DestinationError::state)?;
         *slot = Some(Loaded { version: header.version, state: Some(state), body: None });
+        Ok(())
+    }
+
+    /// Decodes and checks a section's fuller body, which takes the place of what the stream had.
+    pub(super) fn replace(&mut self, fuller: FullerSection) -> Result<(), DestinationError> {
+        let key = fuller.key();
+        let found = self
+            .index(&key)
+            .and_then(|index| Some((self.sections.get(index)?, self.loaded.get_mut(index)?)));
+        let Some((section, slot)) = found else {
+            return Err(DestinationError::UnknownSection { section: key });
+        };
+        let (min, max) = (section.min_version(), section.version());
+        if !(min..=max).contains(&fuller.version) {
+            return Err(DestinationError::state(StateError::Version {
+                section: key.to_string(),
+                found: fuller.version,
+                min,
+                max,
+            }));
+        }
+        let mut source = SliceSource::new(&fuller.body);
+        let state = section.decode(fuller.version, &mut source).map_err(DestinationError::state)?;
+        if !source.rest().is_empty() {
+            return Err(DestinationError::Surplus { section: key, bytes: source.rest().len() });
+        }
+        let (version, body) = (fuller.version, Some(fuller.body));
+        *slot = Some(Loaded { version, state: Some(state), body });
         Ok(())
     }
 

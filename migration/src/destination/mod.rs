@@ -45,7 +45,8 @@ use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::source::PROGRAM;
 use crate::stats::{Report, Step};
-use crate::transport::{Connection, StreamReader};
+use crate::supplement::{self, Supplement};
+use crate::transport::{Connection, Input, StreamError, StreamReader, Supply};
 use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
 use crate::wire::command::{Command, PING_MAGIC};
@@ -69,9 +70,27 @@ pub fn run(
     connection: Connection,
     control: &Control,
 ) -> Result<Box<Report>, Failure> {
-    control.attach(connection.abort_handle());
+    take(vm, connection.clone().into(), Some(connection), control)
+}
+
+/// Takes a VM that was saved; the same otherwise.
+pub fn restore(
+    vm: &mut dyn DestinationVm,
+    supply: Supply,
+    control: &Control,
+) -> Result<Box<Report>, Failure> {
+    take(vm, supply.into(), None, control)
+}
+
+fn take(
+    vm: &mut dyn DestinationVm,
+    input: Input,
+    answers: Option<Connection>,
+    control: &Control,
+) -> Result<Box<Report>, Failure> {
+    control.attach(input.abort_handle());
     control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
-    let mut arrival = Arrival::new(vm, connection, control);
+    let mut arrival = Arrival::new(vm, input, answers, control);
     match arrival.run() {
         Ok(()) => {
             control.enter(Phase::Completed);
@@ -107,13 +126,18 @@ struct Arrival<'a> {
 }
 
 impl<'a> Arrival<'a> {
-    fn new(vm: &'a mut dyn DestinationVm, connection: Connection, control: &'a Control) -> Self {
+    fn new(
+        vm: &'a mut dyn DestinationVm,
+        input: Input,
+        answers: Option<Connection>,
+        control: &'a Control,
+    ) -> Self {
         let loader = Loader::new(vm.sections());
         let ram = RamLoader::new(vm.ram());
         Self {
             control,
-            reader: StreamReader::new(connection.clone()),
-            answer: ReturnPath::new(connection),
+            reader: StreamReader::new(input),
+            answer: ReturnPath::new(answers),
             parameters: control.parameters(),
             configuration: Configuration::default(),
             manifest: None,
@@ -178,15 +202,26 @@ impl<'a> Arrival<'a> {
         }
     }
 
-    /// An error of the connection after an abort is the abort.
-    fn cause(&self, error: DestinationError) -> DestinationError {
-        if self.control.cancelled().is_some() { DestinationError::Cancelled } else { error }
+    /// An error of the connection after an abort is the abort; a command's own words say more than
+    /// that its stream broke off.
+    fn cause(&mut self, error: DestinationError) -> DestinationError {
+        if self.control.cancelled().is_some() {
+            return DestinationError::Cancelled;
+        }
+        let broken = error.event() == Event::Lost;
+        let words = self.reader.supply().filter(|_| broken).and_then(Supply::why_broken);
+        words.map_or(error, |source| DestinationError::Stream { source })
     }
 
     /// Reads the whole stream.
     fn receive(&mut self) -> Result<(), DestinationError> {
-        header::read_magic(&mut self.reader)
-            .map_err(|source| DestinationError::Stranger { source })?;
+        let begun = header::read_magic(&mut self.reader);
+        begun.map_err(|source| match self.reader.supply() {
+            // Nothing at all came: that is no other kind of file.
+            Some(_) if source.io().is_some() => source.into(),
+            Some(supply) => DestinationError::NoVm { name: supply.name().to_owned(), source },
+            None => DestinationError::Stranger { source },
+        })?;
         self.configuration = header::read_configuration(&mut self.reader)?;
         loop {
             match section::read_part_type(&mut self.reader)? {
@@ -213,8 +248,44 @@ impl<'a> Arrival<'a> {
             if !missing.is_empty() {
                 return Err(DestinationError::MissingSections { sections: missing });
             }
+        } else if self.reader.supply().is_some() {
+            self.receive_supplement()?;
         }
         Ok(())
+    }
+
+    /// What stands behind the end where nobody answers: the description, with what was saved for a
+    /// mini-vmm. Both kinds of source write one, so without it the stream is not whole.
+    fn receive_supplement(&mut self) -> Result<(), DestinationError> {
+        match section::read_part_type(&mut self.reader)? {
+            PartType::Description => {}
+            _ => return Err(self.out_of_turn("no description at the end")),
+        }
+        if let Some(Supplement { manifest, sections, digests }) =
+            supplement::read(&mut self.reader)?
+        {
+            if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
+                return Err(DestinationError::Protocol { found: manifest.protocol });
+            }
+            let problems = compare(self.vm, self.loader.sections(), &manifest);
+            if !problems.is_empty() {
+                return Err(DestinationError::Refused { problems });
+            }
+            for section in sections {
+                self.loader.replace(section)?;
+            }
+            let missing = self.loader.missing();
+            if !missing.is_empty() {
+                return Err(DestinationError::MissingSections { sections: missing });
+            }
+            self.digests = digests;
+            self.manifest = Some(manifest);
+        }
+        let finished = self.reader.supply().map_or(Ok(()), Supply::finish);
+        finished.map_err(|source| match source {
+            StreamError::GivenUp => DestinationError::Cancelled,
+            source => DestinationError::Stream { source },
+        })
     }
 
     fn out_of_turn(&self, what: &'static str) -> DestinationError {

@@ -68,6 +68,8 @@ impl RamLoader {
                     self.fill_page(block, offset, byte)?;
                 }
                 RecordHeader::MemSize(total) => {
+                    // The verdict on a manifest may have added some.
+                    self.blocks = self.ram.blocks();
                     for block in read_blocks(reader, total)? {
                         self.check_block(vm, &block)?;
                     }

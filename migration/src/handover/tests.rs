@@ -89,7 +89,7 @@ fn every_pair_of_the_source_does_what_the_table_says() {
             S::Pausing if end(&event) => Some((S::Resuming, A::Resume)),
             S::Sending if event == E::StateSent => Some(match peer {
                 Peer::MiniVmm => (S::AwaitingPrepared, A::AwaitPrepared),
-                Peer::Qemu => (S::ReleasingDisks, A::ReleaseDisks),
+                Peer::Qemu | Peer::Nobody => (S::ReleasingDisks, A::ReleaseDisks),
             }),
             S::Sending if end(&event) => Some((S::Resuming, A::Resume)),
             S::AwaitingPrepared if event == E::Prepared => {
@@ -126,10 +126,11 @@ fn every_pair_of_the_source_does_what_the_table_says() {
         S::HandedOver,
         S::InDoubt,
     ];
-    for peer in [Peer::MiniVmm, Peer::Qemu] {
+    for peer in [Peer::MiniVmm, Peer::Qemu, Peer::Nobody] {
         for state in states {
             let Some(source) = source_in(peer, state) else {
-                assert_eq!((peer, state), (Peer::Qemu, S::AwaitingPrepared), "unreachable");
+                assert_ne!(peer, Peer::MiniVmm, "{state:?} is unreachable");
+                assert_eq!(state, S::AwaitingPrepared, "unreachable");
                 continue;
             };
             for event in SOURCE_EVENTS {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::guest::VmError;
 use crate::manifest::Problem;
+use crate::transport::StreamError;
 use crate::vmstate::StateError;
 use crate::wire::WireError;
 
@@ -80,6 +81,15 @@ pub enum SourceError {
         /// The operating system's reason.
         #[source]
         source: io::Error,
+    },
+    /// The file, pipe or command did not take the VM.
+    #[error("the VM was not saved: {during} could not be written")]
+    NotSaved {
+        /// What was being written.
+        during: &'static str,
+        /// Why.
+        #[source]
+        source: StreamError,
     },
     /// The machine could not do what was asked of it.
     #[error("{during} failed")]

@@ -13,7 +13,7 @@ pub(crate) const PROGRAM: &str = concat!("mini-vmm ", env!("CARGO_PKG_VERSION"))
 
 impl Migration<'_> {
     /// Header, return path and ping; and with a mini-vmm manifest and verdict. Nothing has been
-    /// sent then that a failure could waste.
+    /// sent then that a failure could waste. Where nobody answers, the header is all.
     pub(super) fn greet(&mut self) -> Result<Peer, SourceError> {
         let reasons = self.vm.blockers();
         if !reasons.is_empty() {
@@ -22,6 +22,15 @@ impl Migration<'_> {
         let configuration =
             Configuration { machine: self.vm.machine_type(), ..Configuration::default() };
         self.out.put(|out| header::write(out, &configuration));
+        if self.out.is_one_way() {
+            // Without a BIOS for a QEMU it is a VM for a mini-vmm only.
+            if let Err(error) = self.vm.prepare_for_qemu() {
+                let error = crate::wire::error_chain(&error);
+                tracing::warn!(error, "a QEMU will not be able to take what is saved");
+            }
+            self.send("the header")?;
+            return Ok(Peer::Nobody);
+        }
         self.out.command(&Command::OpenReturnPath);
         self.out.command(&Command::Ping(PING_MAGIC));
         self.send("the header")?;
@@ -50,8 +59,20 @@ impl Migration<'_> {
                 ours: PROTOCOL_VERSIONS,
             });
         };
+        let manifest = self.manifest(protocol);
+        self.out.command(&Command::Manifest(Box::new(manifest)));
+        self.send("the manifest")?;
+        match self.await_message("its verdict on the VM was awaited", true)? {
+            Message::Verdict(verdict) if verdict.problems.is_empty() => Ok(()),
+            Message::Verdict(verdict) => Err(SourceError::Refused { problems: verdict.problems }),
+            other => Err(SourceError::Unexpected { found: other.name(), expected: "verdict" }),
+        }
+    }
+
+    /// What this VM is and needs.
+    pub(super) fn manifest(&self, protocol: u32) -> Manifest {
         let sections = self.vm.sections();
-        let manifest = Manifest {
+        Manifest {
             protocol,
             program: PROGRAM.to_owned(),
             machine: self.vm.machine_type(),
@@ -71,13 +92,6 @@ impl Migration<'_> {
                 .collect(),
             verify: self.parameters.verify,
             details: self.vm.details(),
-        };
-        self.out.command(&Command::Manifest(Box::new(manifest)));
-        self.send("the manifest")?;
-        match self.await_message("its verdict on the VM was awaited", true)? {
-            Message::Verdict(verdict) if verdict.problems.is_empty() => Ok(()),
-            Message::Verdict(verdict) => Err(SourceError::Refused { problems: verdict.problems }),
-            other => Err(SourceError::Unexpected { found: other.name(), expected: "verdict" }),
         }
     }
 

@@ -10,7 +10,8 @@
 //! switch-over, hand-over (handover.rs)               so that the other thread wakes
 //! ```
 //!
-//! [`run`] returns when it is known who has the guest, or that this is not known.
+//! [`run`] returns when it is known who has the guest, or that this is not known. [`save`] is the same
+//! without anybody to ask: no return path, no thread, one pass after the other.
 
 mod error;
 mod greet;
@@ -32,12 +33,12 @@ use crate::manifest::Problem;
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
-use crate::transport::Connection;
+use crate::transport::{Connection, Sink};
 use crate::wire::bounded_reason;
 use crate::wire::command::{Abort, Command};
 
 use inbox::Inbox;
-use out::Out;
+use out::{Channel, Out};
 
 /// How a migration ended, as seen from the source.
 #[derive(Debug)]
@@ -72,9 +73,23 @@ pub fn run(vm: &mut dyn SourceVm, connection: Connection, control: &Control) -> 
     control.attach(connection.abort_handle());
     control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
     let outcome = with_return_path(&connection, control, |inbox| {
-        Migration::new(vm, &connection, control, inbox, parameters).run()
+        let channel = Channel::Connection(&connection);
+        Migration::new(vm, channel, control, inbox, parameters).run()
     })
     .unwrap_or_else(|error| Outcome::Kept { error });
+    conclude(control, &outcome);
+    outcome
+}
+
+/// Saves `vm` to where nobody answers, on the calling thread. It is never in doubt whether the
+/// stream is whole; the guest is gone from here when it is.
+pub fn save(vm: &mut dyn SourceVm, sink: Sink, control: &Control) -> Outcome {
+    let parameters = control.parameters();
+    control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
+    // Nobody ever puts anything in.
+    let inbox = Inbox::default();
+    let channel = Channel::Sink(Some(sink));
+    let outcome = Migration::new(vm, channel, control, &inbox, parameters).run();
     conclude(control, &outcome);
     outcome
 }
@@ -89,7 +104,8 @@ pub fn preflight(
     let parameters = control.parameters();
     control.attach(connection.abort_handle());
     with_return_path(connection, control, |inbox| {
-        let mut migration = Migration::new(vm, connection, control, inbox, parameters);
+        let channel = Channel::Connection(connection);
+        let mut migration = Migration::new(vm, channel, control, inbox, parameters);
         let result = migration.greet();
         migration.farewell("the migration was only tried (preflight)");
         match result {
@@ -155,12 +171,12 @@ struct Migration<'a> {
 impl<'a> Migration<'a> {
     fn new(
         vm: &'a mut dyn SourceVm,
-        connection: &'a Connection,
+        channel: Channel<'a>,
         control: &'a Control,
         inbox: &'a Inbox,
         parameters: Parameters,
     ) -> Self {
-        let out = Out::new(connection, vm.ram(), control);
+        let out = Out::new(channel, vm.ram(), control);
         Self { vm, control, inbox, out, parameters, tracker: None }
     }
 
@@ -226,7 +242,7 @@ impl<'a> Migration<'a> {
         if self.control.cancelled().is_some() {
             return SourceError::Cancelled;
         }
-        cause(error, self.inbox.last_words())
+        if self.out.is_one_way() { error } else { cause(error, self.inbox.last_words()) }
     }
 
     /// Tells a destination that knows our messages that the guest stays here, as far as it can

@@ -1,6 +1,6 @@
 //! Writes the stream: small parts are collected, pages go straight from guest memory.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::SourceError;
 use crate::control::Control;
 use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
 use crate::stats::Moved;
-use crate::transport::{Connection, is_stall};
+use crate::transport::{Connection, Settled, Sink, is_stall};
 use crate::wire::command::Command;
 use crate::wire::ram::{write_eos, write_page_header, write_zero};
 use crate::wire::section::{self, PartType};
@@ -29,9 +29,17 @@ enum Part {
     Ram { block: usize, offset: u64, len: usize },
 }
 
+/// What the stream goes through.
+pub(super) enum Channel<'a> {
+    /// A connection, on which the destination answers.
+    Connection(&'a Connection),
+    /// Something that answers nothing; none when all of the stream is in it.
+    Sink(Option<Sink>),
+}
+
 /// The stream on its way out.
 pub(super) struct Out<'a> {
-    connection: &'a Connection,
+    channel: Channel<'a>,
     ram: Arc<dyn GuestRam>,
     control: &'a Control,
     bytes: Vec<u8>,
@@ -46,6 +54,8 @@ pub(super) struct Out<'a> {
     written_in_ram: bool,
     /// A write has failed half way; nothing more can be said.
     broken: bool,
+    /// How long a sink may take nothing, if there is a limit.
+    pub(super) patience: Option<Duration>,
     /// Time spent in writes, for the rate.
     pub(super) sending: Duration,
     /// Bytes written.
@@ -53,13 +63,9 @@ pub(super) struct Out<'a> {
 }
 
 impl<'a> Out<'a> {
-    pub(super) fn new(
-        connection: &'a Connection,
-        ram: Arc<dyn GuestRam>,
-        control: &'a Control,
-    ) -> Self {
+    pub(super) fn new(channel: Channel<'a>, ram: Arc<dyn GuestRam>, control: &'a Control) -> Self {
         Self {
-            connection,
+            channel,
             ram,
             control,
             bytes: Vec::with_capacity(16 << 10),
@@ -70,6 +76,7 @@ impl<'a> Out<'a> {
             in_ram: false,
             written_in_ram: false,
             broken: false,
+            patience: None,
             sending: Duration::ZERO,
             sent: 0,
         }
@@ -147,10 +154,20 @@ impl<'a> Out<'a> {
             })
             .collect();
         let begin = Instant::now();
-        let result = if self.broken {
-            Err(std::io::ErrorKind::BrokenPipe.into())
-        } else {
-            self.ram.write_parts(self.connection.as_fd(), &parts)
+        let (control, patience) = (self.control, self.patience);
+        let given_up = || control.cancelled().is_some();
+        let result = match &self.channel {
+            _ if self.broken => Err(io::ErrorKind::BrokenPipe.into()),
+            Channel::Connection(connection) => {
+                // Its send timeout is over.
+                let mut full = || Err(io::ErrorKind::WouldBlock.into());
+                self.ram.write_parts(connection.as_fd(), &parts, &mut full)
+            }
+            Channel::Sink(Some(sink)) => {
+                let mut full = || sink.wait_writable(patience, &given_up);
+                self.ram.write_parts(sink.as_fd(), &parts, &mut full)
+            }
+            Channel::Sink(None) => Err(io::ErrorKind::BrokenPipe.into()),
         };
         self.sending += begin.elapsed();
         self.sent += self.len as u64;
@@ -162,7 +179,10 @@ impl<'a> Out<'a> {
         self.written_in_ram = self.in_ram;
         result.map_err(|source| {
             self.broken = true;
-            if is_stall(&source) {
+            if let Channel::Sink(Some(sink)) = &mut self.channel {
+                let source = sink.explain(source, patience);
+                SourceError::NotSaved { during: what, source }
+            } else if is_stall(&source) {
                 let timeout = self.control.parameters().stall_timeout;
                 SourceError::Stalled { during: what, timeout }
             } else {
@@ -174,6 +194,7 @@ impl<'a> Out<'a> {
     /// Says something after the last whole part of the stream, if the stream is whole; what was
     /// collected and not written is dropped. Never waits long.
     pub(super) fn say_at_border(&mut self, command: &Command) {
+        let Channel::Connection(connection) = self.channel else { return };
         if self.broken || self.sent == 0 {
             return;
         }
@@ -185,11 +206,29 @@ impl<'a> Out<'a> {
         }
         command.write(&mut last);
         self.broken = true;
-        let timed = self.connection.set_stall_timeout(LAST_WORD);
-        let mut connection = self.connection;
-        if let Err(error) = timed.and_then(|()| connection.write_all(&last)) {
+        let timed = connection.set_stall_timeout(LAST_WORD);
+        let mut to = connection;
+        if let Err(error) = timed.and_then(|()| to.write_all(&last)) {
             tracing::debug!(%error, "the destination can't be told");
         }
-        self.connection.shutdown(std::net::Shutdown::Write);
+        connection.shutdown(std::net::Shutdown::Write);
+    }
+
+    /// Whether anybody answers.
+    pub(super) fn is_one_way(&self) -> bool {
+        matches!(self.channel, Channel::Sink(_))
+    }
+
+    /// The whole stream has been written to a sink: closes it, and returns when all of it is where
+    /// it should be.
+    pub(super) fn settle(&mut self, during: &'static str) -> Result<Settled, SourceError> {
+        let sink = match &mut self.channel {
+            Channel::Sink(sink) => sink.take(),
+            Channel::Connection(_) => None,
+        };
+        let closed = || SourceError::send(during, io::ErrorKind::BrokenPipe.into());
+        let given_up = || self.control.cancelled().is_some();
+        let settled = sink.ok_or_else(closed)?.settle(&given_up);
+        settled.map_err(|source| SourceError::NotSaved { during, source })
     }
 }

@@ -149,6 +149,9 @@ impl Migration<'_> {
     /// destination that is behind by them would make the guest stand still until it has read them:
     /// better it does so while the guest runs.
     fn settle(&mut self) -> Result<(), SourceError> {
+        if self.out.is_one_way() {
+            return Ok(());
+        }
         self.out.command(&Command::Ping(SETTLE_PING));
         self.send("a ping after RAM")?;
         match self.await_message("it was taking in RAM", false)? {

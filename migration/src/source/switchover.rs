@@ -10,6 +10,7 @@
 //! last pages, device sections, end of the stream
 //! PREPARED → release disks → COMMIT → shut(0)             to a mini-vmm
 //!            release disks → end of the stream → shut(0)  to a QEMU
+//!            release disks → end of the stream → flushed, the command has succeeded, renamed
 //! ```
 
 use std::time::Duration;
@@ -21,8 +22,10 @@ use super::{Migration, SourceError};
 use crate::guest::{SourceVm, VmError};
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
+use crate::manifest::PROTOCOL_VERSIONS;
 use crate::phase::Phase;
 use crate::stats::Step;
+use crate::supplement::{FullerSection, Supplement};
 use crate::verify;
 use crate::vmstate::Audience;
 use crate::wire::command::Command;
@@ -93,6 +96,7 @@ impl Migration<'_> {
         let stats = self.control.stats();
         self.check()?;
         stats.stopped();
+        self.out.patience = Some(self.parameters.stall_timeout);
         stats.step(Step::Pause);
         self.vm.pause().map_err(SourceError::vm("pausing the vCPUs"))?;
         stats.step(Step::Drain);
@@ -103,6 +107,9 @@ impl Migration<'_> {
             let ping = (self.parameters.stall_timeout / 4).min(Duration::from_secs(1));
             while !self.control.wait_to_proceed(ping) {
                 self.check()?;
+                if self.out.is_one_way() {
+                    continue;
+                }
                 self.out.command(&Command::Ping(0));
                 self.send("a sign of life")?;
             }
@@ -117,15 +124,33 @@ impl Migration<'_> {
     fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
         let stats = self.control.stats();
         stats.step(Step::VcpuState);
-        let audience = match peer {
-            Peer::MiniVmm => Audience::MiniVmm,
-            Peer::Qemu => Audience::Qemu,
-        };
-        let (mut saved, mut descriptions) = (Vec::new(), Vec::new());
+        let (mut saved, mut descriptions, mut fuller) = (Vec::new(), Vec::new(), Vec::new());
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
-            let (body, description) =
-                section.save_described(audience).map_err(|source| SourceError::State { source })?;
+            let failed = |source| SourceError::State { source };
+            let (body, description) = match peer {
+                Peer::MiniVmm => section.save_described(Audience::MiniVmm).map_err(failed)?,
+                Peer::Qemu => section.save_described(Audience::Qemu).map_err(failed)?,
+                Peer::Nobody => {
+                    let full = section.save_described(Audience::MiniVmm).map_err(failed)?;
+                    match section.save_described(Audience::Qemu) {
+                        Ok((body, _)) if body == full.0 => full,
+                        Ok(plain) => {
+                            let (key, version) = (&header.key, header.version);
+                            fuller.push(FullerSection::new(key, version, full.0));
+                            plain
+                        }
+                        Err(error) => {
+                            let error = crate::wire::error_chain(&error);
+                            tracing::warn!(
+                                error,
+                                "only a mini-vmm will be able to take the saved VM"
+                            );
+                            full
+                        }
+                    }
+                }
+            };
             descriptions.push(description);
             saved.push((header, body));
         }
@@ -133,7 +158,7 @@ impl Migration<'_> {
         stats.step(Step::LastPages);
         self.send_last_pages(passes)?;
         self.stop_tracking();
-        let digests = if self.parameters.verify && peer == Peer::MiniVmm {
+        let digests = if self.parameters.verify && peer != Peer::Qemu {
             let digests =
                 verify::digest(&*self.vm.ram()).map_err(|source| SourceError::Memory { source })?;
             Some(digests)
@@ -149,12 +174,22 @@ impl Migration<'_> {
                 section::write_footer(out, header.id);
             });
         }
-        if let Some(digests) = digests {
+        let page_size = crate::guest::PAGE_SIZE;
+        let mut description =
+            serde_json::json!({ "page_size": page_size, "devices": descriptions });
+        if peer == Peer::Nobody {
+            let protocol = PROTOCOL_VERSIONS.first().copied().unwrap_or_default();
+            let manifest = self.manifest(protocol);
+            let supplement = Supplement { manifest, sections: fuller, digests };
+            // Plain values always have a JSON form.
+            let supplement = serde_json::to_value(supplement).unwrap_or_default();
+            if let Some(members) = description.as_object_mut() {
+                members.insert("mini-vmm".to_owned(), supplement);
+            }
+        } else if let Some(digests) = digests {
             self.out.command(&Command::Verify(digests));
         }
-        let page_size = crate::guest::PAGE_SIZE;
-        let description =
-            serde_json::json!({ "page_size": page_size, "devices": descriptions }).to_string();
+        let description = description.to_string();
         if peer == Peer::MiniVmm {
             self.out.put(|out| section::write_end(out, &description));
         }
@@ -185,8 +220,31 @@ impl Migration<'_> {
         })
     }
 
+    /// The end of a stream that nobody answers: only when all of it is on the disk, or a command says
+    /// that it has succeeded, is the guest given away. Until then it may be cancelled.
+    fn settle_and_publish(&mut self) -> Result<Event, SourceError> {
+        let during = "the end of the stream";
+        self.out.flush(during)?;
+        self.control.stats().step(Step::Running);
+        let settled = self.out.settle(during)?;
+        // What has gone through a pipe is out of our hands; a cancel comes too late then.
+        if !self.control.commit() && settled.is_revocable() {
+            return Err(SourceError::Cancelled);
+        }
+        settled.publish().map_err(|source| SourceError::NotSaved { during, source })?;
+        Ok(Event::Confirmed)
+    }
+
     /// The point of no return, and the answer.
     fn commit(&mut self, peer: Peer, description: &str, trouble: &mut Trouble) -> Event {
+        if peer == Peer::Nobody {
+            self.out.put(|out| section::write_end(out, description));
+            return self.settle_and_publish().unwrap_or_else(|error| {
+                let cancelled = self.control.cancelled().is_some();
+                trouble.note(if cancelled { SourceError::Cancelled } else { error });
+                Event::Refused
+            });
+        }
         if let Some(error) = self.inbox.failure() {
             trouble.note(error);
             return Event::NotCommitted;
@@ -197,7 +255,7 @@ impl Migration<'_> {
         }
         match peer {
             Peer::MiniVmm => self.out.command(&Command::Commit),
-            Peer::Qemu => self.out.put(|out| section::write_end(out, description)),
+            Peer::Qemu | Peer::Nobody => self.out.put(|out| section::write_end(out, description)),
         }
         // A write that fails may have been enough all the same: only the answer counts.
         let written = self.out.flush("the order to run the guest");

@@ -1,14 +1,30 @@
-//! Connections between two hosts: TCP and Unix sockets, blocking, with deadlines.
+//! What a VM travels through.
 //!
-//! Every read and write has a timeout in which at least one byte must move, so that a peer that
+//! ```text
+//! Connection        both ways: TCP, Unix sockets; blocking, with deadlines
+//! Sink → … → Supply one way: files, pipes, commands; nobody answers, and there may be years between
+//! ```
+//!
+//! On a connection every read and write has a timeout in which at least one byte must move, so that a peer that
 //! stands still is noticed; keep-alive probes and `TCP_USER_TIMEOUT` notice one that is gone while
-//! nobody sends. [`Abort`] ends a blocked call from another thread.
+//! nobody sends. A pipe is waited for as long as it takes while the guest runs. [`Abort`] ends a
+//! blocked call from another thread.
 
+mod command;
+pub mod descriptor;
 mod listener;
+mod pipe;
 mod reader;
+mod saving;
+mod sink;
+mod stream_error;
+mod supply;
 
 pub use listener::Listener;
-pub use reader::StreamReader;
+pub use reader::{Input, StreamReader};
+pub use sink::{Settled, Sink};
+pub use stream_error::StreamError;
+pub use supply::Supply;
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -17,6 +33,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -108,14 +125,22 @@ pub struct Connection {
     peer: String,
 }
 
-/// Ends whatever is blocked on a connection.
+/// Ends whatever waits for a connection or a pipe.
 #[derive(Debug, Clone)]
-pub struct Abort(Connection);
+pub enum Abort {
+    /// Closes both directions.
+    Connection(Connection),
+    /// Read by whoever waits.
+    Flag(Arc<AtomicBool>),
+}
 
 impl Abort {
-    /// Closes both directions; nothing happens if they are closed already.
+    /// Ends it; nothing happens if it has ended already.
     pub fn shutdown(&self) {
-        self.0.shutdown(Shutdown::Both);
+        match self {
+            Self::Connection(connection) => connection.shutdown(Shutdown::Both),
+            Self::Flag(flag) => flag.store(true, Ordering::Relaxed),
+        }
     }
 }
 
@@ -198,7 +223,7 @@ impl Connection {
 
     /// A handle that ends blocked calls from another thread.
     pub fn abort_handle(&self) -> Abort {
-        Abort(self.clone())
+        Abort::Connection(self.clone())
     }
 
     /// Closes one direction or both. A connection that is closed already is no error.

@@ -11,7 +11,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::Connection;
+use super::{Abort, Connection, Supply};
 use crate::guest::{GuestRam, ReadPart};
 use crate::vmstate::ByteSource;
 
@@ -21,10 +21,61 @@ const CAPACITY: usize = 64 << 10;
 /// How much is read into the buffer behind a page: one record header.
 const AHEAD: usize = 8;
 
-/// A buffered reader of one direction of a connection.
+/// What a stream is read from.
+#[derive(Debug)]
+pub enum Input {
+    /// One direction of a connection.
+    Connection(Connection),
+    /// A file, a pipe, a command.
+    Supply(Supply),
+}
+
+impl From<Connection> for Input {
+    fn from(connection: Connection) -> Self {
+        Self::Connection(connection)
+    }
+}
+
+impl From<Supply> for Input {
+    fn from(supply: Supply) -> Self {
+        Self::Supply(supply)
+    }
+}
+
+impl Input {
+    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Connection(connection) => (&mut &*connection).read(buf),
+            Self::Supply(supply) => (&mut &*supply).read(buf),
+        }
+    }
+
+    fn read_parts(&self, ram: &dyn GuestRam, parts: &mut [ReadPart<'_>]) -> io::Result<usize> {
+        let supply = match self {
+            Self::Connection(connection) => return ram.read_parts(connection.as_fd(), parts),
+            Self::Supply(supply) => supply,
+        };
+        loop {
+            match ram.read_parts(supply.as_fd(), parts) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => supply.wait_readable()?,
+                result => return result,
+            }
+        }
+    }
+
+    /// A handle that ends blocked calls from another thread.
+    pub(crate) fn abort_handle(&self) -> Abort {
+        match self {
+            Self::Connection(connection) => connection.abort_handle(),
+            Self::Supply(supply) => Abort::Flag(supply.given_up()),
+        }
+    }
+}
+
+/// A buffered reader of a stream.
 #[derive(Debug)]
 pub struct StreamReader {
-    connection: Connection,
+    input: Input,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -40,15 +91,23 @@ struct Body {
 }
 
 impl StreamReader {
-    /// Reads what comes from `connection`.
-    pub fn new(connection: Connection) -> Self {
+    /// Reads what comes from a connection or a supply.
+    pub fn new(input: impl Into<Input>) -> Self {
         Self {
-            connection,
+            input: input.into(),
             buffer: vec![0; CAPACITY].into_boxed_slice(),
             start: 0,
             end: 0,
             taken: 0,
             body: None,
+        }
+    }
+
+    /// What nobody answers, if that is what is read from.
+    pub(crate) fn supply(&mut self) -> Option<&mut Supply> {
+        match &mut self.input {
+            Input::Connection(_) => None,
+            Input::Supply(supply) => Some(supply),
         }
     }
 
@@ -88,7 +147,7 @@ impl StreamReader {
         }
         let Some(free) = self.buffer.get_mut(self.end..) else { return Ok(false) };
         loop {
-            match (&self.connection).read(free) {
+            match self.input.read(free) {
                 Ok(n) => {
                     self.end = self.end.saturating_add(n).min(self.buffer.len());
                     return Ok(n > 0);
@@ -121,7 +180,7 @@ impl StreamReader {
             let Some(ahead) = self.buffer.get_mut(..AHEAD) else { break };
             let to = ReadPart::Ram { block, offset: offset.saturating_add(done as u64), len: rest };
             let mut parts = [to, ReadPart::Bytes(ahead)];
-            let n = ram.read_parts(self.connection.as_fd(), &mut parts)?;
+            let n = self.input.read_parts(ram, &mut parts)?;
             if n == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

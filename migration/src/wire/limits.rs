@@ -13,6 +13,9 @@ pub const MAX_JSON: u32 = 8 << 20;
 /// Longest description of the device sections, in bytes; QEMU's own is below 0.5 MiB. It is
 /// skipped, not stored.
 pub const MAX_DESCRIPTION: u32 = 64 << 20;
+/// Longest description that is kept and read, in bytes: the one of a saved VM. The digests of 1 TiB
+/// of RAM are 21 MiB of it, a vCPU is below 0.1 MiB.
+pub const MAX_SAVED_DESCRIPTION: u32 = 32 << 20;
 /// Longest payload of a command or a return-path message whose length is a `u16`, in bytes.
 pub const MAX_SHORT_PAYLOAD: u16 = 4096;
 /// Most problems that a destination lists in one verdict.

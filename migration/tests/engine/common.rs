@@ -96,7 +96,12 @@ impl GuestRam for FakeRam {
         self.blocks.lock().unwrap().clone()
     }
 
-    fn write_parts(&self, out: BorrowedFd<'_>, parts: &[IoPart<'_>]) -> io::Result<()> {
+    fn write_parts(
+        &self,
+        out: BorrowedFd<'_>,
+        parts: &[IoPart<'_>],
+        full: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut all = Vec::new();
         for part in parts {
             match *part {
@@ -113,6 +118,7 @@ impl GuestRam for FakeRam {
             match nix::unistd::write(out, rest) {
                 Ok(n) => rest = &rest[n..],
                 Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => full()?,
                 Err(e) => return Err(e.into()),
             }
         }
@@ -530,7 +536,8 @@ impl DestinationVm for FakeVm {
         }]
     }
     fn accept_block(&mut self, block: &RamBlock) -> bool {
-        let known = self.keeps.contains(&block.name);
+        let has = self.ram.blocks().iter().any(|b| b.name == block.name);
+        let known = self.keeps.contains(&block.name) && !has;
         if known {
             self.ram.blocks.lock().unwrap().push(block.clone());
             self.ram.data.lock().unwrap().push(vec![0; block.len as usize]);

@@ -22,6 +22,18 @@ fn a_quiet_guest_arrives() {
 }
 
 #[test]
+fn a_block_that_the_destination_can_keep_arrives_with_the_rest() {
+    let (_, mut destination, world) = two_vms(64);
+    let mut source = FakeVm::new("source", &world, 64);
+    source.ram = FakeRam::new(&[("pc.ram", 64), ("pc.bios", 3), ("pc.rom", 2)]);
+    source.ram.write(2, 100, b"a ROM");
+    destination.keeps = vec!["pc.rom".into()];
+    let ended = migrate(source, destination, pair(), (control(), control()));
+    assert_moved(&ended);
+    assert_eq!(&ended.destination.ram.contents()[2][100..105], b"a ROM");
+}
+
+#[test]
 fn a_guest_that_writes_without_pause_arrives_over_tcp_and_is_verified() {
     let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
     let listener = Listener::bind(&address).unwrap();

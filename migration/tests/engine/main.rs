@@ -7,3 +7,4 @@ mod failures;
 mod hostile;
 mod loopback;
 mod qemu;
+mod saved;

@@ -1,5 +1,6 @@
 //! `mini-vmm migrate`: starts a migration, shows how it goes, and reports how it went.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,7 +14,8 @@ use signal_hook::consts::SIGINT;
 
 use super::{CliError, VmArg, checked_uri};
 use crate::client::{ClientError, QmpClient};
-use crate::config::{HumanDuration, Rate};
+use crate::config::{HumanDuration, MigrationUri, Rate};
+use crate::grants::Grants;
 
 /// How often the VM is asked how far it has come.
 const STEP: Duration = Duration::from_millis(100);
@@ -22,7 +24,8 @@ const STEP: Duration = Duration::from_millis(100);
 pub(super) struct MigrateArgs {
     #[command(flatten)]
     vm: VmArg,
-    /// Where to: tcp:HOST:PORT or unix:PATH
+    /// Where to: tcp:HOST:PORT, unix:PATH, file:PATH[,offset=N], fd:N (a descriptor of this command, which is
+    /// handed to the VM) or exec:COMMAND (a shell's, run by the VM; see 'run --allow-exec')
     uri: String,
     /// How long the guest may stand still [default: 300ms]
     #[arg(long, value_name = "TIME")]
@@ -90,6 +93,8 @@ impl MigrateArgs {
 }
 
 pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
+    // First of all, while nothing else is open.
+    let grants = Grants::of_this_process(false);
     let uri = checked_uri(&args.uri)?;
     let interrupted = Arc::new(AtomicBool::new(false));
     let mut client = args.vm.connect()?;
@@ -97,7 +102,8 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     client.execute("migrate-set-parameters", parameters)?;
     signal_hook::flag::register(SIGINT, interrupted.clone())
         .map_err(CliError::io("cannot watch for Ctrl-C"))?;
-    client.execute("migrate", json!({ "uri": uri, "detach": true }))?;
+    let uri = hand_over(&mut client, &grants, uri)?;
+    client.execute("migrate", json!({ "uri": uri.to_string(), "detach": true }))?;
     if args.detach {
         return Ok(());
     }
@@ -128,6 +134,20 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
             last["error-desc"].as_str().unwrap_or("the VM gives no reason")
         ))),
     }
+}
+
+/// A descriptor that this command has goes to the VM; a number that it has not may be one of the VM's
+/// own.
+fn hand_over(
+    client: &mut QmpClient,
+    grants: &Grants,
+    uri: MigrationUri,
+) -> Result<MigrationUri, CliError> {
+    let MigrationUri::Descriptor(number) = &uri else { return Ok(uri) };
+    let Some(fd) = grants.take(number) else { return Ok(uri) };
+    let name = format!("migrate-{}-{number}", std::process::id());
+    client.pass_descriptor(&name, fd.as_fd())?;
+    Ok(MigrationUri::Descriptor(name))
 }
 
 fn progress_bar() -> ProgressBar {

@@ -19,6 +19,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::client::{ClientError, QmpClient};
 use crate::config::{Config, ConfigError, MigrationUri, Settings, nearest};
+use crate::grants::Grants;
 use crate::qemu_line::{LikeError, WriteError};
 use crate::run::RunError;
 use crate::rundir::{self, RunDirError};
@@ -35,6 +36,16 @@ Examples:
   mini-vmm qemu-command --incoming tcp:0.0.0.0:7001         the QEMU that could take it
 ";
 
+const SAVE_EXAMPLES: &str = "\
+Examples:
+  mini-vmm migrate --vm web tcp:other-host:7000             moves it
+  mini-vmm migrate --vm web file:web.mig                    saves it to a file; the VM's process ends
+  mini-vmm run --name web ... --migrate-listen file:web.mig ... and it goes on
+  mini-vmm migrate --vm web 'exec:zstd >web.mig.zst'        the same through a command, if the VM was
+                                                            started with --allow-exec
+  mini-vmm migrate --vm web fd:5 5>web.mig                  the same through a descriptor of this command
+";
+
 /// A KVM virtual machine monitor whose reason to exist is live migration that cannot lose a VM.
 #[derive(Debug, Parser)]
 #[command(name = "mini-vmm", version, after_long_help = EXAMPLES, max_term_width = 100)]
@@ -48,11 +59,15 @@ enum Command {
     /// Run a VM, or wait for one to arrive
     #[command(after_long_help = EXAMPLES)]
     Run(Box<RunArgs>),
-    /// Move a running VM to another mini-vmm
+    /// Move a running VM to another mini-vmm, or save it
     ///
     /// The destination has been started with the same machine, memory, vCPUs and devices, and with
     /// --migrate-listen. The guest runs on meanwhile, here until the destination holds all of it.
     /// Ctrl-C cancels, and the guest stays.
+    ///
+    /// To file:PATH, fd:N and exec:COMMAND the VM is saved: its process ends when all of it is there, and
+    /// 'mini-vmm run ... --migrate-listen' with such an address lets it go on, later.
+    #[command(after_long_help = SAVE_EXAMPLES)]
     Migrate(migrate::MigrateArgs),
     /// Print the QEMU command line that equals a VM
     ///
@@ -138,6 +153,9 @@ struct RunArgs {
         allow_hyphen_values = true
     )]
     like: Option<String>,
+    /// Let 'exec:COMMAND' addresses run commands as the user that the VM runs as
+    #[arg(long)]
+    allow_exec: bool,
     #[command(flatten)]
     settings: Settings,
 }
@@ -300,20 +318,23 @@ fn dispatch(command: Command) -> Result<(), CliError> {
 }
 
 fn run(args: RunArgs) -> Result<(), CliError> {
+    // First of all, while nothing else is open.
+    let grants = Grants::of_this_process(args.allow_exec);
     let settings = match (&args.config, &args.like) {
         (Some(file), _) => Settings::from_file(file)?.overruled_by(args.settings),
         (None, Some(line)) => qemu::like(line)?.overruled_by(args.settings),
         (None, None) => args.settings,
     };
     let config = Config::resolve(settings)?;
-    crate::run::run(&config)?;
+    crate::run::run(&config, grants)?;
     Ok(())
 }
 
 /// An address as it was typed, checked before anybody is bothered with it.
-fn checked_uri(text: &str) -> Result<String, CliError> {
-    let _: MigrationUri = text.parse()?;
-    Ok(text.to_string())
+fn checked_uri(text: &str) -> Result<MigrationUri, CliError> {
+    let uri: MigrationUri = text.parse()?;
+    // The VM's process has a directory of its own.
+    uri.absolute().map_err(CliError::io("cannot find out the current directory"))
 }
 
 #[cfg(test)]

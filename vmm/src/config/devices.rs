@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use super::types::unknown_word;
-use super::{ConfigError, MacAddr, MigrationUri, PciSlot, VmName};
+use super::{ConfigError, MacAddr, PciSlot, SocketUri, VmName};
 
 /// Where a serial port or console leads to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -30,9 +30,9 @@ impl FromStr for CharBackend {
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         match text.split_once(':') {
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("unix", path)) if !path.is_empty() => match text.parse::<MigrationUri>()? {
-                MigrationUri::Unix(path) => Ok(Self::Unix(path)),
-                MigrationUri::Tcp { .. } => unreachable_backend(text),
+            Some(("unix", path)) if !path.is_empty() => match text.parse::<SocketUri>()? {
+                SocketUri::Unix(path) => Ok(Self::Unix(path)),
+                SocketUri::Tcp { .. } => unreachable_backend(text),
             },
             None if text == "stdio" => Ok(Self::Stdio),
             None if text == "pty" => Ok(Self::Pty),
@@ -165,7 +165,7 @@ pub enum NetBackend {
     Tap(String),
     /// A stream socket to connect to, each frame behind its length (32 bits, big-endian), as
     /// QEMU's `-netdev stream` does.
-    Stream(MigrationUri),
+    Stream(SocketUri),
 }
 
 /// A virtio-net device with one pair of queues.

@@ -11,27 +11,29 @@
 mod devices;
 mod error;
 mod keys;
+mod migration_uri;
 mod overrule;
 mod resolve;
 mod settings;
+mod socket_uri;
 mod text;
 mod types;
 mod units;
-mod uri;
 
 pub use devices::{
     CharBackend, ConsoleConfig, DiskCache, DiskConfig, NetBackend, NetConfig, PlainConfig,
     VirtioVersion,
 };
 pub use error::ConfigError;
+pub use migration_uri::{MigrateListen, MigrationUri};
 pub use resolve::{Boot, Config, MAX_CPUS};
 pub use settings::{
     ConsoleSettings, ConsoleTable, DiskSettings, NetSettings, OnOff, Place, PlainSettings,
     QmpSocket, Queues, Settings,
 };
+pub use socket_uri::SocketUri;
 pub use types::{CpuConfig, CpuModel, MacAddr, MachineType, PciSlot, VmName};
 pub use units::{ByteSize, HumanDuration, Rate};
-pub use uri::{MigrateListen, MigrationUri};
 
 pub(crate) use keys::{nearest, split};
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::keys::{check_keys, split};
 use super::{
     ByteSize, CharBackend, ConfigError, CpuConfig, DiskCache, MacAddr, MachineType, MigrateListen,
-    MigrationUri, PciSlot, VirtioVersion, VmName,
+    PciSlot, SocketUri, VirtioVersion, VmName,
 };
 
 /// `on` or `off` (also `true`, `false`, `yes`, `no`).
@@ -112,7 +112,7 @@ impl FromStr for QmpSocket {
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         match text.parse() {
-            Ok(MigrationUri::Unix(path)) => Ok(Self(path)),
+            Ok(SocketUri::Unix(path)) => Ok(Self(path)),
             _ => Err(ConfigError::Invalid {
                 what: "qmp",
                 found: text.to_string(),
@@ -155,7 +155,7 @@ pub struct NetSettings {
     /// An existing tap interface; this or `stream`.
     pub tap: Option<String>,
     /// A socket to connect to; this or `tap`.
-    pub stream: Option<MigrationUri>,
+    pub stream: Option<SocketUri>,
     /// Default 52:54:00:12:34:56 and up.
     pub mac: Option<MacAddr>,
     /// Default `netN`.
@@ -403,7 +403,8 @@ pub struct Settings {
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub paused: Option<OnOff>,
 
-    /// Wait for a VM to arrive here: tcp:HOST:PORT, unix:PATH, or defer (until 'migrate-incoming' on the control socket)
+    /// Wait for a VM to arrive here (tcp:HOST:PORT, unix:PATH), restore a saved one (file:PATH[,offset=N], fd:N,
+    /// exec:COMMAND), or wait for 'migrate-incoming' on the control socket (defer)
     #[arg(long, value_name = "URI")]
     pub migrate_listen: Option<MigrateListen>,
 }

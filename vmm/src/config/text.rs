@@ -32,11 +32,11 @@ macro_rules! as_text {
 as_text!(super::ByteSize, "a size in quotes, like \"512M\" or \"2G\"");
 as_text!(super::HumanDuration, "a time in quotes, like \"300ms\"");
 as_text!(super::Rate, "a rate in quotes, like \"100M\" or \"1Gbit\"");
+as_text!(super::SocketUri, "an address in quotes, like \"tcp:host:4444\" or \"unix:/run/m.sock\"");
 as_text!(
-    super::MigrationUri,
-    "an address in quotes, like \"tcp:host:4444\" or \"unix:/run/m.sock\""
+    super::MigrateListen,
+    "an address in quotes, like \"tcp:0.0.0.0:4444\" or \"file:vm.mig\", or \"defer\""
 );
-as_text!(super::MigrateListen, "an address in quotes, like \"tcp:0.0.0.0:4444\", or \"defer\"");
 as_text!(super::MachineType, "a machine type in quotes, like \"pc-i440fx-7.2\"");
 as_text!(super::CpuConfig, "a CPU model in quotes, like \"host\" or \"x86-64-v2\"");
 as_text!(super::PciSlot, "a PCI slot in quotes, in hexadecimal like \"05.0\"");

@@ -20,12 +20,12 @@ const MULTIFD_MAGIC: [u8; 4] = 0x1122_3344_u32.to_be_bytes();
 /// A VM that waits to become what another one was.
 pub(super) struct Arriving<'a> {
     vm: Arc<Vm>,
-    listener: &'a Listener,
+    listener: Option<&'a Listener>,
 }
 
 impl<'a> Arriving<'a> {
-    /// For a source that has connected to `listener`.
-    pub(super) fn new(vm: Arc<Vm>, listener: &'a Listener) -> Self {
+    /// For a source that has connected to `listener`, or what comes from elsewhere.
+    pub(super) fn new(vm: Arc<Vm>, listener: Option<&'a Listener>) -> Self {
         vm.kvm_state.forget();
         vm.machine.ram.roms().clear();
         Self { vm, listener }
@@ -67,7 +67,7 @@ impl DestinationVm for Arriving<'_> {
 
     fn prepare(&mut self) -> Result<(), VmError> {
         // Nothing in the first connection says so, and its pages would be missing.
-        let others = self.listener.waiting_with(MULTIFD_MAGIC);
+        let others = self.listener.map_or(Ok(false), |l| l.waiting_with(MULTIFD_MAGIC));
         if others.map_err(|e| VmError::with("the listener could not be looked at", e))? {
             return Err(VmError::new(
                 "the source sends its pages over several connections, which is not understood here: \

@@ -7,9 +7,11 @@ mod arriving;
 mod details;
 mod leaving;
 mod outgoing;
+mod way;
 
 pub use details::Device as DeviceDetails;
 pub use outgoing::{IncomingError, MigrateError};
+pub use way::WayError;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -19,13 +21,16 @@ use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::source::Doubt;
 use migration::stats::{MigrationInfo, Report};
-use migration::transport::Address;
 
+use crate::config::SocketUri;
 use crate::control::{Event, EventBus};
+use crate::grants::Grants;
 
 /// What is known of this VM's migrations: the last one or the one that runs.
 #[derive(Default)]
 pub struct MigrationDesk {
+    /// What it may use.
+    pub(crate) grants: Grants,
     inner: Mutex<Desk>,
 }
 
@@ -37,7 +42,7 @@ pub(crate) struct Desk {
     /// A hand-over of which nobody knows how it ended.
     pub(crate) doubt: Option<Doubt>,
     /// Where a migration is waited for.
-    pub(crate) listening: Option<Address>,
+    pub(crate) listening: Option<SocketUri>,
     /// The process is ending: an incoming thread stops waiting.
     pub(crate) closing: bool,
 }
@@ -61,6 +66,11 @@ impl Desk {
 }
 
 impl MigrationDesk {
+    /// Nothing has migrated yet.
+    pub fn new(grants: Grants) -> Self {
+        Self { grants, inner: Mutex::default() }
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, Desk> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,17 +8,17 @@ use migration::control::Control;
 use migration::destination::{self, Failure};
 use migration::guest::GuestRam;
 use migration::source::{self, Outcome};
-use migration::transport::{Address, Connection, Listener, TransportError};
+use migration::transport::{Listener, TransportError};
 
 use super::arriving::Arriving;
 use super::leaving::Leaving;
+use super::way::{WayError, WayIn, WayOut};
 use super::{MigrationDesk, Tell};
+use crate::config::MigrationUri;
 use crate::control::RunState;
 use crate::power::MachineEvent;
 use crate::vm::Vm;
 
-/// How long a connection may take to be made.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a thread that waits for a source looks whether the process is ending.
 const ACCEPT_STEP: Duration = Duration::from_millis(100);
 
@@ -27,7 +27,7 @@ const ACCEPT_STEP: Duration = Duration::from_millis(100);
 pub enum MigrateError {
     /// The destination can't be reached.
     #[error(transparent)]
-    Transport(#[from] TransportError),
+    Way(#[from] WayError),
     /// The thread.
     #[error("cannot start the migration's thread")]
     Thread(#[source] std::io::Error),
@@ -36,7 +36,10 @@ pub enum MigrateError {
 /// Why the VM that was waited for is not here.
 #[derive(Debug, thiserror::Error)]
 pub enum IncomingError {
-    /// The address can't be listened at.
+    /// The address can't be listened at, or restored from.
+    #[error(transparent)]
+    Way(#[from] WayError),
+    /// The listener failed.
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// The thread.
@@ -55,9 +58,9 @@ impl MigrationDesk {
 }
 
 impl Vm {
-    /// Connects to `address` and starts to migrate there. The caller has made sure that none runs.
-    pub(crate) fn begin_outgoing(self: &Arc<Self>, address: &Address) -> Result<(), MigrateError> {
-        let connection = Connection::connect(address, CONNECT_TIMEOUT)?;
+    /// Opens `uri` and starts to migrate there. The caller has made sure that none runs.
+    pub(crate) fn begin_outgoing(self: &Arc<Self>, uri: &MigrationUri) -> Result<(), MigrateError> {
+        let way = WayOut::open(uri, &self.migration.grants)?;
         let control = self.migration.control(self);
         let (vm, shared) = (self.clone(), control.clone());
         // A client may ask how it goes as soon as this returns.
@@ -66,15 +69,19 @@ impl Vm {
         let mut desk = self.migration.lock();
         let thread = thread::Builder::new()
             .name("migration-out".into())
-            .spawn(move || vm.go(connection, &shared))
+            .spawn(move || vm.go(way, &shared))
             .map_err(MigrateError::Thread)?;
         desk.begin(control, thread);
         Ok(())
     }
 
-    fn go(self: &Arc<Self>, connection: Connection, control: &Control) {
+    fn go(self: &Arc<Self>, way: WayOut, control: &Control) {
         let mut leaving = Leaving::new(self.clone());
-        match source::run(&mut leaving, connection, control) {
+        let outcome = match way {
+            WayOut::Connection(connection) => source::run(&mut leaving, connection, control),
+            WayOut::Sink(sink) => source::save(&mut leaving, sink, control),
+        };
+        match outcome {
             Outcome::Completed(_) => self.queue(MachineEvent::HandedOver),
             Outcome::Kept { error } => {
                 tracing::warn!("the migration ended and the guest stays here: {}", error.chain());
@@ -98,17 +105,24 @@ impl Vm {
         }
     }
 
-    /// Listens at `address` and waits for a source there.
-    pub(crate) fn begin_incoming(self: &Arc<Self>, address: &Address) -> Result<(), IncomingError> {
-        let listener = Listener::bind(address)?;
+    /// Listens at `uri` and waits for a source there, or restores what is saved there.
+    pub(crate) fn begin_incoming(
+        self: &Arc<Self>,
+        uri: &MigrationUri,
+    ) -> Result<(), IncomingError> {
+        let way = WayIn::open(uri, &self.migration.grants)?;
         let control = self.migration.control(self);
         let (vm, shared) = (self.clone(), control.clone());
         let mut desk = self.migration.lock();
-        desk.listening = Some(listener.address().clone());
+        desk.listening = way.listening();
         let thread = thread::Builder::new()
             .name("migration-in".into())
             .spawn(move || {
-                if let Err(e) = vm.receive(&listener, shared) {
+                let received = match way {
+                    WayIn::Listener(listener) => vm.receive(&listener, shared),
+                    only => vm.receive_only(only, &shared),
+                };
+                if let Err(e) = received {
                     vm.queue(MachineEvent::IncomingFailed(e));
                 }
             })
@@ -136,7 +150,7 @@ impl Vm {
                 }
             };
             let peer = connection.peer().to_string();
-            let mut arriving = Arriving::new(self.clone(), listener);
+            let mut arriving = Arriving::new(self.clone(), Some(listener));
             match destination::run(&mut arriving, connection, &control) {
                 Ok(_) => {
                     self.migration.lock().listening = None;
@@ -154,6 +168,26 @@ impl Vm {
                     self.life().state = RunState::InternalError;
                     return Err(failure.into());
                 }
+            }
+        }
+    }
+
+    /// Takes the VM that comes this way; there is no other to wait for.
+    fn receive_only(self: &Arc<Self>, way: WayIn, control: &Control) -> Result<(), IncomingError> {
+        let mut arriving = Arriving::new(self.clone(), None);
+        let result = match way {
+            WayIn::Supply(supply) => destination::restore(&mut arriving, supply, control),
+            WayIn::Connection(connection) => destination::run(&mut arriving, connection, control),
+            WayIn::Listener(listener) => {
+                return self.receive(&listener, self.migration.control(self));
+            }
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(_) if self.migration.lock().closing => Ok(()),
+            Err(failure) => {
+                self.life().state = RunState::InternalError;
+                Err(failure.into())
             }
         }
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::findings::Findings;
 use super::props::{Props, Rule, Rules};
-use crate::config::{CharBackend, MigrationUri, NetSettings, split};
+use crate::config::{CharBackend, NetSettings, SocketUri, split};
 
 const CHARDEV: Rules = &[
     ("mux", Rule::Host),
@@ -198,12 +198,12 @@ pub(super) fn netdev(text: &str, found: &mut Findings) -> Option<(String, NetSet
     Some((id, net))
 }
 
-fn stream_address(props: &mut Props) -> Option<MigrationUri> {
+fn stream_address(props: &mut Props) -> Option<SocketUri> {
     let mut addr = props.take_below("addr.");
     let uri = match addr.take("type")?.as_str() {
-        "unix" => MigrationUri::Unix(PathBuf::from(addr.take("path")?)),
+        "unix" => SocketUri::Unix(PathBuf::from(addr.take("path")?)),
         "inet" => {
-            MigrationUri::Tcp { host: addr.take("host")?, port: addr.take("port")?.parse().ok()? }
+            SocketUri::Tcp { host: addr.take("host")?, port: addr.take("port")?.parse().ok()? }
         }
         _ => return None,
     };

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::config::{
     Boot, CharBackend, Config, CpuModel, DiskConfig, MigrateListen, MigrationUri, NetBackend,
-    NetConfig, PciSlot, VirtioVersion, VmName,
+    NetConfig, PciSlot, SocketUri, VirtioVersion, VmName,
 };
 
 /// Why a configuration is no QEMU command line.
@@ -73,7 +73,7 @@ impl QemuLine {
             line.options.push(vec!["-S".to_string()]);
         }
         if let Some(listen) = incoming.or(config.migrate_listen.as_ref()) {
-            line.option("-incoming", listen.to_string());
+            line.option("-incoming", incoming_address(listen)?);
         }
         if let Some(arg) = line.args().find(|arg| arg.contains('\0')) {
             return Err(WriteError::Text(arg.escape_default().to_string()));
@@ -171,12 +171,12 @@ impl QemuLine {
                 let name = name.replace(',', ",,");
                 format!("tap,id=netdev-{},ifname={name},script=no,downscript=no", net.id)
             }
-            NetBackend::Stream(MigrationUri::Unix(path)) => format!(
+            NetBackend::Stream(SocketUri::Unix(path)) => format!(
                 "stream,id=netdev-{},server=off,addr.type=unix,addr.path={}",
                 net.id,
                 escaped(path)?
             ),
-            NetBackend::Stream(MigrationUri::Tcp { host, port }) => format!(
+            NetBackend::Stream(SocketUri::Tcp { host, port }) => format!(
                 "stream,id=netdev-{},server=off,addr.type=inet,addr.host={},addr.port={port}",
                 net.id,
                 host.replace(',', ",,")
@@ -221,6 +221,19 @@ impl QemuLine {
         self.option("-chardev", backend);
         Ok(())
     }
+}
+
+/// Where QEMU 7.2 waits: it has no `file:`, but a command can read one.
+fn incoming_address(listen: &MigrateListen) -> Result<String, WriteError> {
+    let MigrateListen::At(MigrationUri::File { path, offset }) = listen else {
+        return Ok(listen.to_string());
+    };
+    let path = shell_words::quote(plain(path)?);
+    Ok(match offset {
+        0 => format!("exec:cat {path}"),
+        // `tail` counts from 1.
+        offset => format!("exec:tail -c +{} {path}", offset.saturating_add(1)),
+    })
 }
 
 /// A word for a shell, without quotes where no shell needs them: commas are everywhere here.

@@ -50,6 +50,15 @@ pub enum QmpError {
     /// An argument that QEMU has and we don't.
     #[error("Parameter '{0}' is not supported by mini-vmm: {1}")]
     Unsupported(&'static str, &'static str),
+    /// `getfd` without a descriptor.
+    #[error("No file descriptor supplied via SCM_RIGHTS")]
+    NoDescriptor,
+    /// A name that could be taken for a number.
+    #[error("Parameter '{0}' expects a name not starting with a digit")]
+    Digit(&'static str),
+    /// `closefd` of nothing.
+    #[error("File descriptor named '{0}' not found")]
+    NotKept(String),
     /// The VM refused.
     #[error("{}", .0.chain())]
     Refused(#[from] ControlError),

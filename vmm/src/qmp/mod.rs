@@ -3,6 +3,7 @@
 //! ```text
 //! server.rs    sockets, clients, start and stop              (one thread, named "qmp")
 //! session.rs   one client: greeting, negotiation, replies and events in their order
+//! passing.rs   a client's socket, and descriptors that it hands over
 //! framer.rs    bytes → JSON texts; bounded, tolerant of garbage
 //! request.rs   JSON text → command, arguments, id
 //! args.rs      typed arguments, with QEMU's words for what is wrong with them
@@ -19,6 +20,7 @@ mod commands;
 mod error;
 mod event;
 mod framer;
+mod passing;
 mod request;
 mod server;
 mod session;

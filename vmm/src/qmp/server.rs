@@ -18,6 +18,7 @@ use tokio::runtime::Builder;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::passing::Passing;
 use super::session::{Shared, asked_to_stop, serve};
 use crate::control::VmControl;
 
@@ -169,7 +170,9 @@ async fn accept_all(
             Some(_) = clients.join_next(), if !clients.is_empty() => {}
             stream = accept_any(&listeners), if clients.len() < MAX_CLIENTS => match stream {
                 Ok(stream) => {
-                    let session = serve(stream, Arc::clone(&shared), stop.clone());
+                    let stream = Passing::new(stream);
+                    let passed = stream.passed();
+                    let session = serve(stream, Arc::clone(&shared), passed, stop.clone());
                     clients.spawn(async move {
                         if let Err(error) = session.await {
                             tracing::debug!(%error, "a control client was lost");

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use super::args::Args;
 use super::commands;
 use super::framer::{Frame, Framer};
+use super::passing::Passed;
 use super::request::{self, Request};
 use super::{QmpError, event};
 use crate::control::{TimedEvent, VmControl};
@@ -63,6 +64,8 @@ type Running = JoinHandle<Result<Value, QmpError>>;
 
 struct Session<W> {
     shared: Arc<Shared>,
+    /// Descriptors that come with the commands.
+    passed: Passed,
     writer: W,
     negotiated: bool,
 }
@@ -74,6 +77,7 @@ struct Session<W> {
 pub(super) async fn serve<S>(
     stream: S,
     shared: Arc<Shared>,
+    passed: Passed,
     mut stopping: watch::Receiver<bool>,
 ) -> io::Result<()>
 where
@@ -82,7 +86,7 @@ where
     // Before the greeting, so that nothing that happens after it is missed.
     let mut events = shared.vm.events();
     let (mut reader, writer) = tokio::io::split(stream);
-    let mut session = Session { shared, writer, negotiated: false };
+    let mut session = Session { shared, passed, writer, negotiated: false };
     session.write(&json!({ "QMP": { "version": version(), "capabilities": [] } })).await?;
 
     let mut framer = Framer::default();
@@ -170,7 +174,8 @@ impl<W: AsyncWrite + Unpin> Session<W> {
             commands::find(&request.command).ok_or(QmpError::CommandNotFound(request.command))?;
         let shared = Arc::clone(&self.shared);
         let args = Args::new(request.arguments);
-        Ok(Some(tokio::task::spawn_blocking(move || command.run(&shared, args))))
+        let passed = self.passed.clone();
+        Ok(Some(tokio::task::spawn_blocking(move || command.run(&shared, args, &passed))))
     }
 
     fn negotiate(&mut self, request: Request) -> Result<(), QmpError> {

@@ -139,6 +139,14 @@ impl VmControl for FakeVm {
         Err(ControlError::NotDeferred)
     }
 
+    fn keep_descriptor(&self, _: &str, _: std::os::fd::OwnedFd) -> Result<(), ControlError> {
+        Ok(())
+    }
+
+    fn close_descriptor(&self, name: &str) -> bool {
+        name == "there"
+    }
+
     fn query_migrate(&self) -> MigrationInfo {
         match self.state.lock().unwrap().phase {
             Phase::None => MigrationInfo::default(),

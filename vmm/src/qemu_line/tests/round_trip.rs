@@ -33,6 +33,20 @@ fn configurations_come_back_the_same() {
     }
 }
 
+/// QEMU 7.2 has no `file:`, so a command reads it there.
+#[test]
+fn a_file_is_read_by_a_command() {
+    let incoming = |uri: &str| {
+        let config = from_toml("kernel = 'k'\nserial = 'null'");
+        let line = QemuLine::of(&config, Some(&uri.parse().unwrap())).unwrap();
+        line.args().last().map(str::to_string)
+    };
+    assert_eq!(incoming("file:/a b.mig").unwrap(), "exec:cat '/a b.mig'");
+    assert_eq!(incoming("file:x.mig,offset=512").unwrap(), "exec:tail -c +513 x.mig");
+    assert_eq!(incoming("exec:zstd -dc x").unwrap(), "exec:zstd -dc x");
+    assert_eq!(incoming("tcp:[::1]:7").unwrap(), "tcp:[::1]:7");
+}
+
 /// Every combination of what a disk, a net and a plain device can be.
 #[test]
 fn all_kinds_of_devices_come_back_the_same() {

@@ -1,11 +1,13 @@
 //! Commands about migration.
 
+use std::os::fd::OwnedFd;
+
 use migration::params::ParameterError;
 use serde_json::{Value, json};
 
 use super::super::QmpError;
 use super::{Args, Outcome, Shared};
-use crate::config::MigrationUri;
+use crate::config::{MigrationUri, SocketUri};
 use crate::control::{ControlError, RunState};
 
 /// Starts a migration; the answer says that it has started, `query-migrate` how it goes.
@@ -58,7 +60,7 @@ pub(super) fn migrate_continue(shared: &Shared, mut args: Args) -> Outcome {
 ///
 /// ```text
 /// -> {"execute": "migrate-incoming", "arguments": {"uri": "tpc::4444"}}
-/// <- {"error": {"class": "GenericError", "desc": "address: 'tpc::4444' is not an address: tcp:HOST:PORT, tcp:[IPV6]:PORT or unix:PATH; did you mean 'tcp::4444'?"}}
+/// <- {"error": {"class": "GenericError", "desc": "address: 'tpc::4444' is not an address: tcp:HOST:PORT, tcp:[IPV6]:PORT, unix:PATH, file:PATH[,offset=N], fd:N or exec:COMMAND; did you mean 'tcp::4444'?"}}
 /// ```
 pub(super) fn migrate_incoming(shared: &Shared, mut args: Args) -> Outcome {
     let uri = args.string("uri")?;
@@ -79,6 +81,44 @@ pub(super) fn migrate_cancel(shared: &Shared, args: Args) -> Outcome {
     Ok(json!({}))
 }
 
+/// Keeps the descriptor that came along with the command (`SCM_RIGHTS`), for `fd:NAME`.
+///
+/// ```text
+/// -> {"execute": "getfd", "arguments": {"fdname": "file"}}
+/// <- {"error": {"class": "GenericError", "desc": "No file descriptor supplied via SCM_RIGHTS"}}
+/// -> {"execute": "getfd", "arguments": {"fdname": "7file"}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'fdname' expects a name not starting with a digit"}}
+/// ```
+pub(super) fn getfd(shared: &Shared, mut args: Args, fd: Option<OwnedFd>) -> Outcome {
+    let name = args.string("fdname")?;
+    args.finish()?;
+    // Numbers are those that the process was started with.
+    if name.starts_with(|c: char| c.is_ascii_digit()) {
+        return Err(QmpError::Digit("fdname"));
+    }
+    match format!("fd:{name}").parse::<MigrationUri>() {
+        Ok(MigrationUri::Descriptor(_)) => {}
+        Ok(_) => return Err(QmpError::Value("fdname".to_string(), name)),
+        Err(error) => return Err(error.into()),
+    }
+    shared.vm.keep_descriptor(&name, fd.ok_or(QmpError::NoDescriptor)?)?;
+    Ok(json!({}))
+}
+
+/// Closes a descriptor that `getfd` has kept.
+///
+/// ```text
+/// -> {"execute": "closefd", "arguments": {"fdname": "there"}}
+/// <- {"return": {}}
+/// -> {"execute": "closefd", "arguments": {"fdname": "file"}}
+/// <- {"error": {"class": "GenericError", "desc": "File descriptor named 'file' not found"}}
+/// ```
+pub(super) fn closefd(shared: &Shared, mut args: Args) -> Outcome {
+    let name = args.string("fdname")?;
+    args.finish()?;
+    if shared.vm.close_descriptor(&name) { Ok(json!({})) } else { Err(QmpError::NotKept(name)) }
+}
+
 /// How it goes. A destination that listens on TCP tells its address, so that port 0 is of use.
 ///
 /// ```text
@@ -97,12 +137,12 @@ pub(super) fn query_migrate(shared: &Shared, args: Args) -> Outcome {
     Ok(info)
 }
 
-fn socket_address(uri: &MigrationUri) -> Value {
+fn socket_address(uri: &SocketUri) -> Value {
     match uri {
-        MigrationUri::Tcp { host, port } => {
+        SocketUri::Tcp { host, port } => {
             json!({ "type": "inet", "host": host, "port": port.to_string() })
         }
-        MigrationUri::Unix(path) => json!({ "type": "unix", "path": path }),
+        SocketUri::Unix(path) => json!({ "type": "unix", "path": path }),
     }
 }
 

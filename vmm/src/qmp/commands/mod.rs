@@ -7,10 +7,13 @@ mod migrate;
 mod query;
 mod run;
 
+use std::os::fd::OwnedFd;
+
 use serde_json::{Value, json};
 
 use super::QmpError;
 use super::args::Args;
+use super::passing::Passed;
 use super::session::Shared;
 
 type Outcome = Result<Value, QmpError>;
@@ -18,24 +21,36 @@ type Outcome = Result<Value, QmpError>;
 /// A command.
 pub(super) struct Command {
     pub(super) name: &'static str,
-    handler: fn(&Shared, Args) -> Outcome,
+    handler: Handler,
+}
+
+#[derive(Clone, Copy)]
+enum Handler {
+    Plain(fn(&Shared, Args) -> Outcome),
+    /// Takes the descriptor that came along.
+    Descriptor(fn(&Shared, Args, Option<OwnedFd>) -> Outcome),
 }
 
 impl Command {
     const fn new(name: &'static str, handler: fn(&Shared, Args) -> Outcome) -> Self {
-        Self { name, handler }
+        Self { name, handler: Handler::Plain(handler) }
     }
 
     /// Carries it out; may block.
-    pub(super) fn run(&self, shared: &Shared, args: Args) -> Outcome {
-        (self.handler)(shared, args)
+    pub(super) fn run(&self, shared: &Shared, args: Args, passed: &Passed) -> Outcome {
+        match self.handler {
+            Handler::Plain(handler) => handler(shared, args),
+            Handler::Descriptor(handler) => handler(shared, args, passed.take()),
+        }
     }
 }
 
 /// All commands, by name. `qmp_capabilities` is the session's own, and stands here to be listed.
 static COMMANDS: &[Command] = &[
     Command::new("announce-self", run::announce_self),
+    Command::new("closefd", migrate::closefd),
     Command::new("cont", run::cont),
+    Command { name: "getfd", handler: Handler::Descriptor(migrate::getfd) },
     Command::new("migrate", migrate::migrate),
     Command::new("migrate-continue", migrate::migrate_continue),
     Command::new("migrate-incoming", migrate::migrate_incoming),

@@ -1,4 +1,4 @@
-//! Where a migration goes to or comes from.
+//! Where somebody listens.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use super::{ConfigError, nearest};
 
 /// `tcp:HOST:PORT` (a name, an IPv4 address, or an IPv6 address in brackets) or `unix:PATH`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum MigrationUri {
+pub enum SocketUri {
     /// A TCP socket.
     Tcp {
         /// Name or address, without brackets; empty when listening means all addresses.
@@ -20,19 +20,10 @@ pub enum MigrationUri {
     Unix(PathBuf),
 }
 
-/// What `--migrate-listen` may say.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum MigrateListen {
-    /// Listen here from the start.
-    At(MigrationUri),
-    /// Wait for `migrate-incoming` on the control socket.
-    Defer,
-}
-
 /// Longest path of a unix socket: `sun_path` has 108 bytes, one of them for the end.
 const UNIX_PATH_MAX: usize = 107;
 
-impl FromStr for MigrationUri {
+impl FromStr for SocketUri {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
@@ -76,29 +67,12 @@ impl FromStr for MigrationUri {
     }
 }
 
-impl fmt::Display for MigrationUri {
+impl fmt::Display for SocketUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
-impl FromStr for MigrateListen {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        if text == "defer" { Ok(Self::Defer) } else { text.parse().map(Self::At) }
-    }
-}
-
-impl fmt::Display for MigrateListen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Defer => f.write_str("defer"),
-            Self::At(uri) => uri.fmt(f),
         }
     }
 }
@@ -116,7 +90,7 @@ mod tests {
             "tcp::0",
             "unix:/run/x.sock",
         ] {
-            assert_eq!(text.parse::<MigrationUri>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<SocketUri>().unwrap().to_string(), text);
         }
         for text in [
             "",
@@ -130,11 +104,11 @@ mod tests {
             "unix:",
             "fd:3",
         ] {
-            assert!(text.parse::<MigrationUri>().is_err(), "{text}");
+            assert!(text.parse::<SocketUri>().is_err(), "{text}");
         }
         assert!(
             "tpc:h:1"
-                .parse::<MigrationUri>()
+                .parse::<SocketUri>()
                 .unwrap_err()
                 .to_string()
                 .contains("did you mean 'tcp:h:1'")

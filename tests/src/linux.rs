@@ -102,6 +102,14 @@ impl Machine {
         let vm = args.args(&format!("--migrate-listen tcp:{host}:0")).start();
         Linux { vm, terminal: Terminal::attach(&socket) }
     }
+
+    /// One that waits on loopback and is like the QEMU of this command line.
+    pub fn like(line: &str, directory: &Path, name: &str) -> Linux {
+        let socket = directory.join(format!("{name}.serial"));
+        let args = VmArgs::default().serial_socket(&socket).arg("--like").arg(line);
+        let vm = args.args("--migrate-listen tcp:127.0.0.1:0").start();
+        Linux { vm, terminal: Terminal::attach(&socket) }
+    }
 }
 
 impl Terminal {

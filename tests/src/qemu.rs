@@ -36,6 +36,25 @@ impl QemuArgs {
         Self { args: args.map(str::to_string).collect() }
     }
 
+    /// Those that `mini-vmm qemu-command --json` has printed, but for the serial port: it goes where
+    /// [`Qemu::terminal`] finds it.
+    pub fn printed(json: &str) -> Self {
+        let words: Vec<String> = serde_json::from_str(json).expect("an array of words");
+        let (program, words) = words.split_first().expect("a program");
+        assert_eq!(program, "qemu-system-x86_64");
+        let mut args = Vec::new();
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            let serial = |value: &&String| value.contains("serial0");
+            if !["-chardev", "-serial"].contains(&word.as_str()) {
+                args.push(word.clone());
+            } else if let Some(value) = words.next().filter(|value| !serial(value)) {
+                args.extend([word.clone(), value.clone()]);
+            }
+        }
+        Self { args }
+    }
+
     /// More options, separated by white space.
     pub fn args(mut self, options: &str) -> Self {
         self.args.extend(options.split_whitespace().map(str::to_string));

@@ -33,6 +33,8 @@ Examples:
       --migrate-listen tcp:0.0.0.0:7000                     ... waits for it on another host
   mini-vmm migrate --vm web tcp:other-host:7000             ... and this moves it there
   mini-vmm status --json                                    the recorded configuration
+  mini-vmm run --like 'qemu-system-x86_64 ...' --migrate-listen tcp:0.0.0.0:7000
+                                                            ... waits for a QEMU's VM
   mini-vmm qemu-command --incoming tcp:0.0.0.0:7001         the QEMU that could take it
 ";
 

@@ -51,7 +51,8 @@ fn recorded(vm: &VmArg) -> Result<Settings, CliError> {
     let status = vm.connect()?.execute("x-mini-vmm-status", json!({}))?;
     let mut config = status.get("config").cloned().unwrap_or_default();
     if let Some(table) = config.as_object_mut() {
-        table.retain(|_, value| !value.is_null());
+        // That it waited for 'cont' once is past: what takes it over shall let it go on.
+        table.retain(|key, value| !value.is_null() && key != "paused");
     }
     serde_json::from_value(config).map_err(CliError::Recorded)
 }

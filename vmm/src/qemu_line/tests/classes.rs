@@ -171,6 +171,28 @@ fn what_is_no_command_line_is_said() {
     }
 }
 
+/// Whatever it is, the answer is settings or words.
+#[test]
+fn no_line_breaks_the_reader() {
+    let full = format!(
+        "{BOARD} -m 1G -smp 2,cores=2 -drive if=none,id=d,file=a,,b,format=raw -blockdev \
+         driver=raw,node-name=n,file.file.file.file.file.file.driver=raw -device \
+         '{{\"driver\":\"virtio-blk-pci\",\"drive\":\"d\",\"addr\":24}}' -netdev \
+         stream,id=s,addr.type=inet,addr.host=::1,addr.port=99999 -chardev socket,id=c,path=/x,server \
+         -serial mon:unix:/y,nowait -device virtio-serial,id=v -device virtconsole,bus=v.0,chardev=c"
+    );
+    for (cut, _) in full.char_indices() {
+        let _ = Like::from_line(&full[..cut]);
+        let _ = Like::from_line(&full[cut..]);
+        let _ = Like::from_line(&full.replacen(&full[cut..=cut], "", 1));
+    }
+    let deep = format!("-device '{}1{}'", "{\"a\":".repeat(5000), "}".repeat(5000));
+    let many = format!("{BOARD} {}", "-device virtio-rng-pci ".repeat(300));
+    for (line, words) in [(deep, "this is no JSON"), (many, "no PCI slot is left for it")] {
+        assert!(refusal(&line).contains(words), "{words}");
+    }
+}
+
 /// Lines as a test bench has them: each is understood, and each reason is one of the table.
 #[test]
 fn the_lines_of_a_test_bench() {

@@ -279,6 +279,15 @@ fn a_command_that_fails_leaves_the_guest_and_its_status_is_told() {
     for command in ["exit 3", "head -c 1000000 >/dev/null; exit 3", "cat >/dev/null; exit 3"] {
         is_kept(&mut guest, &format!("exec:{command}"), "ended with status 3");
     }
+    // Nothing of the VM is open in it.
+    let open = directory();
+    let list = open.path().join("fds");
+    let command = format!("exec:ls /proc/$$/fd >{}; exit 3", list.display());
+    is_kept(&mut guest, &command, "ended with status 3");
+    let fds = fs::read_to_string(&list).expect("a list");
+    let fds: Vec<u32> = fds.lines().filter_map(|fd| fd.parse().ok()).collect();
+    // A shell keeps its own out of the way, from 10 on.
+    assert!(fds.iter().all(|&fd| fd <= 2 || fd == 10), "{fds:?}");
     is_kept(&mut guest, "exec:kill -9 $$", "was ended by signal 9");
     is_kept(&mut guest, "exec:no-such-program", "ended with status 127");
     assert!(guest.vm.stderr().contains("no-such-program"), "what it says is shown");

@@ -205,8 +205,8 @@ pub enum ControlError {
     /// `cont` (or anything that would run the guest) after the destination has confirmed that it
     /// holds the VM: it would run twice.
     #[error(
-        "The VM now runs on the destination, which has confirmed it: running it here too would \
-         corrupt its disks. Use 'quit' to end this copy"
+        "The VM has been given away: the destination has confirmed that it runs there, or all of it is \
+         saved. Running it here too would corrupt its disks. Use 'quit' to end this copy"
     )]
     HandedOver,
     /// `migrate-incoming` for a VM that was not started to receive one, or that has one already.

@@ -57,6 +57,19 @@ impl Grants {
     }
 }
 
+/// Keeps from a command that is about to be started whatever is open here. What this process opens
+/// itself is marked when it is opened, but a library may forget to.
+pub(crate) fn keep_from_commands() {
+    // SAFETY: it only sets a flag on descriptors, which nothing here relies on being unset. Linux
+    // before 5.11 does not know it and refuses.
+    let done =
+        unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if done != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::debug!(%error, "a command may see a library's descriptors");
+    }
+}
+
 /// Every open descriptor from 3 on. None of them goes on to a process that this one starts.
 fn inherited() -> Vec<OwnedFd> {
     let open: Vec<RawFd> = match std::fs::read_dir("/proc/self/fd") {

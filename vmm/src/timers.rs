@@ -10,7 +10,7 @@ use devices::timer::{Timed, TimerClock, TimerHost};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::clock::VirtualClock;
 
@@ -23,7 +23,10 @@ pub struct TimerBell {
 impl TimerBell {
     /// A bell for a machine that stands still.
     pub fn new() -> std::io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { changed: EventFd::new(EFD_NONBLOCK)?, running: AtomicBool::new(false) }))
+        Ok(Arc::new(Self {
+            changed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            running: AtomicBool::new(false),
+        }))
     }
 
     /// Says whether the machine runs: deadlines of one that does not wait until it does.

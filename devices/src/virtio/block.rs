@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::Chain;
 use super::core::{Core, VirtioError};
@@ -126,7 +126,8 @@ impl Block {
             .image
             .size()
             .map_err(|e| error(format!("the disk image {path} cannot be read"), e))?;
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(|e| error("no eventfd".to_owned(), e))?;
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|e| error("no eventfd".to_owned(), e))?;
         let mut serial = [0; ID_LEN];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;

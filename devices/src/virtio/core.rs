@@ -7,7 +7,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::Chain;
 use super::features;
@@ -83,11 +83,8 @@ impl Core {
         for size in sizes {
             let queue =
                 VirtQueue::new(*size).map_err(|source| VirtioError::Queue { name, source })?;
-            let kick = EventFd::new(EFD_NONBLOCK).map_err(|source| VirtioError::Resource {
-                name,
-                what: "an eventfd",
-                source,
-            })?;
+            let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+                .map_err(|source| VirtioError::Resource { name, what: "an eventfd", source })?;
             queues.push(Slot { queue: Mutex::new(queue), kick });
         }
         Ok(Self {

@@ -7,9 +7,12 @@ use std::time::Duration;
 
 use crate::common::*;
 use migration::destination::{self, Failure};
+use migration::guest::Machine;
 use migration::phase::Phase;
 use migration::source::{self, Outcome};
 use migration::transport::{Sink, Supply};
+use migration::vmstate::Audience;
+use serde_json::{Value, json};
 
 fn save(sink: Sink) -> (Outcome, FakeVm) {
     let (mut source, _, _) = two_vms(64);
@@ -131,4 +134,52 @@ fn what_can_not_be_written_leaves_the_guest_and_the_file_before() {
     let Outcome::Kept { error } = outcome else { panic!("{outcome:?}") };
     assert!(error.chain().contains("writing to /dev/full failed (a VM needs"), "{}", error.chain());
     assert!(runs(&source));
+}
+
+#[test]
+fn a_description_that_does_not_fit_is_refused_before_anything_is_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vm.mig");
+    let source = saved(&path);
+    let whole = fs::read(&path).unwrap();
+    let at = whole.windows(2).rposition(|w| w == b"\x00\x06").unwrap() + 2;
+    // The last such pair may be in the length that follows it.
+    let at = if whole[at + 4] == b'{' { at } else { at - 1 };
+    let description: Value = serde_json::from_slice(&whole[at + 4..]).unwrap();
+    let section = &source.sections()[0];
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let body = hex(&section.save(Audience::MiniVmm).unwrap());
+    let (id, version) = (section.id().idstr, section.version());
+    let fuller = |id: &str, version: u32, body: &str| json!([{ "id": id, "instance": 0, "version": version, "body": body }]);
+    let cases = [
+        ("/mini-vmm/sections", fuller(&id, version, &body), None),
+        ("/mini-vmm/sections", fuller("nobody", 1, ""), Some("nobody")),
+        ("/mini-vmm/sections", fuller(&id, version + 1, &body), Some("version")),
+        ("/mini-vmm/sections", fuller(&id, version, &body[2..]), Some("can't be loaded")),
+        ("/mini-vmm/sections", fuller(&id, version, &format!("{body}00")), Some("1 bytes more")),
+        ("/mini-vmm/sections", fuller(&id, version, "0x"), Some("hexadecimal")),
+        ("/mini-vmm/manifest/protocol", json!(99), Some("protocol 99")),
+        ("/mini-vmm/manifest/vcpus", json!(7), Some("number of vCPUs")),
+        ("/mini-vmm/manifest/ram/0/len", json!(4096), Some("RAM block pc.ram")),
+        ("/mini-vmm/digests/blocks", json!([]), Some("RAM digests")),
+        ("/mini-vmm/manifest", json!(null), Some("can't be read")),
+    ];
+    let other = dir.path().join("other.mig");
+    for (pointer, value, words) in cases {
+        let mut changed = description.clone();
+        *changed.pointer_mut(pointer).unwrap() = value;
+        let text = changed.to_string();
+        let mut bytes = whole[..at].to_vec();
+        bytes.extend_from_slice(&(text.len() as u32).to_be_bytes());
+        bytes.extend_from_slice(text.as_bytes());
+        fs::write(&other, bytes).unwrap();
+        let (result, destination) = restore(Supply::file(&other, 0).unwrap());
+        let Some(words) = words else {
+            result.unwrap();
+            continue;
+        };
+        let error = result.unwrap_err().error.chain();
+        assert!(error.contains(words), "{pointer}: {error}");
+        assert!(!runs(&destination), "{pointer}");
+    }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::CharBackend;
 
@@ -59,7 +59,7 @@ fn open_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> CharError {
 impl Chardev {
     /// Opens it.
     pub fn open(backend: &CharBackend) -> Result<Self, CharError> {
-        let stuck = EventFd::new(EFD_NONBLOCK).map_err(open_error("an eventfd"))?;
+        let stuck = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(open_error("an eventfd"))?;
         let mut line = Line { output: None, input: None, _slave: None };
         let mut dev = Self {
             line: Arc::new(Mutex::new(Line { output: None, input: None, _slave: None })),

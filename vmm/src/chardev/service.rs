@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::CharFrontend;
 use super::backend::{Chardev, lock};
@@ -40,7 +40,7 @@ impl CharService {
         dev: Chardev,
         frontend: Arc<Mutex<dyn CharFrontend>>,
     ) -> std::io::Result<(Self, Arc<EventFd>)> {
-        let room = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let service = Self {
             dev,
             frontend,

@@ -40,12 +40,12 @@ Examples:
 
 const SAVE_EXAMPLES: &str = "\
 Examples:
-  mini-vmm migrate --vm web tcp:other-host:7000             moves it
-  mini-vmm migrate --vm web file:web.mig                    saves it to a file; the VM's process ends
-  mini-vmm run --name web ... --migrate-listen file:web.mig ... and it goes on
-  mini-vmm migrate --vm web 'exec:zstd >web.mig.zst'        the same through a command, if the VM was
-                                                            started with --allow-exec
-  mini-vmm migrate --vm web fd:5 5>web.mig                  the same through a descriptor of this command
+  mini-vmm migrate --vm web tcp:other-host:7000         moves it
+  mini-vmm migrate --vm web file:web.mig                saves it, and ends its process
+  mini-vmm run ... --migrate-listen file:web.mig        ... and it goes on
+  mini-vmm migrate --vm web 'exec:zstd >web.mig.zst'    saves it through a command, if the
+                                                        VM was started with --allow-exec
+  mini-vmm migrate --vm web fd:5 5>web.mig              saves it to a file of this shell
 ";
 
 /// A KVM virtual machine monitor whose reason to exist is live migration that cannot lose a VM.

@@ -10,7 +10,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::KvmError;
 
@@ -102,7 +102,7 @@ pub struct KvmMsi(pub Arc<KvmRouting>);
 
 impl MsiController for KvmMsi {
     fn allocate(&self) -> io::Result<Box<dyn MsiVector>> {
-        let fd = EventFd::new(EFD_NONBLOCK)?;
+        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let mut messages = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner);
         let gsi = (IOAPIC_PINS..MAX_GSI)
             .find(|gsi| !messages.contains_key(gsi))

@@ -9,7 +9,7 @@ use migration::transport::{
 };
 
 use crate::config::{MigrationUri, SocketUri};
-use crate::grants::Grants;
+use crate::grants::{Grants, keep_from_commands};
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,7 +66,11 @@ fn address(uri: &SocketUri) -> Address {
 }
 
 fn allowed(grants: &Grants) -> Result<(), WayError> {
-    if grants.allow_exec { Ok(()) } else { Err(WayError::ExecIsOff) }
+    if !grants.allow_exec {
+        return Err(WayError::ExecIsOff);
+    }
+    keep_from_commands();
+    Ok(())
 }
 
 fn descriptor(name: &str, grants: &Grants) -> Result<(OwnedFd, Kind, String), WayError> {

@@ -70,7 +70,7 @@ fn what_the_guest_does_not_see_is_told() {
         ("-drive if=none,id=d,file=x,format=raw", "-drive or -blockdev d: no device uses it"),
         ("-name 'two words'", "say another with --name"),
         ("-name web,process=x", "the guest does not see process"),
-        ("-incoming exec:cat", "say with --migrate-listen"),
+        ("-incoming rdma:host:1", "say with --migrate-listen"),
         ("-qmp tcp:localhost:4444,server=on,wait=off", "control socket"),
         ("-qmp unix:/a,server=on,wait=off -qmp unix:/b,server=on,wait=off", "-qmp unix:/b"),
         ("-qmp unix:/a,server", "does not wait for the first connection"),

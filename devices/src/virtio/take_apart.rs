@@ -79,7 +79,7 @@ fn device(kind: &str, bytes: &[u8], base: u64) -> Option<Vec<Member>> {
         "virtio-rng" => {}
         _ => return None,
     }
-    while all.subsection()? {}
+    while all.subsection("virtio/")? {}
     (all.at == bytes.len()).then_some(all.members)
 }
 
@@ -230,9 +230,11 @@ impl Taker<'_> {
         Some(())
     }
 
-    /// One subsection, if another one is there.
-    fn subsection(&mut self) -> Option<bool> {
-        if self.peek() != Some(SUBSECTION) {
+    /// One subsection of this owner, if another one is there.
+    fn subsection(&mut self, owner: &str) -> Option<bool> {
+        let ahead = self.bytes.get(self.at..).unwrap_or_default();
+        let name = ahead.get(2..).unwrap_or_default();
+        if ahead.first() != Some(&SUBSECTION) || !name.starts_with(owner.as_bytes()) {
             return Some(false);
         }
         let (offset, _) = self.take(1)?;
@@ -271,7 +273,7 @@ impl Taker<'_> {
                 queue.int("inuse", 4).map(drop)
             }),
             "virtio/extra_state" => {
-                while self.subsection()? {}
+                while self.subsection("virtio_pci/")? {}
                 Some(())
             }
             "virtio_pci/modern_state" => {

@@ -90,7 +90,64 @@ fn values(path: &str, a: &Value, b: &Value, note: Note<'_>) {
 }
 
 fn members(path: &str, a: &[Member], b: &[Member], note: Note<'_>) {
-    // By name: the order of subsections is free, and fields of two programs may have different ones.
+    let fields = |members: &[Member]| -> Vec<Member> {
+        members.iter().filter(|m| m.subsection.is_none()).cloned().collect()
+    };
+    let same_names = |a: &[Member], b: &[Member]| {
+        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.name == b.name)
+    };
+    let (first, second) = (fields(a), fields(b));
+    if !same_names(&first, &second) {
+        // Two programs may call the fields of one layout differently.
+        let (first, second) = (Value::Struct(first), Value::Struct(second));
+        let mut bytes = Vec::new();
+        second.write(&mut bytes);
+        if first.size() == bytes.len() {
+            by_place(path, &first, &mut bytes.as_slice(), note);
+            let rest = |members: &[Member]| -> Vec<Member> {
+                members.iter().filter(|m| m.subsection.is_some()).cloned().collect()
+            };
+            return by_name(path, &rest(a), &rest(b), note);
+        }
+    }
+    by_name(path, a, b, note);
+}
+
+/// Compares a value with the bytes that stand in its place, under its names.
+fn by_place(path: &str, value: &Value, bytes: &mut &[u8], note: Note<'_>) {
+    match value {
+        Value::Struct(members) => {
+            for member in members {
+                if member.subsection.is_some() {
+                    // Type, length of the name, name, version.
+                    let header = member.name.len().saturating_add(6);
+                    *bytes = bytes.get(header..).unwrap_or_default();
+                }
+                by_place(&format!("{path}/{}", member.name), &member.value, bytes, note);
+            }
+        }
+        Value::Array(all) => {
+            for (n, value) in all.iter().enumerate() {
+                by_place(&format!("{path}[{n}]"), value, bytes, note);
+            }
+        }
+        Value::Int { size, signed, .. } => {
+            let (its, rest) = bytes.split_at_checked((*size).into()).unwrap_or_default();
+            *bytes = rest;
+            let bits = its.iter().fold(0, |bits, byte| bits << 8 | u64::from(*byte));
+            let other = Value::Int { bits, size: *size, signed: *signed };
+            note(path.to_owned(), value.to_text(), other.to_text());
+        }
+        Value::Bytes(first) => {
+            let (its, rest) = bytes.split_at_checked(first.len()).unwrap_or_default();
+            *bytes = rest;
+            self::bytes(path, first, its, note);
+        }
+    }
+}
+
+fn by_name(path: &str, a: &[Member], b: &[Member], note: Note<'_>) {
+    // The order of subsections is free.
     for member in a {
         let place = format!("{path}/{}", member.name);
         match b.iter().find(|other| other.name == member.name) {

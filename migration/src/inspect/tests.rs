@@ -232,6 +232,15 @@ fn differences_are_named_by_section_and_field() {
     assert_eq!(place(0), ("thing (instance 2)/blob", "aabbcc", "aa00cc"));
     assert_eq!(place(1), ("thing (instance 2)/inner/at", "5", "6"));
 
+    // Another program's names for the same fields.
+    let named = DESCRIPTION.replace("\"blob\"", "\"lump\"").replace("\"at\"", "\"when\"");
+    let mut other = stream(&named);
+    assert_eq!(diff(&a, &report(&other)), []);
+    let at = other.windows(3).position(|w| w == [0xaa, 0xbb, 0xcc]).unwrap();
+    other[at] = 1;
+    let found = diff(&a, &report(&other));
+    assert_eq!((found.len(), found[0].place.as_str()), (1, "thing (instance 2)/blob"));
+
     // A device or a subsection that only one has.
     let mut short = a;
     short.parts.retain(|part| !matches!(part, Part::Device(_)));

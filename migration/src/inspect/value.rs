@@ -61,6 +61,13 @@ impl Value {
         }
     }
 
+    /// How many bytes it has on the wire.
+    pub fn size(&self) -> usize {
+        let mut bytes = Vec::new();
+        self.write(&mut bytes);
+        bytes.len()
+    }
+
     /// The signed number of an [`Int`](Self::Int) that is one.
     fn signed(bits: u64, size: u8) -> i64 {
         let unused = 64_u32.saturating_sub(u32::from(size).saturating_mul(8));

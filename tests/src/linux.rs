@@ -98,8 +98,13 @@ impl Machine {
 
     /// One that waits for a guest at a free port of `host`.
     pub fn incoming(&self, directory: &Path, name: &str, host: &str) -> Linux {
+        self.restoring(directory, name, &format!("tcp:{host}:0"))
+    }
+
+    /// One that gets its guest from this address.
+    pub fn restoring(&self, directory: &Path, name: &str, uri: &str) -> Linux {
         let (args, socket) = self.vm(directory, name);
-        let vm = args.args(&format!("--migrate-listen tcp:{host}:0")).start();
+        let vm = args.arg("--migrate-listen").arg(uri).start();
         Linux { vm, terminal: Terminal::attach(&socket) }
     }
 

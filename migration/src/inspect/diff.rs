@@ -85,6 +85,13 @@ fn values(path: &str, a: &Value, b: &Value, note: Note<'_>) {
             }
         }
         (Value::Bytes(a), Value::Bytes(b)) => bytes(path, a, b, note),
+        (Value::Int { .. }, Value::Int { .. }) => note(path.to_owned(), a.to_text(), b.to_text()),
+        // Two programs may describe the same bytes differently.
+        (a, b) if a.size() == b.size() => {
+            let mut bytes = Vec::new();
+            b.write(&mut bytes);
+            by_place(path, a, &mut bytes.as_slice(), note);
+        }
         (a, b) => note(path.to_owned(), a.to_text(), b.to_text()),
     }
 }

@@ -246,6 +246,12 @@ pub trait DestinationVm: Machine {
     /// then on it is the last of its blocks, zeroed, and written to like any other.
     fn accept_block(&mut self, block: &RamBlock) -> bool;
 
+    /// Called after each RAM section of a source that is no mini-vmm. An error ends the migration: what
+    /// such a source sends beside this stream is nothing that the VM could do without.
+    fn between_sections(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
     /// Called after every section has been applied: builds what is still missing, and does
     /// everything that could fail, so that [`start`](Self::start) will not. Nothing runs yet, no
     /// disk is written.

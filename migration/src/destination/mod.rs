@@ -391,8 +391,22 @@ impl<'a> Arrival<'a> {
     fn ram_records(&mut self, id: u32) -> Result<(), DestinationError> {
         self.touched = true;
         self.ram.read_section(&mut self.reader, self.vm, self.control.stats())?;
-        section::read_footer(&mut self.reader, &SectionId::new(SECTION, 0), id)?;
-        Ok(())
+        self.look_beside()?;
+        let footer = section::read_footer(&mut self.reader, &SectionId::new(SECTION, 0), id);
+        if footer.is_err() {
+            // A source that waits for its other connections to be read sends nothing here.
+            self.look_beside()?;
+        }
+        Ok(footer?)
+    }
+
+    fn look_beside(&mut self) -> Result<(), DestinationError> {
+        if self.answer.peer() == Peer::MiniVmm {
+            return Ok(());
+        }
+        self.vm
+            .between_sections()
+            .map_err(|source| DestinationError::Vm { during: "receiving memory", source })
     }
 
     fn full_section(&mut self) -> Result<(), DestinationError> {

@@ -65,7 +65,7 @@ impl DestinationVm for Arriving<'_> {
         }
     }
 
-    fn prepare(&mut self) -> Result<(), VmError> {
+    fn between_sections(&mut self) -> Result<(), VmError> {
         // Nothing in the first connection says so, and its pages would be missing.
         let others = self.listener.map_or(Ok(false), |l| l.waiting_with(MULTIFD_MAGIC));
         if others.map_err(|e| VmError::with("the listener could not be looked at", e))? {
@@ -74,6 +74,11 @@ impl DestinationVm for Arriving<'_> {
                  switch its capability 'multifd' off",
             ));
         }
+        Ok(())
+    }
+
+    fn prepare(&mut self) -> Result<(), VmError> {
+        self.between_sections()?;
         self.vm
             .kvm_state
             .install(&self.vm.machine)

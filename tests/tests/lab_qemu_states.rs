@@ -138,3 +138,19 @@ fn queues_full_of_requests_arrive() {
     guest.qemu.terminate();
     check_disk(&dir.path().join("disk.img"), durable);
 }
+
+#[test]
+fn four_processors_arrive_and_go_back() {
+    let pair = Pair::new("--memory 256M --smp 4", "-m 256 -smp 4", "guest.run=memory,clock");
+    let guest = pair.boot_qemu();
+    let verified = guest.terminal.next_number("memory: generation");
+    let mut guest = pair.to_mini(guest, "there", true);
+    assert!(guest.next_number("memory: generation") >= verified, "the memory worker went on");
+    assert!(guest.shell("report").contains("processors: 4"));
+    guest.assert_content();
+    let mut guest = pair.to_qemu(guest);
+    guest.terminal.next_number("memory: generation");
+    assert!(guest.terminal.shell("report").contains("processors: 4"));
+    guest.terminal.assert_content();
+    guest.qemu.terminate();
+}

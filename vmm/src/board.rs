@@ -25,13 +25,14 @@ use devices::isa::serial::SerialPort;
 use devices::pci::{PciBus, PciBusError, PciBusLines, PciHost};
 use devices::timer::Timed;
 use devices::virtio::{
-    BackendError, Balloon, Block, BlockOptions, CacheMode, Console, ConsoleLine, DiskImage,
-    Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap, VirtioDevice,
-    VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
+    BackendError, Balloon, BalloonControl, Block, BlockOptions, CacheMode, Console, ConsoleLine,
+    DiskImage, Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap,
+    VirtioDevice, VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
 };
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
 use crate::announce::{Announcer, Rounds};
+use crate::balloon::GuestBalloon;
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
 use crate::config::{self, Config, DiskCache, SocketUri, VirtioVersion};
@@ -109,6 +110,8 @@ pub struct Board {
     pub serial_path: Option<std::path::PathBuf>,
     /// The same for the virtio console.
     pub console_path: Option<std::path::PathBuf>,
+    /// The guest's memory balloon.
+    pub balloon: Option<GuestBalloon>,
     pm: Option<Arc<Mutex<Piix4Pm>>>,
     pci: Option<Arc<PciBus>>,
     /// The virtio functions and their slots.
@@ -293,6 +296,12 @@ impl Board {
                     let _ = room.write(1);
                 }));
                 p.io.add(Arc::new(Mutex::new(service)))?;
+            }
+            if let Some(control) = BalloonControl::new(function.clone()) {
+                let (clock, bell) = (p.clock.clone(), p.bell.clone());
+                let balloon = GuestBalloon::new(control, p.ram.size(), clock, bell);
+                self.timed.push(balloon.timed());
+                self.balloon = Some(balloon);
             }
             self.virtio.push((slot, version, function));
         }

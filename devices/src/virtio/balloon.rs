@@ -3,15 +3,16 @@
 use std::any::Any;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::core::{Core, VirtioError};
+use super::core::{Core, VirtioError, status};
 use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+use super::pci::VirtioPci;
 
 static KIND: Kind = Kind {
     name: "virtio-balloon",
@@ -47,7 +48,7 @@ mod field {
 
 /// Gives guest memory back to the host. What is discarded reads as zeros.
 pub trait PageDiscard: Send {
-    /// Discards whole pages, `len` bytes of RAM from guest-physical `address` on.
+    /// Discards whole pages, `len` bytes of RAM from guest-physical `address` on, without a hole.
     fn discard(&self, address: u64, len: u64) -> io::Result<()>;
 }
 
@@ -61,6 +62,7 @@ pub struct Balloon {
     /// The request by which statistics can be asked for, which the driver leaves with us.
     held: Option<u16>,
     stats: Vec<(u16, u64)>,
+    changed: Option<Box<dyn Fn(u32) + Send>>,
 }
 
 /// The device's part of the section.
@@ -95,15 +97,29 @@ impl Balloon {
             poison: 0,
             held: None,
             stats: Vec::new(),
+            changed: None,
         }
     }
 
-    /// Asks the guest to give up so many pages of 4 KiB in all.
+    /// Asks the guest to give up so many pages of 4 KiB in all. A guest that stands still hears of
+    /// it when it goes on, be it on another host.
     pub fn set_target(&mut self, pages: u32) {
         self.state.num_pages = pages;
-        if let Some(core) = self.core.as_ref().filter(|core| core.is_live()) {
+        let ready = |core: &&Arc<Core>| core.status() & status::DRIVER_OK != 0;
+        if let Some(core) = self.core.as_ref().filter(ready) {
             core.interrupts().config();
         }
+    }
+
+    /// How many pages of 4 KiB the guest says it has given up. It may say anything.
+    pub fn actual(&self) -> u32 {
+        self.state.actual
+    }
+
+    /// `changed` is called, with the device locked, when the guest says another
+    /// [`actual`](Self::actual), which may be often.
+    pub fn on_change(&mut self, changed: Box<dyn Fn(u32) + Send>) {
+        self.changed = Some(changed);
     }
 
     /// What the guest said last about its memory, as tags and values (virtio 1.2, 5.5.6.4).
@@ -143,23 +159,28 @@ impl Balloon {
         }
     }
 
+    /// Discards what of a run is RAM: it may reach into the hole below 4 GiB, or out of it.
     fn discard_run(&self, core: &Core, first: u32, count: u32) {
         let (address, len) = (u64::from(first) << PAGE_SHIFT, u64::from(count) << PAGE_SHIFT);
-        let Ok(size) = usize::try_from(len) else { return };
-        let place = GuestAddress(address);
-        if !core.ram().check_range(place, size, Permissions::ReadWrite) {
-            tracing::debug!("{}: pages at {address:#x} are not RAM", self.id);
-            return;
-        }
-        if let Err(error) = self.discard.discard(address, len) {
-            tracing::warn!("{}: cannot give back pages at {address:#x}: {error}", self.id);
-            return;
-        }
-        // They read as zeros now, which is a change like any other.
-        if let Ok(slices) = core.ram().get_slices(place, size, Permissions::ReadWrite) {
-            for slice in slices.flatten() {
-                slice.bitmap().mark_dirty(0, slice.len());
+        // 2^32 pages of 4 KiB, twice, are far from overflowing.
+        let end = address + len;
+        let mut left = len;
+        for region in core.ram().iter() {
+            let base = region.start_addr().0;
+            let (from, to) = (address.max(base), end.min(base.saturating_add(region.len())));
+            let Some(len) = to.checked_sub(from).filter(|len| *len > 0) else { continue };
+            left = left.saturating_sub(len);
+            if let Err(error) = self.discard.discard(from, len) {
+                tracing::warn!("{}: cannot give back pages at {from:#x}: {error}", self.id);
+                continue;
             }
+            // They read as zeros now, which is a change like any other.
+            if let (Ok(offset), Ok(len)) = (usize::try_from(from - base), usize::try_from(len)) {
+                region.bitmap().mark_dirty(offset, len);
+            }
+        }
+        if left > 0 {
+            tracing::debug!("{}: {left:#x} bytes at {address:#x} are not RAM", self.id);
         }
     }
 
@@ -223,7 +244,10 @@ impl VirtioDevice for Balloon {
             let bytes = config.get(at..).and_then(<[u8]>::first_chunk);
             bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
         };
-        self.state.actual = word(field::ACTUAL);
+        let before = std::mem::replace(&mut self.state.actual, word(field::ACTUAL));
+        if let Some(changed) = self.changed.as_ref().filter(|_| before != self.state.actual) {
+            changed(self.state.actual);
+        }
         if self.core.as_ref().is_some_and(|core| core.has(feature::PAGE_POISON)) {
             self.poison = word(field::POISON);
         }
@@ -293,5 +317,37 @@ impl VirtioDevice for Balloon {
         self.poison = subsections.poison.unwrap_or_default().poison_val;
         self.held = None;
         Ok(())
+    }
+}
+
+/// A balloon, for whoever asks its guest for memory.
+#[derive(Clone)]
+pub struct BalloonControl(Arc<Mutex<VirtioPci>>);
+
+impl BalloonControl {
+    /// The control of `function`; `None` when that is not a [`Balloon`].
+    pub fn new(function: Arc<Mutex<VirtioPci>>) -> Option<Self> {
+        let control = Self(function);
+        control.with(|_| ()).map(|()| control)
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut Balloon) -> R) -> Option<R> {
+        let mut function = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        function.device().as_any().downcast_mut().map(f)
+    }
+
+    /// See [`Balloon::set_target`].
+    pub fn set_target(&self, pages: u32) {
+        self.with(|balloon| balloon.set_target(pages));
+    }
+
+    /// See [`Balloon::actual`].
+    pub fn actual(&self) -> u32 {
+        self.with(|balloon| balloon.actual()).unwrap_or(0)
+    }
+
+    /// See [`Balloon::on_change`].
+    pub fn on_change(&self, changed: Box<dyn Fn(u32) + Send>) {
+        self.with(|balloon| balloon.on_change(changed));
     }
 }

@@ -8,9 +8,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Device;
 use crate::memory::GuestRamRef;
-use crate::virtio::testing::{Guest, PIECE, ram};
+use crate::virtio::testing::{Guest, HIGH, PIECE, ram};
 use crate::virtio::{
-    Balloon, Console, ConsoleLine, Generation, PageDiscard, Rng, VirtioDevice, features,
+    Balloon, BalloonControl, Console, ConsoleLine, Generation, PageDiscard, Rng, VirtioDevice,
+    features,
 };
 
 #[test]
@@ -266,6 +267,52 @@ fn ballooned_pages_are_given_back() {
     guest.add(0, &[(PIECE, 4, false)]);
     guest.kick(0);
     assert!(guest.function.lock().unwrap().core.is_broken());
+}
+
+#[test]
+fn a_run_of_pages_that_reaches_into_the_hole_is_given_back_up_to_it() {
+    let memory = ram();
+    let (device, log) = balloon(memory.clone());
+    let mut guest = Guest::with(device, Generation::Transitional, memory);
+    guest.start(2);
+    let (end, high) = ((PIECE >> 12) as u32, (HIGH >> 12) as u32);
+    // Over the end of the low piece, over the beginning of the high one, and all in the hole.
+    let runs = [end - 2..end + 2, high - 1..high + 2, 0x8_0000..0x8_0003];
+    let pages: Vec<u8> = runs.into_iter().flatten().flat_map(u32::to_le_bytes).collect();
+    let at = guest.buffer(&pages);
+    guest.add(0, &[(at, u32::try_from(pages.len()).unwrap(), false)]);
+    guest.clean();
+    guest.kick(0);
+    assert_eq!(guest.used(0), [(0, 0)]);
+    assert_eq!(*log.lock().unwrap(), [(PIECE - 0x2000, 0x2000), (HIGH, 0x2000)]);
+    for page in [PIECE - 0x2000, PIECE - 0x1000, HIGH, HIGH + 0x1000] {
+        assert!(guest.dirty().contains(&page), "{page:#x}");
+    }
+    assert!(!guest.dirty().contains(&(HIGH + 0x2000)));
+}
+
+#[test]
+fn a_guest_is_asked_for_memory_and_says_what_it_gives() {
+    let memory = ram();
+    let (device, _) = balloon(memory.clone());
+    let mut guest = Guest::with(device, Generation::Transitional, memory);
+    let control = BalloonControl::new(guest.function.clone()).unwrap();
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let told = said.clone();
+    control.on_change(Box::new(move |pages| told.lock().unwrap().push(pages)));
+    control.set_target(5);
+    assert_eq!(guest.read::<1>(0x1000), [0], "there is no driver to interrupt");
+    guest.start(2);
+    guest.function.lock().unwrap().pause();
+    control.set_target(0x300);
+    assert_eq!(guest.read::<4>(0x2000), [0, 3, 0, 0]);
+    assert_eq!(guest.read::<1>(0x1000), [3], "a guest that stands still is told, too");
+    for actual in [1_u32, 1, 0x300] {
+        guest.write32(0x2004, actual);
+    }
+    assert_eq!((control.actual(), said.lock().unwrap().as_slice()), (0x300, &[1, 0x300][..]));
+    let (other, _) = console();
+    assert!(BalloonControl::new(Guest::new(other).function.clone()).is_none());
 }
 
 #[test]

@@ -34,6 +34,11 @@ const DEFLATE: usize = 1;
 const STATS: usize = 2;
 const QUEUE_SIZE: u16 = 128;
 const PAGE_SHIFT: u32 = 12;
+/// The most pages that one request gives back: what the largest of drivers name in one (Windows'; Linux
+/// names 256). A page that stays is no mistake, only no gain.
+pub(super) const MAX_PAGES: usize = 1024;
+/// How many requests are served in a row. Each is up to [`MAX_PAGES`] calls of the host's.
+pub(super) const TURN: usize = 16;
 /// Bytes of an entry of the statistics: tag and value.
 const STAT: usize = 10;
 /// More statistics than a driver has kinds of.
@@ -138,7 +143,8 @@ impl Balloon {
     }
 
     /// Gives back the pages whose numbers stand in a request.
-    fn inflate(&self, core: &Core, mut numbers: impl Iterator<Item = u32>) {
+    fn inflate(&self, core: &Core, numbers: impl Iterator<Item = u32>) {
+        let mut numbers = numbers.take(MAX_PAGES);
         let mut run: Option<(u32, u32)> = None;
         loop {
             let next = numbers.next();
@@ -185,7 +191,13 @@ impl Balloon {
     }
 
     fn take_stats(&mut self, core: &Core) {
-        while let Some(mut chain) = core.pop(STATS) {
+        for _ in 0..TURN {
+            let Some(mut chain) = core.pop(STATS) else {
+                if core.set_notification(STATS, true) {
+                    continue;
+                }
+                return;
+            };
             // A second request, though we have not answered the first: answered at once.
             if let Some(head) = self.held.replace(chain.head) {
                 core.push(STATS, head, 0);
@@ -201,7 +213,7 @@ impl Balloon {
                 self.stats.push((tag, value));
             }
         }
-        core.set_notification(STATS, true);
+        core.kick(STATS);
     }
 }
 
@@ -269,7 +281,7 @@ impl VirtioDevice for Balloon {
     fn kick(&mut self, queue: usize) {
         let Some(core) = self.core.clone() else { return };
         match queue {
-            INFLATE => core.serve(queue, |chain| {
+            INFLATE => core.serve_in_turns(queue, TURN, |chain| {
                 let numbers = std::iter::from_fn(|| chain.readable.read_array());
                 self.inflate(&core, numbers.map(u32::from_le_bytes));
                 0

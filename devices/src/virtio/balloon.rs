@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
@@ -11,7 +10,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::core::{Core, VirtioError, status};
-use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+use super::device::{Kind, Part, PartDecoder, VirtioDevice};
 use super::pci::VirtioPci;
 
 static KIND: Kind = Kind {
@@ -242,9 +241,6 @@ impl VirtioDevice for Balloon {
         let State { num_pages, actual } = self.state;
         [num_pages, actual, 0, self.poison].map(u32::to_le_bytes).concat()
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        self.config()
-    }
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let mut config = self.config();
         for (at, value) in (offset..field::LEN).zip(data) {
@@ -264,20 +260,12 @@ impl VirtioDevice for Balloon {
             self.poison = word(field::POISON);
         }
     }
-    fn check_config(&self, _: &[u8]) -> Result<(), FieldError> {
-        Ok(())
-    }
-    fn restore_config(&mut self, _: &[u8]) {}
 
-    fn features_accepted(&mut self, _: u64) {}
     fn reset(&mut self) {
         self.held = None;
         self.poison = 0;
     }
 
-    fn serves_itself(&self) -> bool {
-        false
-    }
     fn kick(&mut self, queue: usize) {
         let Some(core) = self.core.clone() else { return };
         match queue {
@@ -291,20 +279,6 @@ impl VirtioDevice for Balloon {
             STATS => self.take_stats(&core),
             _ => {}
         }
-    }
-    fn event_fd(&self) -> Option<RawFd> {
-        None
-    }
-    fn event(&mut self) {}
-
-    fn quiesce(&mut self) {}
-    fn unquiesce(&mut self) {}
-    fn flush(&mut self) {}
-    fn open(&mut self) -> Result<(), BackendError> {
-        Ok(())
-    }
-    fn close(&mut self) -> Result<(), BackendError> {
-        Ok(())
     }
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {

@@ -6,7 +6,6 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Write};
-use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
@@ -14,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::chain::Chain;
 use super::core::{Core, VirtioError, status};
-use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+use super::device::{Kind, Part, PartDecoder, VirtioDevice};
 use super::element::RawElement;
 use super::pci::VirtioPci;
 
@@ -331,9 +330,6 @@ impl VirtioDevice for Console {
         config.extend_from_slice(&[0; 4]);
         config
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        self.config()
-    }
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         if offset == EMERGENCY
             && let Some(byte) = data.first()
@@ -342,21 +338,13 @@ impl VirtioDevice for Console {
             tracing::debug!("{}: an emergency write is lost: {error}", self.id);
         }
     }
-    fn check_config(&self, _: &[u8]) -> Result<(), FieldError> {
-        Ok(())
-    }
-    fn restore_config(&mut self, _: &[u8]) {}
 
-    fn features_accepted(&mut self, _: u64) {}
     fn reset(&mut self) {
         self.guest_connected = false;
         self.held = None;
         self.messages.clear();
     }
 
-    fn serves_itself(&self) -> bool {
-        false
-    }
     fn kick(&mut self, queue: usize) {
         let Some(core) = self.core.clone() else { return };
         // A driver without ports has port 0 open from the start.
@@ -378,20 +366,6 @@ impl VirtioDevice for Console {
             }
             _ => {}
         }
-    }
-    fn event_fd(&self) -> Option<RawFd> {
-        None
-    }
-    fn event(&mut self) {}
-
-    fn quiesce(&mut self) {}
-    fn unquiesce(&mut self) {}
-    fn flush(&mut self) {}
-    fn open(&mut self) -> Result<(), BackendError> {
-        Ok(())
-    }
-    fn close(&mut self) -> Result<(), BackendError> {
-        Ok(())
     }
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {

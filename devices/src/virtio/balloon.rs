@@ -109,7 +109,9 @@ impl Balloon {
     /// it when it goes on, be it on another host.
     pub fn set_target(&mut self, pages: u32) {
         self.state.num_pages = pages;
-        let ready = |core: &&Arc<Core>| core.status() & status::DRIVER_OK != 0;
+        let ready = |core: &&Arc<Core>| {
+            core.status() & status::DRIVER_OK != 0 && !core.is_broken() && !core.is_disabled()
+        };
         if let Some(core) = self.core.as_ref().filter(ready) {
             core.interrupts().config();
         }

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::core::{Core, VirtioError, status};
 use super::device::{Kind, Part, PartDecoder, VirtioDevice};
+use super::handle::Handle;
 use super::pci::VirtioPci;
 
 static KIND: Kind = Kind {
@@ -310,32 +311,26 @@ impl VirtioDevice for Balloon {
 
 /// A balloon, for whoever asks its guest for memory.
 #[derive(Clone)]
-pub struct BalloonControl(Arc<Mutex<VirtioPci>>);
+pub struct BalloonControl(Handle<Balloon>);
 
 impl BalloonControl {
     /// The control of `function`; `None` when that is not a [`Balloon`].
     pub fn new(function: Arc<Mutex<VirtioPci>>) -> Option<Self> {
-        let control = Self(function);
-        control.with(|_| ()).map(|()| control)
-    }
-
-    fn with<R>(&self, f: impl FnOnce(&mut Balloon) -> R) -> Option<R> {
-        let mut function = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        function.device().as_any().downcast_mut().map(f)
+        Handle::new(function).map(Self)
     }
 
     /// See [`Balloon::set_target`].
     pub fn set_target(&self, pages: u32) {
-        self.with(|balloon| balloon.set_target(pages));
+        self.0.with(|balloon| balloon.set_target(pages));
     }
 
     /// See [`Balloon::actual`].
     pub fn actual(&self) -> u32 {
-        self.with(|balloon| balloon.actual()).unwrap_or(0)
+        self.0.with(|balloon| balloon.actual()).unwrap_or(0)
     }
 
     /// See [`Balloon::on_change`].
     pub fn on_change(&self, changed: Box<dyn Fn(u32) + Send>) {
-        self.with(|balloon| balloon.on_change(changed));
+        self.0.with(|balloon| balloon.on_change(changed));
     }
 }

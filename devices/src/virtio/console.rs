@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use super::chain::Chain;
 use super::core::{Core, VirtioError, status};
 use super::device::{Kind, Part, PartDecoder, VirtioDevice};
 use super::element::RawElement;
+use super::handle::Handle;
 use super::pci::VirtioPci;
 
 static KIND: Kind = Kind {
@@ -479,42 +480,36 @@ impl Popped {
 
 /// The character line of a console, for whoever serves its other end on the I/O thread.
 #[derive(Clone)]
-pub struct ConsoleLine(Arc<Mutex<VirtioPci>>);
+pub struct ConsoleLine(Handle<Console>);
 
 impl ConsoleLine {
     /// The line of `function`; `None` when that is not a [`Console`].
     pub fn new(function: Arc<Mutex<VirtioPci>>) -> Option<Self> {
-        let line = Self(function);
-        line.with(|_| ()).map(|()| line)
-    }
-
-    fn with<R>(&self, f: impl FnOnce(&mut Console) -> R) -> Option<R> {
-        let mut function = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        function.device().as_any().downcast_mut().map(f)
+        Handle::new(function).map(Self)
     }
 
     /// Whether [`receive`](Self::receive) would take a byte now.
     pub fn wants_input(&self) -> bool {
-        self.with(|console| console.wants_input()) == Some(true)
+        self.0.with(|console| console.wants_input()) == Some(true)
     }
 
     /// Gives bytes to the guest; takes as many as it has room for, and says how many.
     pub fn receive(&self, bytes: &[u8]) -> usize {
-        self.with(|console| console.receive(bytes)).unwrap_or(0)
+        self.0.with(|console| console.receive(bytes)).unwrap_or(0)
     }
 
     /// Whether the output has not taken everything.
     pub fn has_pending_output(&self) -> bool {
-        self.with(|console| console.held.is_some()) == Some(true)
+        self.0.with(|console| console.held.is_some()) == Some(true)
     }
 
     /// Goes on with the output.
     pub fn flush_output(&self) {
-        self.with(Console::transmit);
+        self.0.with(Console::transmit);
     }
 
     /// See [`Console::on_room`].
     pub fn on_room(&self, room_again: Box<dyn Fn() + Send>) {
-        self.with(|console| console.on_room(room_again));
+        self.0.with(|console| console.on_room(room_again));
     }
 }

@@ -20,6 +20,7 @@ mod device;
 mod disk;
 mod element;
 pub mod features;
+mod handle;
 mod interrupt;
 pub mod net;
 mod pci;

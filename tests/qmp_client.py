@@ -115,7 +115,7 @@ async def drive(source, destination, uri):
     await destination.wait_event("MIGRATION", "completed")
     check((await source.run("query-status"))["status"] == "postmigrate", "the source's state")
     check((await destination.run("query-status"))["status"] == "running", "the destination's state")
-    await source.refused("cont", "runs on the destination")
+    await source.refused("cont", "has been given away")
     await source.run("quit")
     shutdown = await source.wait_event("SHUTDOWN")
     check(shutdown["data"] == {"guest": False, "reason": "host-qmp-quit"}, f"{shutdown}")

@@ -3,8 +3,10 @@
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use system_tests::linux::Machine;
+use serde_json::json;
+use system_tests::linux::{Linux, Machine};
 use system_tests::network::{ARP, Sniffer, Tap, is_gratuitous_arp};
+use system_tests::wait;
 use system_tests::work::{Session, check_disk, disk};
 use tempfile::TempDir;
 
@@ -114,5 +116,40 @@ fn a_stock_kernel_with_four_processors_moves_and_powers_off() {
     assert!(report.contains("processors: 4"), "{report}");
     guest.assert_content();
     guest.vm.qmp().ask("system_powerdown");
+    assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
+}
+
+#[test]
+fn the_balloon_is_asked_here_and_there_and_the_keyboard_translates() {
+    const MIB: u64 = 1 << 20;
+    let actual = |guest: &Linux| {
+        let said = guest.vm.qmp().ask("query-balloon");
+        said["actual"].as_u64().unwrap_or_else(|| panic!("no number: {said}"))
+    };
+    let ask = |guest: &Linux, mib: u64| {
+        let mut qmp = guest.vm.qmp();
+        qmp.execute("balloon", json!({ "value": mib * MIB })).expect("there is a balloon");
+        wait::until(
+            "the guest to do as it is asked",
+            60,
+            || (actual(guest) == mib * MIB).then_some(()),
+            || guest.text(),
+        );
+        // Paced: the last one is the end of it.
+        while qmp.event("BALLOON_CHANGE")["data"]["actual"] != mib * MIB {}
+    };
+    let dir = TempDir::new().expect("a directory");
+    let machine = Machine { args: "--memory 256M --smp 1 --balloon".into(), append: String::new() };
+    let mut guest = machine.boot(dir.path(), "here");
+    let inputs = guest.shell("cat /proc/bus/input/devices");
+    assert!(inputs.contains("AT Translated Set 2 keyboard"), "{inputs}");
+    assert_eq!(actual(&guest), 256 * MIB);
+    ask(&guest, 208);
+    let there = machine.incoming(dir.path(), "there", "127.0.0.1");
+    guest = guest.migrate_to(there);
+    assert_eq!(actual(&guest), 208 * MIB, "what was given came along");
+    ask(&guest, 256);
+    guest.assert_content();
+    guest.tell("poweroff -f");
     assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
 }

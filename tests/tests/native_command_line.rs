@@ -201,6 +201,13 @@ fn a_vm_is_controlled_by_name_and_its_configuration_is_shown() {
     assert_eq!(recorded["balloon"]["addr"], "02.0");
     assert_eq!(recorded["rng"]["addr"], "03.0");
 
+    // The guest has no driver, so it is asked and keeps what it has.
+    assert_eq!(done(&vm, "balloon"), "64M\n");
+    let asked = vm.cli(&["balloon", "32M"]);
+    assert!(asked.status.success(), "{}", stderr(&asked));
+    assert_eq!(done(&vm, "balloon"), "64M\n");
+    refused(vm.dir(), &["balloon", "32"], 2, "32");
+
     refused(vm.dir(), &["cancel"], 1, "no migration to cancel");
     done(&vm, "quit");
     assert_eq!(vm.wait_exit(20), 0);

@@ -2,6 +2,7 @@
 
 use nix::sys::signal::Signal;
 use system_tests::guest::Guest;
+use system_tests::vm::VmArgs;
 
 #[test]
 fn a_guest_that_powers_off_ends_its_process_with_0() {
@@ -56,6 +57,37 @@ fn a_signal_ends_the_process_cleanly_whatever_the_guest_does() {
             assert_eq!(event["data"]["reason"], "host-signal", "{event}");
             assert_eq!(guest.vm.wait_exit(20), 0, "{signal}: {}", guest.vm.stderr());
             guest.nothing_is_left();
+        }
+    }
+}
+
+/// What a VM may wait for while it is built: a kernel, a disk, or what was saved, from a pipe that
+/// nobody writes to.
+#[test]
+fn a_signal_ends_a_vm_that_is_still_being_built() {
+    for what in [
+        "--kernel {} --memory 64M",
+        "--selfcheck= --memory 64M --disk path={},readonly=on",
+        "--memory 64M --migrate-listen file:{}",
+    ] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        let args = what.replace("{}", &pipe.display().to_string());
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            let mut vm = VmArgs::default().args(&args).spawn();
+            let socket = vm.qmp_path();
+            system_tests::wait::until(
+                "the VM to begin",
+                30,
+                || socket.exists().then_some(()),
+                || "",
+            );
+            vm.signal(signal);
+            assert_eq!(vm.wait_exit(10), 0, "{args}: {}", vm.stderr());
+            let directory = socket.parent().expect("a directory of its own");
+            assert!(!directory.exists(), "{args}: its directory is left behind");
+            assert_eq!(vm.stderr(), "", "{args}");
         }
     }
 }

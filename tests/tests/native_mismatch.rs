@@ -34,6 +34,18 @@ fn is_locked(disk: &str) {
     assert!(said.contains("in use by another virtual machine"), "{said}");
 }
 
+/// Both sides have said these words, the source in `said`; its guest runs, and the destination waits,
+/// untouched, for a source that fits.
+fn named_on_both_sides(words: &[&str], here: &Guest, said: &str, there: &Guest) {
+    let answered = there.vm.stderr();
+    for words in words {
+        assert!(said.contains(words), "'{words}' is not in the source's words: {said}");
+        assert!(answered.contains(words), "'{words}' is not in the destination's: {answered}");
+    }
+    assert_eq!(here.vm.qmp().status(), "running", "{said}");
+    assert_eq!(there.vm.qmp().status(), "inmigrate", "{said}");
+}
+
 #[test]
 fn every_difference_of_the_machines_is_named_on_both_sides() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -103,14 +115,7 @@ fn every_difference_of_the_machines_is_named_on_both_sides() {
         let out = here.vm.migrate_command(&there.vm.migrate_uri()).output().expect("it starts");
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(1), "{devices}: {said}");
-        for words in words {
-            assert!(said.contains(words), "'{words}' is not in the source's words: {said}");
-            let there = there.vm.stderr();
-            assert!(there.contains(words), "'{words}' is not in the destination's: {there}");
-        }
-        assert_eq!(here.vm.qmp().status(), "running", "{said}");
-        // Untouched, it waits for a source that fits.
-        assert_eq!(there.vm.qmp().status(), "inmigrate", "{said}");
+        named_on_both_sides(words, &here, &said, &there);
     }
     here.is_whole();
     is_locked(&disk);
@@ -128,14 +133,9 @@ fn another_machine_type_is_named_on_both_sides() {
     let info = qmp.wait_migrated(60);
     assert_eq!(info["status"], "failed", "{info}");
     let why = info["error-desc"].as_str().unwrap_or_default();
-    for words in ["machine type", "pc-i440fx-7.1", "pc-i440fx-7.2"] {
-        assert!(why.contains(words), "'{words}' is not in the source's words: {why}");
-        let there = there.vm.stderr();
-        assert!(there.contains(words), "'{words}' is not in the destination's: {there}");
-    }
-    assert_eq!(qmp.status(), "running");
+    let words = ["machine type", "pc-i440fx-7.1", "pc-i440fx-7.2"];
+    named_on_both_sides(&words, &here, why, &there);
     here.is_whole();
-    assert_eq!(there.vm.qmp().status(), "inmigrate");
     drop(there);
     here.moves_after_all("64M", 1, "");
 }

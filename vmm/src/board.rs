@@ -25,13 +25,14 @@ use devices::isa::serial::SerialPort;
 use devices::pci::{PciBus, PciBusError, PciBusLines, PciHost};
 use devices::timer::Timed;
 use devices::virtio::{
-    BackendError, Balloon, Block, BlockOptions, CacheMode, Console, ConsoleLine, DiskImage,
-    Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap, VirtioDevice,
-    VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
+    BackendError, Balloon, BalloonControl, Block, BlockOptions, CacheMode, Console, ConsoleLine,
+    DiskImage, Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap,
+    VirtioDevice, VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
 };
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
 use crate::announce::{Announcer, Rounds};
+use crate::balloon::GuestBalloon;
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
 use crate::config::{self, Config, DiskCache, SocketUri, VirtioVersion};
@@ -98,6 +99,13 @@ pub enum BoardError {
 
 type MakeSection = Box<dyn Fn() -> Box<dyn Section> + Send + Sync>;
 
+/// A virtio function and where it is.
+struct VirtioSlot {
+    slot: u8,
+    version: VirtioVersion,
+    function: Arc<Mutex<VirtioPci>>,
+}
+
 /// The devices of a machine.
 #[derive(Default)]
 pub struct Board {
@@ -109,10 +117,11 @@ pub struct Board {
     pub serial_path: Option<std::path::PathBuf>,
     /// The same for the virtio console.
     pub console_path: Option<std::path::PathBuf>,
+    /// The guest's memory balloon.
+    pub balloon: Option<GuestBalloon>,
     pm: Option<Arc<Mutex<Piix4Pm>>>,
     pci: Option<Arc<PciBus>>,
-    /// The virtio functions and their slots.
-    virtio: Vec<(u8, VirtioVersion, Arc<Mutex<VirtioPci>>)>,
+    virtio: Vec<VirtioSlot>,
     announcer: Option<Arc<Mutex<Announcer>>>,
     sections: Vec<MakeSection>,
 }
@@ -294,12 +303,18 @@ impl Board {
                 }));
                 p.io.add(Arc::new(Mutex::new(service)))?;
             }
-            self.virtio.push((slot, version, function));
+            if let Some(control) = BalloonControl::new(function.clone()) {
+                let (clock, bell) = (p.clock.clone(), p.bell.clone());
+                let balloon = GuestBalloon::new(control, p.ram.size(), clock, bell);
+                self.timed.push(balloon.timed());
+                self.balloon = Some(balloon);
+            }
+            self.virtio.push(VirtioSlot { slot, version, function });
         }
         let interface = |net: &config::NetConfig| {
             let at = net.addr.number();
-            let (_, _, function) = self.virtio.iter().find(|(slot, ..)| *slot == at)?;
-            Some((net.id.to_string(), function.clone()))
+            let there = self.virtio.iter().find(|there| there.slot == at)?;
+            Some((net.id.to_string(), there.function.clone()))
         };
         let interfaces = p.config.net.iter().filter_map(interface).collect();
         let announcer = Announcer::new(interfaces, p.clock.clone(), p.bell.clone());
@@ -339,7 +354,7 @@ impl Board {
     /// Opens the host sides of all devices for use by this machine, disks with their locks. When
     /// one can't be opened, all are closed again.
     pub fn open_backends(&self) -> Result<(), BackendError> {
-        for (_, _, function) in &self.virtio {
+        for VirtioSlot { function, .. } in &self.virtio {
             // Not in the condition: its lock would be held while all are closed again.
             let opened = lock(function).open();
             if let Err(e) = opened {
@@ -352,7 +367,7 @@ impl Board {
 
     /// Gives the host sides up, for another process to open them.
     pub fn close_backends(&self) -> Result<(), BackendError> {
-        let closed = self.virtio.iter().map(|(_, _, function)| lock(function).close());
+        let closed = self.virtio.iter().map(|there| lock(&there.function).close());
         closed.fold(Ok(()), Result::and)
     }
 
@@ -379,8 +394,8 @@ impl Board {
 
     /// What there is on the PCI bus, for a manifest.
     pub fn describe_devices(&self) -> Vec<DeviceDetails> {
-        let describe = |(slot, version, function): &(u8, VirtioVersion, Arc<Mutex<VirtioPci>>)| {
-            let mut function = lock(function);
+        let describe = |there: &VirtioSlot| {
+            let mut function = lock(&there.function);
             let device = function.device();
             let kind = device.kind().name;
             // Capacity, the first field of a block device's configuration (virtio 1.2, 5.2.4).
@@ -389,11 +404,11 @@ impl Board {
                 .flatten();
             DeviceDetails {
                 kind: kind.into(),
-                slot: *slot,
+                slot: there.slot,
                 queues: device.queue_sizes().len() as u32,
                 vectors: device.vectors().into(),
                 features: device.features(),
-                virtio: *version,
+                virtio: there.version,
                 sectors,
             }
         };

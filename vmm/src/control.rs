@@ -139,6 +139,8 @@ pub enum Event {
     Reset(ShutdownReason),
     /// The power button was pressed on behalf of the host.
     Powerdown,
+    /// The guest has more or less memory now, in bytes.
+    BalloonChange(u64),
     /// The migration's status changed (sent to QMP clients only while the capability `events` is on).
     Migration(Phase),
     /// A pass over RAM begins; the first is 1 (same condition).
@@ -230,6 +232,9 @@ pub enum ControlError {
         /// Those that there are.
         known: String,
     },
+    /// A VM without a balloon.
+    #[error("No balloon device has been activated")]
+    NoBalloon,
     /// A migration parameter or capability that doesn't exist, or doesn't take that value.
     #[error(transparent)]
     Parameter(#[from] ParameterError),
@@ -306,6 +311,16 @@ pub trait VmControl: Send + Sync {
         parameters: &Parameters,
         only: Option<Vec<String>>,
     ) -> Result<(), ControlError>;
+    /// Asks the guest to make do with `bytes` of memory; returns at once, the guest takes its time.
+    ///
+    /// # Errors
+    /// [`ControlError::NoBalloon`], or if the VM is on its way in or out.
+    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError>;
+    /// How many bytes of memory the guest has now, by its own account.
+    ///
+    /// # Errors
+    /// [`ControlError::NoBalloon`].
+    fn balloon(&self) -> Result<u64, ControlError>;
     /// Ends the VM now, without asking the guest; returns at once.
     fn quit(&self);
 

@@ -7,6 +7,7 @@
 
 use arch::layout::{self, port};
 use devices::bus::IoBus;
+use devices::isa::i8042;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
 /// The PIIX3's four PIRQ lines go to these interrupts (route registers 0x60 to 0x63).
@@ -23,6 +24,17 @@ mod reg {
     pub(super) const BAR0: u8 = 0x10;
     pub(super) const INTERRUPT_LINE: u8 = 0x3c;
     pub(super) const INTERRUPT_PIN: u8 = 0x3d;
+}
+
+/// The keyboard controller's commands (Intel 8042, as in the PC/AT).
+mod keyboard {
+    pub(super) const WRITE_MODE: u8 = 0x60;
+    pub(super) const SELF_TEST: u8 = 0xaa;
+    /// Command byte: keyboard and mouse off, no interrupts.
+    pub(super) const QUIET: u8 = 0x30;
+    /// Command byte: scan codes are translated to set 1, the keyboard interrupts, the mouse is off
+    /// until a driver comes. So SeaBIOS leaves it.
+    pub(super) const READY: u8 = 0x61;
 }
 
 const COMMAND_IO: u32 = 1;
@@ -107,6 +119,7 @@ impl Function<'_> {
 /// Sets the board up for a guest with `ram` bytes of memory.
 pub fn set_up(bus: &IoBus, ram: u64) -> Result<(), FirmwareError> {
     chipset(bus);
+    keyboard_controller(bus);
     let window = layout::pci32_window(ram);
     let mut ports = AddressAllocator::new(IO_WINDOW.start, IO_WINDOW.size)
         .map_err(|e| FirmwareError::Layout(ram, e))?;
@@ -160,6 +173,21 @@ fn chipset(bus: &IoBus) {
     pm.write8(0x80, 1); // PMREGMISC: the I/O space at PMBA answers
     pm.write(0x90, u32::from(port::SMBUS_BASE) | 1);
     pm.write8(0xd2, 0x09); // SMBHSTCFG: host controller on, interrupt by SMI off
+}
+
+/// The keyboard controller as a BIOS hands it over. Linux takes the translation bit that it finds for
+/// what the keyboard is.
+fn keyboard_controller(bus: &IoBus) {
+    let command = |value| bus.pio_write(i8042::COMMAND_PORT, &[value]);
+    let data = |value| bus.pio_write(i8042::DATA_PORT, &[value]);
+    // The test's answer is read before anything may interrupt: the interrupt would be pending still
+    // when the guest begins.
+    command(keyboard::WRITE_MODE);
+    data(keyboard::QUIET);
+    command(keyboard::SELF_TEST);
+    bus.pio_read(i8042::DATA_PORT, &mut [0]);
+    command(keyboard::WRITE_MODE);
+    data(keyboard::READY);
 }
 
 /// Places the function's BARs and switches its decoders on.
@@ -218,4 +246,59 @@ fn assign(
     let command = f.read(reg::COMMAND) & 0xffff;
     f.write(reg::COMMAND, command | decode);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    use devices::irq::IrqLine;
+    use devices::isa::i8042::I8042;
+    use devices::isa::ps2::{Keyboard, Mouse};
+
+    use super::*;
+    use crate::power::MachineEvents;
+
+    /// Counts how often it went up.
+    #[derive(Default)]
+    struct Line(AtomicU32);
+
+    impl IrqLine for Line {
+        fn set_level(&self, level: bool) {
+            self.0.fetch_add(level.into(), Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn the_keyboard_controller_translates_and_nothing_is_pending() {
+        let bus = IoBus::new();
+        let lines = [(); 2].map(|()| Arc::new(Line::default()));
+        let [first, twelfth] = lines.clone();
+        let (keyboard, mouse) = (Keyboard::new(), Mouse::new());
+        let (keyboard, mouse) = (Arc::new(Mutex::new(keyboard)), Arc::new(Mutex::new(mouse)));
+        let power = Arc::new(MachineEvents::new().0);
+        let controller = I8042::new(keyboard, mouse, first, twelfth, power);
+        let controller = Arc::new(Mutex::new(controller));
+        for port in [i8042::DATA_PORT, i8042::COMMAND_PORT] {
+            bus.map_pio(port, 1, controller.clone()).unwrap();
+        }
+        let read = |port| {
+            let mut byte = [0];
+            bus.pio_read(port, &mut byte);
+            byte[0]
+        };
+        let mode = || {
+            bus.pio_write(i8042::COMMAND_PORT, &[0x20]);
+            read(i8042::DATA_PORT)
+        };
+        assert_eq!(mode(), 0x03, "after a reset the device is as the board has it");
+        lines.iter().for_each(|line| line.0.store(0, Ordering::Relaxed));
+        set_up(&bus, 64 << 20).unwrap();
+        let raised = || lines.each_ref().map(|line| line.0.load(Ordering::Relaxed));
+        assert_eq!(raised(), [0, 0]);
+        // Self-tested, the output buffer empty.
+        assert_eq!(read(i8042::COMMAND_PORT) & 0x05, 0x04);
+        assert_eq!(mode(), 0x61);
+    }
 }

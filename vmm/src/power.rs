@@ -11,6 +11,8 @@ use crate::vcpu::CrashReport;
 /// Something for the machine's main thread.
 #[derive(Debug)]
 pub enum MachineEvent {
+    /// The machine has been built, or could not be.
+    Built,
     /// The guest asked for it.
     Guest(PowerRequest),
     /// A vCPU died.

@@ -237,6 +237,7 @@ impl GuestRam for Ram {
 impl PageDiscard for Ram {
     fn discard(&self, address: u64, len: u64) -> io::Result<()> {
         let end = address.checked_add(len).ok_or_else(|| out_of_range(address, len))?;
+        // Nobody asks for more than one slot's pages: between any two there is a hole.
         let slot = self
             .slots()
             .iter()
@@ -351,6 +352,18 @@ mod tests {
         let mut got = [0; 17];
         ram.copy_out(0, 0x5000, &mut got).unwrap();
         assert_eq!((&got[..16], got[16]), (&[7; 16][..], 0));
+    }
+
+    #[test]
+    fn discarded_pages_read_as_zeros_and_their_neighbours_stay() {
+        let ram = ram();
+        ram.copy_in(0, 0x4000, &[7; 4 * 4096]).unwrap();
+        ram.discard(0x5000, 2 * 4096).unwrap();
+        let zero = |page: u64| ram.is_zero(0, page * 4096);
+        assert_eq!([4, 5, 6, 7].map(zero), [false, true, true, false]);
+        for (address, len) in [(ram.size() - 4096, 8192), (1 << 32, 4096), (u64::MAX, 4096)] {
+            assert!(ram.discard(address, len).is_err(), "{address:#x}+{len:#x}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use devices::device::PowerRequest;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::chardev::TerminalMode;
 use crate::config::{Config, MigrateListen};
 use crate::control::{ControlError, RunState, ShutdownReason};
 use crate::grants::Grants;
@@ -60,6 +61,9 @@ pub enum RunError {
     /// The guest asked for something that failed.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// No thread to build it on.
+    #[error("cannot start the thread that builds the VM")]
+    Thread(#[source] std::io::Error),
     /// The process' main thread was left alone.
     #[error("nobody is left to say when the VM ends")]
     Abandoned,
@@ -91,17 +95,62 @@ fn build_and_live(
     if let Some(more) = &config.qmp {
         listeners.push(qmp::bind(&more.0)?);
     }
-    let machine = Machine::new(config, &queue)?;
-    let vm = Vm::new(machine, queue, grants);
-    if let Some(MigrateListen::At(uri)) = &config.migrate_listen {
-        vm.begin_incoming(uri)?;
-    }
+    let terminal = TerminalMode::of_stdin();
+    let Some(vm) = build(config, grants, events, queue)? else {
+        // Whoever would have put it back is still building.
+        terminal.restore();
+        return Ok(RunOutcome::Quit);
+    };
     let server = QmpServer::start(listeners, Arc::new(VmHandle(vm.clone())))?;
     let outcome = begin(&vm).and_then(|()| serve(&vm, events));
     // In this order: what still migrates is told, then whoever watches, then the machine goes.
     vm.migration.shut_down();
     server.stop();
     outcome
+}
+
+/// Builds the VM on a thread of its own, for that may take long (a pipe in a disk's place, a file
+/// server that does not answer) and can't be broken off. Nothing when a signal or so came first: the
+/// thread is left to itself then, and ends with the process, which is to follow at once.
+fn build(
+    config: &Config,
+    grants: Grants,
+    events: &Receiver<MachineEvent>,
+    queue: MachineEvents,
+) -> Result<Option<Arc<Vm>>, RunError> {
+    let (config, theirs) = (config.clone(), queue.clone());
+    let builder = thread::Builder::new()
+        .name("build".into())
+        .spawn(move || {
+            let _done = Done(theirs.clone());
+            let machine = Machine::new(&config, &theirs)?;
+            let vm = Vm::new(machine, theirs, grants);
+            if let Some(MigrateListen::At(uri)) = &config.migrate_listen {
+                vm.begin_incoming(uri)?;
+            }
+            Ok(vm)
+        })
+        .map_err(RunError::Thread)?;
+    let mut early = Vec::new();
+    loop {
+        match events.recv().map_err(|_| RunError::Abandoned)? {
+            MachineEvent::Built => break,
+            MachineEvent::Quit(_) => return Ok(None),
+            event => early.push(event),
+        }
+    }
+    // What it has said already, such as that the guest did not arrive, is for later.
+    early.into_iter().for_each(|event| queue.send(event));
+    builder.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some)
+}
+
+/// Says that the machine is built, even when building it panics.
+struct Done(MachineEvents);
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.0.send(MachineEvent::Built);
+    }
 }
 
 fn begin(vm: &Vm) -> Result<(), RunError> {
@@ -154,6 +203,7 @@ fn serve(vm: &Arc<Vm>, events: &Receiver<MachineEvent>) -> Result<RunOutcome, Ru
                 }
                 return Ok(RunOutcome::Migrated);
             }
+            MachineEvent::Built => {}
             MachineEvent::IncomingFailed(e) => return Err(e.into()),
             MachineEvent::Quit(reason) => {
                 vm.end(RunState::Shutdown, reason);

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::balloon::GuestBalloon;
 use crate::config::Config;
 use crate::control::{ControlError, Event, EventBus, RunState, ShutdownReason};
 use migration::vmstate::Section;
@@ -43,9 +44,14 @@ impl Vm {
             (None, _) => RunState::Prelaunch,
         };
         let life = Life { state, autostart: !config.paused };
+        let events = EventBus::new();
+        if let Some(balloon) = &machine.board.balloon {
+            let events = events.clone();
+            balloon.on_change(Box::new(move |actual| events.send(Event::BalloonChange(actual))));
+        }
         Arc::new(Self {
             machine,
-            events: EventBus::new(),
+            events,
             queue,
             life: Mutex::new(life),
             migration: MigrationDesk::new(grants),
@@ -129,6 +135,25 @@ impl Vm {
                 Ok(())
             }
             state => Err(ControlError::WrongState { command: "system_powerdown", state }),
+        }
+    }
+
+    /// The guest's balloon.
+    pub(crate) fn balloon(&self) -> Result<&GuestBalloon, ControlError> {
+        self.machine.board.balloon.as_ref().ok_or(ControlError::NoBalloon)
+    }
+
+    /// Asks the guest to make do with so many bytes of memory.
+    pub(crate) fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        let balloon = self.balloon()?;
+        // Held until it is set: what is set after the device was saved would be lost.
+        let life = self.life();
+        match life.state {
+            RunState::Running | RunState::Paused | RunState::Prelaunch => {
+                balloon.set_target(bytes);
+                Ok(())
+            }
+            state => Err(ControlError::WrongState { command: "balloon", state }),
         }
     }
 

@@ -94,6 +94,14 @@ impl VmControl for VmHandle {
         Ok(())
     }
 
+    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        self.0.set_balloon(bytes)
+    }
+
+    fn balloon(&self) -> Result<u64, ControlError> {
+        self.0.balloon().map(|balloon| balloon.actual())
+    }
+
     fn system_reset(&self) -> Result<(), ControlError> {
         self.0.reset(ShutdownReason::HostQmpSystemReset)
     }

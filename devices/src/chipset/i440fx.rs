@@ -85,21 +85,9 @@ impl PciFunction for I440fx {
         &self.config
     }
 
-    fn config_read(&mut self, offset: usize, data: &mut [u8]) {
-        self.config.read(offset, data);
-    }
-
     fn config_write(&mut self, offset: usize, data: &[u8]) {
         self.config.write(offset, data);
     }
-
-    fn bar_read(&mut self, _: usize, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn bar_write(&mut self, _: usize, _: u64, _: &[u8]) {}
-
-    fn bar_mapped(&mut self, _: usize, _: Option<u64>) {}
 
     fn reset(&mut self) {
         self.config.reset();

@@ -220,10 +220,6 @@ impl PciFunction for Ide {
         &self.config
     }
 
-    fn config_read(&mut self, offset: usize, data: &mut [u8]) {
-        self.config.read(offset, data);
-    }
-
     fn config_write(&mut self, offset: usize, data: &[u8]) {
         self.config.write(offset, data);
     }
@@ -261,8 +257,6 @@ impl PciFunction for Ide {
             }
         }
     }
-
-    fn bar_mapped(&mut self, _: usize, _: Option<u64>) {}
 
     fn reset(&mut self) {
         self.reset_all();

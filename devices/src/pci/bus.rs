@@ -460,9 +460,6 @@ mod tests {
         fn config(&self) -> &PciConfig {
             &self.config
         }
-        fn config_read(&mut self, offset: usize, data: &mut [u8]) {
-            self.config.read(offset, data);
-        }
         fn config_write(&mut self, offset: usize, data: &[u8]) {
             self.config.write(offset, data);
         }

@@ -2,16 +2,17 @@
 
 use std::any::Any;
 use std::io;
-use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::core::{Core, VirtioError};
-use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+use super::core::{Core, VirtioError, status};
+use super::device::{Kind, Part, PartDecoder, VirtioDevice};
+use super::handle::Handle;
+use super::pci::VirtioPci;
 
 static KIND: Kind = Kind {
     name: "virtio-balloon",
@@ -33,6 +34,11 @@ const DEFLATE: usize = 1;
 const STATS: usize = 2;
 const QUEUE_SIZE: u16 = 128;
 const PAGE_SHIFT: u32 = 12;
+/// The most pages that one request gives back: what the largest of drivers name in one (Windows'; Linux
+/// names 256). A page that stays is no mistake, only no gain.
+pub(super) const MAX_PAGES: usize = 1024;
+/// How many requests are served in a row. Each is up to [`MAX_PAGES`] calls of the host's.
+pub(super) const TURN: usize = 16;
 /// Bytes of an entry of the statistics: tag and value.
 const STAT: usize = 10;
 /// More statistics than a driver has kinds of.
@@ -47,7 +53,7 @@ mod field {
 
 /// Gives guest memory back to the host. What is discarded reads as zeros.
 pub trait PageDiscard: Send {
-    /// Discards whole pages, `len` bytes of RAM from guest-physical `address` on.
+    /// Discards whole pages, `len` bytes of RAM from guest-physical `address` on, without a hole.
     fn discard(&self, address: u64, len: u64) -> io::Result<()>;
 }
 
@@ -61,6 +67,7 @@ pub struct Balloon {
     /// The request by which statistics can be asked for, which the driver leaves with us.
     held: Option<u16>,
     stats: Vec<(u16, u64)>,
+    changed: Option<Box<dyn Fn(u32) + Send>>,
 }
 
 /// The device's part of the section.
@@ -95,15 +102,31 @@ impl Balloon {
             poison: 0,
             held: None,
             stats: Vec::new(),
+            changed: None,
         }
     }
 
-    /// Asks the guest to give up so many pages of 4 KiB in all.
+    /// Asks the guest to give up so many pages of 4 KiB in all. A guest that stands still hears of
+    /// it when it goes on, be it on another host.
     pub fn set_target(&mut self, pages: u32) {
         self.state.num_pages = pages;
-        if let Some(core) = self.core.as_ref().filter(|core| core.is_live()) {
+        let ready = |core: &&Arc<Core>| {
+            core.status() & status::DRIVER_OK != 0 && !core.is_broken() && !core.is_disabled()
+        };
+        if let Some(core) = self.core.as_ref().filter(ready) {
             core.interrupts().config();
         }
+    }
+
+    /// How many pages of 4 KiB the guest says it has given up. It may say anything.
+    pub fn actual(&self) -> u32 {
+        self.state.actual
+    }
+
+    /// `changed` is called, with the device locked, when the guest says another
+    /// [`actual`](Self::actual), which may be often.
+    pub fn on_change(&mut self, changed: Box<dyn Fn(u32) + Send>) {
+        self.changed = Some(changed);
     }
 
     /// What the guest said last about its memory, as tags and values (virtio 1.2, 5.5.6.4).
@@ -122,7 +145,8 @@ impl Balloon {
     }
 
     /// Gives back the pages whose numbers stand in a request.
-    fn inflate(&self, core: &Core, mut numbers: impl Iterator<Item = u32>) {
+    fn inflate(&self, core: &Core, numbers: impl Iterator<Item = u32>) {
+        let mut numbers = numbers.take(MAX_PAGES);
         let mut run: Option<(u32, u32)> = None;
         loop {
             let next = numbers.next();
@@ -143,28 +167,39 @@ impl Balloon {
         }
     }
 
+    /// Discards what of a run is RAM: it may reach into the hole below 4 GiB, or out of it.
     fn discard_run(&self, core: &Core, first: u32, count: u32) {
         let (address, len) = (u64::from(first) << PAGE_SHIFT, u64::from(count) << PAGE_SHIFT);
-        let Ok(size) = usize::try_from(len) else { return };
-        let place = GuestAddress(address);
-        if !core.ram().check_range(place, size, Permissions::ReadWrite) {
-            tracing::debug!("{}: pages at {address:#x} are not RAM", self.id);
-            return;
-        }
-        if let Err(error) = self.discard.discard(address, len) {
-            tracing::warn!("{}: cannot give back pages at {address:#x}: {error}", self.id);
-            return;
-        }
-        // They read as zeros now, which is a change like any other.
-        if let Ok(slices) = core.ram().get_slices(place, size, Permissions::ReadWrite) {
-            for slice in slices.flatten() {
-                slice.bitmap().mark_dirty(0, slice.len());
+        // 2^32 pages of 4 KiB, twice, are far from overflowing.
+        let end = address + len;
+        let mut left = len;
+        for region in core.ram().iter() {
+            let base = region.start_addr().0;
+            let (from, to) = (address.max(base), end.min(base.saturating_add(region.len())));
+            let Some(len) = to.checked_sub(from).filter(|len| *len > 0) else { continue };
+            left = left.saturating_sub(len);
+            if let Err(error) = self.discard.discard(from, len) {
+                tracing::warn!("{}: cannot give back pages at {from:#x}: {error}", self.id);
+                continue;
             }
+            // They read as zeros now, which is a change like any other.
+            if let (Ok(offset), Ok(len)) = (usize::try_from(from - base), usize::try_from(len)) {
+                region.bitmap().mark_dirty(offset, len);
+            }
+        }
+        if left > 0 {
+            tracing::debug!("{}: {left:#x} bytes at {address:#x} are not RAM", self.id);
         }
     }
 
     fn take_stats(&mut self, core: &Core) {
-        while let Some(mut chain) = core.pop(STATS) {
+        for _ in 0..TURN {
+            let Some(mut chain) = core.pop(STATS) else {
+                if core.set_notification(STATS, true) {
+                    continue;
+                }
+                return;
+            };
             // A second request, though we have not answered the first: answered at once.
             if let Some(head) = self.held.replace(chain.head) {
                 core.push(STATS, head, 0);
@@ -180,7 +215,7 @@ impl Balloon {
                 self.stats.push((tag, value));
             }
         }
-        core.set_notification(STATS, true);
+        core.kick(STATS);
     }
 }
 
@@ -209,9 +244,6 @@ impl VirtioDevice for Balloon {
         let State { num_pages, actual } = self.state;
         [num_pages, actual, 0, self.poison].map(u32::to_le_bytes).concat()
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        self.config()
-    }
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let mut config = self.config();
         for (at, value) in (offset..field::LEN).zip(data) {
@@ -223,29 +255,24 @@ impl VirtioDevice for Balloon {
             let bytes = config.get(at..).and_then(<[u8]>::first_chunk);
             bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
         };
-        self.state.actual = word(field::ACTUAL);
+        let before = std::mem::replace(&mut self.state.actual, word(field::ACTUAL));
+        if let Some(changed) = self.changed.as_ref().filter(|_| before != self.state.actual) {
+            changed(self.state.actual);
+        }
         if self.core.as_ref().is_some_and(|core| core.has(feature::PAGE_POISON)) {
             self.poison = word(field::POISON);
         }
     }
-    fn check_config(&self, _: &[u8]) -> Result<(), FieldError> {
-        Ok(())
-    }
-    fn restore_config(&mut self, _: &[u8]) {}
 
-    fn features_accepted(&mut self, _: u64) {}
     fn reset(&mut self) {
         self.held = None;
         self.poison = 0;
     }
 
-    fn serves_itself(&self) -> bool {
-        false
-    }
     fn kick(&mut self, queue: usize) {
         let Some(core) = self.core.clone() else { return };
         match queue {
-            INFLATE => core.serve(queue, |chain| {
+            INFLATE => core.serve_in_turns(queue, TURN, |chain| {
                 let numbers = std::iter::from_fn(|| chain.readable.read_array());
                 self.inflate(&core, numbers.map(u32::from_le_bytes));
                 0
@@ -255,20 +282,6 @@ impl VirtioDevice for Balloon {
             STATS => self.take_stats(&core),
             _ => {}
         }
-    }
-    fn event_fd(&self) -> Option<RawFd> {
-        None
-    }
-    fn event(&mut self) {}
-
-    fn quiesce(&mut self) {}
-    fn unquiesce(&mut self) {}
-    fn flush(&mut self) {}
-    fn open(&mut self) -> Result<(), BackendError> {
-        Ok(())
-    }
-    fn close(&mut self) -> Result<(), BackendError> {
-        Ok(())
     }
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
@@ -293,5 +306,31 @@ impl VirtioDevice for Balloon {
         self.poison = subsections.poison.unwrap_or_default().poison_val;
         self.held = None;
         Ok(())
+    }
+}
+
+/// A balloon, for whoever asks its guest for memory.
+#[derive(Clone)]
+pub struct BalloonControl(Handle<Balloon>);
+
+impl BalloonControl {
+    /// The control of `function`; `None` when that is not a [`Balloon`].
+    pub fn new(function: Arc<Mutex<VirtioPci>>) -> Option<Self> {
+        Handle::new(function).map(Self)
+    }
+
+    /// See [`Balloon::set_target`].
+    pub fn set_target(&self, pages: u32) {
+        self.0.with(|balloon| balloon.set_target(pages));
+    }
+
+    /// See [`Balloon::actual`].
+    pub fn actual(&self) -> u32 {
+        self.0.with(|balloon| balloon.actual()).unwrap_or(0)
+    }
+
+    /// See [`Balloon::on_change`].
+    pub fn on_change(&self, changed: Box<dyn Fn(u32) + Send>) {
+        self.0.with(|balloon| balloon.on_change(changed));
     }
 }

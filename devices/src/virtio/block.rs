@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -228,9 +228,6 @@ impl VirtioDevice for Block {
         config.push(1); // write-zeroes may give up storage
         config
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        self.config()
-    }
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let touched = WCE.checked_sub(offset).and_then(|at| data.get(at));
         if let Some(byte) = touched
@@ -252,7 +249,6 @@ impl VirtioDevice for Block {
         self.write_config(0, config);
     }
 
-    fn features_accepted(&mut self, _: u64) {}
     fn reset(&mut self) {
         self.shared.gate().unfinished.clear();
         self.shared.write_cache.store(write_cache(&self.options), Ordering::Relaxed);
@@ -262,10 +258,6 @@ impl VirtioDevice for Block {
         true
     }
     fn kick(&mut self, _: usize) {}
-    fn event_fd(&self) -> Option<RawFd> {
-        None
-    }
-    fn event(&mut self) {}
 
     fn quiesce(&mut self) {
         self.shared.shut.store(true, Ordering::Release);

@@ -6,16 +6,16 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Write};
-use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
 use serde::{Deserialize, Serialize};
 
 use super::chain::Chain;
 use super::core::{Core, VirtioError, status};
-use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+use super::device::{Kind, Part, PartDecoder, VirtioDevice};
 use super::element::RawElement;
+use super::handle::Handle;
 use super::pci::VirtioPci;
 
 static KIND: Kind = Kind {
@@ -60,8 +60,18 @@ const MAX_PORTS_ON_WIRE: u32 = 511;
 const MAX_MESSAGES: usize = 64;
 /// How much of a request is written at once.
 const CHUNK: usize = 4096;
+/// How many requests are served in a row, and how many bytes of theirs are written, before others on
+/// the same thread have a turn.
+pub(super) const TURN: Turn = Turn { requests: 64, bytes: 256 << 10 };
 /// Offset of the emergency-write register in the configuration.
 const EMERGENCY: usize = 8;
+
+/// What is left of a turn.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Turn {
+    pub(super) requests: usize,
+    pub(super) bytes: usize,
+}
 
 /// A virtio console.
 pub struct Console {
@@ -133,9 +143,13 @@ impl Console {
     fn receive(&mut self, bytes: &[u8]) -> usize {
         let Some(core) = self.core.as_ref().filter(|_| self.guest_connected) else { return 0 };
         let mut rest = bytes;
+        // A request without room takes nothing, so it is they that are counted.
+        let mut left = TURN.requests;
         while !rest.is_empty()
+            && left > 0
             && let Some(mut chain) = core.pop(RX)
         {
+            left -= 1;
             let n = chain.writable.write(rest);
             core.push(RX, chain.head, n);
             rest = rest.get(n..).unwrap_or_default();
@@ -144,7 +158,8 @@ impl Console {
             core.interrupt(RX);
         }
         // With its last buffer gone, the driver has to say when there are more.
-        if !core.has_request(RX) && core.set_notification(RX, true) {
+        let later = left == 0 && !rest.is_empty();
+        if later || (!core.has_request(RX) && core.set_notification(RX, true)) {
             self.room();
         }
         bytes.len() - rest.len()
@@ -153,6 +168,7 @@ impl Console {
     /// Goes on with the request that is held, then with those that wait.
     fn transmit(&mut self) {
         let Some(core) = self.core.clone() else { return };
+        let mut turn = TURN;
         loop {
             if let Some((element, done)) = self.held.take() {
                 if !core.is_live() {
@@ -162,7 +178,7 @@ impl Console {
                 match element.chain(core.ram()) {
                     Ok(mut chain) => {
                         chain.readable.skip(done);
-                        if !self.write_out(&core, chain, done) {
+                        if !self.write_out(&core, chain, done, &mut turn) {
                             return;
                         }
                     }
@@ -170,10 +186,17 @@ impl Console {
                 }
             }
             core.set_notification(TX, false);
-            while let Some(chain) = core.pop(TX) {
-                if !self.write_out(&core, chain, 0) {
+            while turn.requests > 0
+                && let Some(chain) = core.pop(TX)
+            {
+                turn.requests -= 1;
+                if !self.write_out(&core, chain, 0, &mut turn) {
                     return;
                 }
+            }
+            if turn.requests == 0 {
+                core.kick(TX);
+                return;
             }
             if !core.set_notification(TX, true) {
                 return;
@@ -181,16 +204,29 @@ impl Console {
         }
     }
 
-    /// Writes a request, of which `done` bytes are written; false when the output takes no more.
-    fn write_out(&mut self, core: &Core, mut chain: Chain<'_>, done: usize) -> bool {
+    /// Writes a request, of which `done` bytes are written; false when the output takes no more, or
+    /// the turn is over.
+    fn write_out(
+        &mut self,
+        core: &Core,
+        mut chain: Chain<'_>,
+        done: usize,
+        turn: &mut Turn,
+    ) -> bool {
         let mut done = done;
         let mut chunk = [0; CHUNK];
         while !chain.readable.is_empty() {
+            if turn.bytes == 0 {
+                self.held = Some((RawElement::of(&chain), done));
+                core.kick(TX);
+                return false;
+            }
             let mut copy = chain.readable.clone();
-            let n = copy.read(&mut chunk);
+            let n = copy.read(chunk.get_mut(..turn.bytes.min(CHUNK)).unwrap_or_default());
             match self.output.write(chunk.get(..n).unwrap_or_default()) {
                 Ok(written) if written > 0 => {
                     let written = written.min(n);
+                    turn.bytes -= written;
                     done = done.saturating_add(written);
                     chain.readable.skip(written);
                 }
@@ -295,9 +331,6 @@ impl VirtioDevice for Console {
         config.extend_from_slice(&[0; 4]);
         config
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        self.config()
-    }
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         if offset == EMERGENCY
             && let Some(byte) = data.first()
@@ -306,21 +339,13 @@ impl VirtioDevice for Console {
             tracing::debug!("{}: an emergency write is lost: {error}", self.id);
         }
     }
-    fn check_config(&self, _: &[u8]) -> Result<(), FieldError> {
-        Ok(())
-    }
-    fn restore_config(&mut self, _: &[u8]) {}
 
-    fn features_accepted(&mut self, _: u64) {}
     fn reset(&mut self) {
         self.guest_connected = false;
         self.held = None;
         self.messages.clear();
     }
 
-    fn serves_itself(&self) -> bool {
-        false
-    }
     fn kick(&mut self, queue: usize) {
         let Some(core) = self.core.clone() else { return };
         // A driver without ports has port 0 open from the start.
@@ -342,20 +367,6 @@ impl VirtioDevice for Console {
             }
             _ => {}
         }
-    }
-    fn event_fd(&self) -> Option<RawFd> {
-        None
-    }
-    fn event(&mut self) {}
-
-    fn quiesce(&mut self) {}
-    fn unquiesce(&mut self) {}
-    fn flush(&mut self) {}
-    fn open(&mut self) -> Result<(), BackendError> {
-        Ok(())
-    }
-    fn close(&mut self) -> Result<(), BackendError> {
-        Ok(())
     }
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
@@ -469,42 +480,36 @@ impl Popped {
 
 /// The character line of a console, for whoever serves its other end on the I/O thread.
 #[derive(Clone)]
-pub struct ConsoleLine(Arc<Mutex<VirtioPci>>);
+pub struct ConsoleLine(Handle<Console>);
 
 impl ConsoleLine {
     /// The line of `function`; `None` when that is not a [`Console`].
     pub fn new(function: Arc<Mutex<VirtioPci>>) -> Option<Self> {
-        let line = Self(function);
-        line.with(|_| ()).map(|()| line)
-    }
-
-    fn with<R>(&self, f: impl FnOnce(&mut Console) -> R) -> Option<R> {
-        let mut function = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        function.device().as_any().downcast_mut().map(f)
+        Handle::new(function).map(Self)
     }
 
     /// Whether [`receive`](Self::receive) would take a byte now.
     pub fn wants_input(&self) -> bool {
-        self.with(|console| console.wants_input()) == Some(true)
+        self.0.with(|console| console.wants_input()) == Some(true)
     }
 
     /// Gives bytes to the guest; takes as many as it has room for, and says how many.
     pub fn receive(&self, bytes: &[u8]) -> usize {
-        self.with(|console| console.receive(bytes)).unwrap_or(0)
+        self.0.with(|console| console.receive(bytes)).unwrap_or(0)
     }
 
     /// Whether the output has not taken everything.
     pub fn has_pending_output(&self) -> bool {
-        self.with(|console| console.held.is_some()) == Some(true)
+        self.0.with(|console| console.held.is_some()) == Some(true)
     }
 
     /// Goes on with the output.
     pub fn flush_output(&self) {
-        self.with(Console::transmit);
+        self.0.with(Console::transmit);
     }
 
     /// See [`Console::on_room`].
     pub fn on_room(&self, room_again: Box<dyn Fn() + Send>) {
-        self.with(|console| console.on_room(room_again));
+        self.0.with(|console| console.on_room(room_again));
     }
 }

@@ -266,8 +266,18 @@ impl Core {
     }
 
     /// Serves every request of queue `index` with `serve`, which returns how many bytes it wrote.
-    pub fn serve(&self, index: usize, mut serve: impl FnMut(&mut Chain<'_>) -> usize) {
-        let mut left = BUDGET;
+    pub fn serve(&self, index: usize, serve: impl FnMut(&mut Chain<'_>) -> usize) {
+        self.serve_in_turns(index, BUDGET, serve);
+    }
+
+    /// The same with `turn` requests in a row, for those that take long.
+    pub fn serve_in_turns(
+        &self,
+        index: usize,
+        turn: usize,
+        mut serve: impl FnMut(&mut Chain<'_>) -> usize,
+    ) {
+        let mut left = turn;
         loop {
             self.set_notification(index, false);
             let mut served = false;

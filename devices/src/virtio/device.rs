@@ -69,6 +69,9 @@ impl PartDecoder<'_, '_> {
 
 /// A device type. Its transport calls it with its own lock held; what a worker thread of the device
 /// shares with it is the device's own business.
+///
+/// What has a default is for devices that have more than queues which the I/O thread serves: a
+/// configuration space that can be written, a worker or a host side, a part of their own in the section.
 pub trait VirtioDevice: Send {
     /// What it is.
     fn kind(&self) -> &'static Kind;
@@ -88,56 +91,71 @@ pub trait VirtioDevice: Send {
 
     /// Its configuration space, as it is now. The length never changes.
     fn config(&self) -> Vec<u8>;
-    /// The bytes of its configuration space that a section carries; those of
-    /// [`config`](Self::config), unless QEMU's device carries fewer.
-    fn config_to_save(&self) -> Vec<u8>;
     /// A driver's write to its configuration space; the range lies inside.
-    fn write_config(&mut self, offset: usize, data: &[u8]);
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// Checks a configuration space that another host's device had.
-    fn check_config(&self, config: &[u8]) -> Result<(), FieldError>;
+    fn check_config(&self, _config: &[u8]) -> Result<(), FieldError> {
+        Ok(())
+    }
     /// Takes what a driver has written to the configuration space on another host.
-    fn restore_config(&mut self, config: &[u8]);
+    fn restore_config(&mut self, _config: &[u8]) {}
 
     /// The driver has accepted these features.
-    fn features_accepted(&mut self, features: u64);
+    fn features_accepted(&mut self, _features: u64) {}
     /// Back to the state after power-on. Its queues are reset already.
     fn reset(&mut self);
 
     /// Whether [`kick`](Self::kick) is never to be called, since a worker thread listens to the
     /// queues' eventfds.
-    fn serves_itself(&self) -> bool;
+    fn serves_itself(&self) -> bool {
+        false
+    }
     /// A queue was rung for. The device may be paused or not live: what it pops it gets only then.
     fn kick(&mut self, queue: usize);
     /// A descriptor that becomes readable when the host side has something, the same one for the
     /// device's whole life.
-    fn event_fd(&self) -> Option<RawFd>;
+    fn event_fd(&self) -> Option<RawFd> {
+        None
+    }
     /// It has become readable.
-    fn event(&mut self);
+    fn event(&mut self) {}
 
     /// Ends everything that is under way, and begins nothing new. Called before a queue or the
     /// device is reset, and when the VM pauses.
-    fn quiesce(&mut self);
+    fn quiesce(&mut self) {}
     /// Begins again, if the VM is not paused.
-    fn unquiesce(&mut self);
+    fn unquiesce(&mut self) {}
     /// The VM has paused: what was written is brought to safety. Follows [`quiesce`](Self::quiesce).
-    fn flush(&mut self);
+    fn flush(&mut self) {}
 
     /// Opens the host side for use. On a destination of a migration this comes last.
-    fn open(&mut self) -> Result<(), BackendError>;
+    fn open(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
     /// Gives the host side up, so that another process can open it.
-    fn close(&mut self) -> Result<(), BackendError>;
+    fn close(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 
     /// Tells the network that it is here now; nothing for devices without one.
     fn announce(&mut self) {}
 
     /// Adds what decides the form of the device's own part to the section's layout.
-    fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest;
+    fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
+        layout
+    }
     /// Writes the device's own part of the section.
-    fn save_part(&self, to: &mut Encoder, audience: Audience) -> Result<(), StateError>;
+    fn save_part(&self, _to: &mut Encoder, _audience: Audience) -> Result<(), StateError> {
+        Ok(())
+    }
     /// Reads and checks it.
-    fn decode_part(&self, from: &mut PartDecoder<'_, '_>) -> Result<Part, StateError>;
+    fn decode_part(&self, _from: &mut PartDecoder<'_, '_>) -> Result<Part, StateError> {
+        Ok(Box::new(()))
+    }
     /// Takes it. The queues are restored already; the host side is not open yet.
-    fn restore_part(&mut self, part: Part) -> Result<(), FieldError>;
+    fn restore_part(&mut self, _part: Part) -> Result<(), FieldError> {
+        Ok(())
+    }
 }
 
 /// What [`VirtioDevice::decode_part`] has read.

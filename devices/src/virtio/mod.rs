@@ -20,6 +20,7 @@ mod device;
 mod disk;
 mod element;
 pub mod features;
+mod handle;
 mod interrupt;
 pub mod net;
 mod pci;
@@ -34,7 +35,7 @@ pub(crate) mod testing;
 mod tests;
 
 pub use self::core::{Core, VirtioError, status};
-pub use balloon::{Balloon, PageDiscard};
+pub use balloon::{Balloon, BalloonControl, PageDiscard};
 pub use block::{Block, BlockOptions};
 pub use chain::{Buffers, Chain, ChainError, Slice};
 pub use console::{Console, ConsoleLine};

@@ -2,13 +2,10 @@
 
 use std::any::Any;
 use std::fs::File;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
-
 use super::core::{Core, VirtioError};
-use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
+use super::device::{BackendError, Kind, VirtioDevice};
 
 static KIND: Kind = Kind {
     name: "virtio-rng",
@@ -63,21 +60,9 @@ impl VirtioDevice for Rng {
     fn config(&self) -> Vec<u8> {
         Vec::new()
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        Vec::new()
-    }
-    fn write_config(&mut self, _: usize, _: &[u8]) {}
-    fn check_config(&self, _: &[u8]) -> Result<(), FieldError> {
-        Ok(())
-    }
-    fn restore_config(&mut self, _: &[u8]) {}
 
-    fn features_accepted(&mut self, _: u64) {}
     fn reset(&mut self) {}
 
-    fn serves_itself(&self) -> bool {
-        false
-    }
     fn kick(&mut self, queue: usize) {
         let (Some(core), Some(source)) = (&self.core, &self.source) else { return };
         core.serve(queue, |chain| {
@@ -88,14 +73,6 @@ impl VirtioDevice for Rng {
             })
         });
     }
-    fn event_fd(&self) -> Option<RawFd> {
-        None
-    }
-    fn event(&mut self) {}
-
-    fn quiesce(&mut self) {}
-    fn unquiesce(&mut self) {}
-    fn flush(&mut self) {}
 
     fn open(&mut self) -> Result<(), BackendError> {
         let source = File::open("/dev/urandom").map_err(|source| BackendError {
@@ -108,19 +85,6 @@ impl VirtioDevice for Rng {
     }
     fn close(&mut self) -> Result<(), BackendError> {
         self.source = None;
-        Ok(())
-    }
-
-    fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
-        layout
-    }
-    fn save_part(&self, _: &mut Encoder, _: Audience) -> Result<(), StateError> {
-        Ok(())
-    }
-    fn decode_part(&self, _: &mut PartDecoder<'_, '_>) -> Result<Part, StateError> {
-        Ok(Box::new(()))
-    }
-    fn restore_part(&mut self, _: Part) -> Result<(), FieldError> {
         Ok(())
     }
 }

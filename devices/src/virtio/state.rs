@@ -304,7 +304,7 @@ impl VirtioPci {
             queue_sel: self.queue_select,
             guest_features: u32::from_le_bytes([a, b, c, d]),
         })?;
-        let config = self.device.config_to_save();
+        let config = self.device.config();
         to.put(&u32::try_from(config.len()).unwrap_or(0))?;
         for byte in &config {
             to.put(byte)?;

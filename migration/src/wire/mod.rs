@@ -213,21 +213,22 @@ pub fn read_bytes(
     what: &'static str,
 ) -> Result<Vec<u8>, WireError> {
     let mut bytes = Vec::new();
-    let mut left = len as usize;
-    let mut piece = [0; 4096];
-    while left > 0 {
-        let n = left.min(piece.len());
-        let Some(buf) = piece.get_mut(..n) else { break };
-        let offset = source.offset();
-        source.read_exact(buf).map_err(|e| WireError::BrokenOff { what, offset, source: e })?;
-        bytes.extend_from_slice(buf);
-        left = left.saturating_sub(n);
-    }
+    in_pieces(source, len, what, |piece| bytes.extend_from_slice(piece))?;
     Ok(bytes)
 }
 
 /// Reads and forgets `len` bytes.
 pub fn skip(source: &mut dyn ByteSource, len: u32, what: &'static str) -> Result<(), WireError> {
+    in_pieces(source, len, what, |_| {})
+}
+
+/// Reads `len` bytes and gives them to `take` piece by piece: no more is held than has come.
+fn in_pieces(
+    source: &mut dyn ByteSource,
+    len: u32,
+    what: &'static str,
+    mut take: impl FnMut(&[u8]),
+) -> Result<(), WireError> {
     let mut left = len as usize;
     let mut piece = [0; 4096];
     while left > 0 {
@@ -235,6 +236,7 @@ pub fn skip(source: &mut dyn ByteSource, len: u32, what: &'static str) -> Result
         let Some(buf) = piece.get_mut(..n) else { break };
         let offset = source.offset();
         source.read_exact(buf).map_err(|e| WireError::BrokenOff { what, offset, source: e })?;
+        take(buf);
         left = left.saturating_sub(n);
     }
     Ok(())

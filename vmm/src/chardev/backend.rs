@@ -165,6 +165,25 @@ fn keys_one_by_one() -> Option<Termios> {
     Some(before)
 }
 
+/// How the terminal on standard input behaved, for when nobody else can put that back.
+pub struct TerminalMode(Option<Termios>);
+
+impl TerminalMode {
+    /// As it is now; nothing if it is no terminal.
+    pub fn of_stdin() -> Self {
+        Self(tcgetattr(io::stdin()).ok())
+    }
+
+    /// Puts it back, if it has been changed: a process in the background that sets it is stopped.
+    pub fn restore(&self) {
+        if let Some(before) = &self.0
+            && tcgetattr(io::stdin()).is_ok_and(|now| now != *before)
+        {
+            let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, before);
+        }
+    }
+}
+
 struct LineWriter {
     line: Arc<Mutex<Line>>,
     stuck: Arc<EventFd>,

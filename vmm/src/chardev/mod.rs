@@ -8,7 +8,7 @@
 mod backend;
 mod service;
 
-pub use backend::{CharError, Chardev};
+pub use backend::{CharError, Chardev, TerminalMode};
 pub use service::CharService;
 
 /// A device with a character line, as the line sees it.

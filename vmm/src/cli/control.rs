@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::{CliError, VmArg};
 use crate::client::QmpClient;
+use crate::config::ByteSize;
 use crate::rundir;
 
 /// How often a VM is asked whether it is done.
@@ -34,6 +35,18 @@ pub(super) fn cancel(vm: &VmArg) -> Result<(), CliError> {
             _ => thread::sleep(STEP),
         }
     }
+}
+
+/// Asks the guest for a size, or shows the one that it has.
+pub(super) fn balloon(vm: &VmArg, size: Option<ByteSize>) -> Result<(), CliError> {
+    let mut client = vm.connect()?;
+    if let Some(ByteSize(bytes)) = size {
+        client.execute("balloon", json!({ "value": bytes }))?;
+        return Ok(());
+    }
+    let answer = client.execute("query-balloon", json!({}))?;
+    println!("{}", ByteSize(answer["actual"].as_u64().unwrap_or_default()));
+    Ok(())
 }
 
 pub(super) fn quit(vm: &VmArg) -> Result<(), CliError> {

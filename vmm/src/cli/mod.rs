@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::client::{ClientError, QmpClient};
-use crate::config::{Config, ConfigError, MigrationUri, Settings, nearest};
+use crate::config::{ByteSize, Config, ConfigError, MigrationUri, Settings, nearest};
 use crate::grants::Grants;
 use crate::qemu_line::{LikeError, WriteError};
 use crate::run::RunError;
@@ -104,6 +104,15 @@ enum Command {
     Powerdown(VmArg),
     /// Reset a VM
     Reset(VmArg),
+    /// Show how much memory a VM's guest has, or ask it to make do with less or more
+    ///
+    /// Needs a VM with --balloon, and a guest with a driver for it, which takes its time.
+    Balloon {
+        #[command(flatten)]
+        vm: VmArg,
+        /// How much it shall have, like 512M or 2G; at most what the VM was started with
+        size: Option<ByteSize>,
+    },
     /// Attach this terminal to a VM's serial port (leave with Ctrl-])
     Console(VmArg),
     /// Show what a migration stream contains, QEMU's or our own
@@ -306,6 +315,7 @@ fn dispatch(command: Command) -> Result<(), CliError> {
         Command::Quit(vm) => control::quit(&vm),
         Command::Powerdown(vm) => control::simple(&vm, "system_powerdown"),
         Command::Reset(vm) => control::simple(&vm, "system_reset"),
+        Command::Balloon { vm, size } => control::balloon(&vm, size),
         Command::Console(vm) => console::attach(&vm),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Demo { memory, smp } => demo::demo(&memory, smp),

@@ -1,9 +1,10 @@
 //! The sections themselves: which part of the snapshot each writes, and where what came is kept.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arch::wire;
+use arch::wire::{self, VcpuWire};
 use devices::chipset::holders::GlobalState;
 use migration::vmstate::{
     self, Audience, ByteSource, FieldError, Section, SectionId, StateError, VmState,
@@ -116,6 +117,24 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
             keep: Box::new(keep),
         })
     }
+    /// What is part of a vCPU, kept by its index.
+    fn of_vcpu<T: VmState>(
+        vm: &Arc<Vm>,
+        name: &str,
+        index: u32,
+        part_of: impl Fn(VcpuWire) -> T + Send + 'static,
+        place: impl Fn(&mut Arrived) -> &mut BTreeMap<u32, T> + Send + 'static,
+    ) -> Box<dyn Section> {
+        part(
+            vm,
+            name,
+            index,
+            move |s, audience| s.vcpu(index, audience).map(&part_of),
+            move |a, t| {
+                let _ = place(a).insert(index, t);
+            },
+        )
+    }
     let mut first = vec![part(
         vm,
         "timer",
@@ -130,33 +149,9 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
         |a, t| a.timer = Some(t),
     )];
     for index in 0..vm.config().smp {
-        first.push(part(
-            vm,
-            "cpu_common",
-            index,
-            move |s, audience| s.vcpu(index, audience).map(|v| v.common),
-            move |a, t| {
-                let _ = a.cpu_common.insert(index, t);
-            },
-        ));
-        first.push(part(
-            vm,
-            "cpu",
-            index,
-            move |s, audience| s.vcpu(index, audience).map(|v| v.cpu),
-            move |a, t| {
-                let _ = a.cpu.insert(index, t);
-            },
-        ));
-        first.push(part(
-            vm,
-            "apic",
-            index,
-            move |s, audience| s.vcpu(index, audience).map(|v| v.apic),
-            move |a, t| {
-                let _ = a.apic.insert(index, t);
-            },
-        ));
+        first.push(of_vcpu(vm, "cpu_common", index, |v| v.common, |a| &mut a.cpu_common));
+        first.push(of_vcpu(vm, "cpu", index, |v| v.cpu, |a| &mut a.cpu));
+        first.push(of_vcpu(vm, "apic", index, |v| v.apic, |a| &mut a.apic));
     }
     first.push(part(
         vm,

@@ -9,12 +9,13 @@ use std::time::Duration;
 use arch::clock::ClockBase;
 use arch::cpu_model::{CpuModel, CpuModelName};
 use arch::cpuid::CpuProfile;
+use arch::error::KvmError;
 use arch::host::KvmHost;
 use arch::irqchip::IrqchipState;
 use arch::vcpu_state::VcpuState;
 use arch::wire::XsaveLayout;
 use devices::bus::IoBus;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 
 pub use error::MachineError;
 
@@ -233,19 +234,7 @@ impl Machine {
 
     /// Gives all vCPUs their states, at the same time in their own threads.
     pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
-        let answers: Vec<_> = self
-            .vcpus
-            .iter()
-            .zip(states)
-            .map(|(vcpu, state)| {
-                let (state, host) = (state.clone(), self.host.clone());
-                (vcpu.index(), vcpu.start_job(move |fd| state.restore(fd, &host)))
-            })
-            .collect();
-        for (index, answer) in answers {
-            answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
-        }
-        Ok(())
+        self.for_each_vcpu(states, |state, fd, host| state.restore(fd, host))
     }
 }
 
@@ -262,15 +251,21 @@ impl Machine {
 
     /// Sets all vCPUs' TSCs to what they must be now that the VM's clock has been set.
     pub fn restore_tscs(&self, states: &[VcpuState], base: ClockBase) -> Result<(), MachineError> {
-        let answers: Vec<_> = self
-            .vcpus
-            .iter()
-            .zip(states)
-            .map(|(vcpu, state)| {
-                let (state, host) = (state.clone(), self.host.clone());
-                (vcpu.index(), vcpu.start_job(move |fd| state.restore_tsc(fd, &host, &base)))
-            })
-            .collect();
+        self.for_each_vcpu(states, move |state, fd, host| state.restore_tsc(fd, host, &base))
+    }
+
+    /// Gives every vCPU its state by `give`, at the same time in their own threads.
+    fn for_each_vcpu(
+        &self,
+        states: &[VcpuState],
+        give: impl Fn(&VcpuState, &VcpuFd, &KvmHost) -> Result<(), KvmError> + Copy + Send + 'static,
+    ) -> Result<(), MachineError> {
+        let start = |(vcpu, state): (&Vcpu, &VcpuState)| {
+            let (state, host) = (state.clone(), self.host.clone());
+            (vcpu.index(), vcpu.start_job(move |fd| give(&state, fd, &host)))
+        };
+        // All are started before the first is waited for.
+        let answers: Vec<_> = self.vcpus.iter().zip(states).map(start).collect();
         for (index, answer) in answers {
             answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
         }

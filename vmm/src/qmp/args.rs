@@ -52,6 +52,11 @@ impl Args {
         self.required(name, value)
     }
 
+    pub(super) fn int(&mut self, name: &str) -> Result<i64, QmpError> {
+        let value = self.take(name, "integer", |value| value.as_i64())?;
+        self.required(name, value)
+    }
+
     pub(super) fn optional_bool(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
         self.take(name, "boolean", |value| value.as_bool())
     }

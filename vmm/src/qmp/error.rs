@@ -44,6 +44,9 @@ pub enum QmpError {
     /// A word that an enumeration doesn't have.
     #[error("Parameter '{0}' does not accept value '{1}'")]
     Value(String, String),
+    /// A number out of range.
+    #[error("Parameter '{0}' expects {1}")]
+    Expects(&'static str, &'static str),
     /// A value that can't be used; the text says what would be right.
     #[error("{0}")]
     Config(#[from] crate::config::ConfigError),
@@ -75,6 +78,7 @@ impl QmpError {
             Self::CommandNotFound(_) | Self::NotNegotiated | Self::AlreadyNegotiated => {
                 "CommandNotFound"
             }
+            Self::Refused(ControlError::NoBalloon) => "DeviceNotActive",
             _ => "GenericError",
         }
     }

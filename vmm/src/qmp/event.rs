@@ -29,6 +29,7 @@ fn name_and_data(event: &Event) -> (&'static str, Option<Value>) {
         Event::Shutdown(reason) => ("SHUTDOWN", Some(by(reason))),
         Event::Reset(reason) => ("RESET", Some(by(reason))),
         Event::Powerdown => ("POWERDOWN", None),
+        Event::BalloonChange(actual) => ("BALLOON_CHANGE", Some(json!({ "actual": actual }))),
         Event::Migration(status) => ("MIGRATION", Some(json!({ "status": status }))),
         Event::MigrationPass(pass) => ("MIGRATION_PASS", Some(json!({ "pass": pass }))),
     }

@@ -20,6 +20,8 @@ struct State {
     run: RunState,
     phase: Phase,
     parameters: Parameters,
+    /// Bytes of memory; none for a VM without a balloon.
+    balloon: Option<u64>,
 }
 
 /// See the module.
@@ -41,10 +43,16 @@ impl FakeVm {
                 run: RunState::Running,
                 phase: Phase::None,
                 parameters: Parameters::default(),
+                balloon: Some(256 << 20),
             }),
             quit: Notify::new(),
             stop_gate: Mutex::new(()),
         })
+    }
+
+    /// Takes its balloon away.
+    pub(crate) fn without_balloon(&self) {
+        self.state.lock().unwrap().balloon = None;
     }
 
     fn enter(&self, run: RunState, event: Event) {
@@ -104,6 +112,16 @@ impl VmControl for FakeVm {
 
     fn announce_self(&self, _: &Parameters, _: Option<Vec<String>>) -> Result<(), ControlError> {
         Ok(())
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        *self.state.lock().unwrap().balloon.as_mut().ok_or(ControlError::NoBalloon)? = bytes;
+        self.bus.send(Event::BalloonChange(bytes));
+        Ok(())
+    }
+
+    fn balloon(&self) -> Result<u64, ControlError> {
+        self.state.lock().unwrap().balloon.ok_or(ControlError::NoBalloon)
     }
 
     fn quit(&self) {

@@ -82,6 +82,22 @@ fn class(reply: &Value) -> &str {
     reply["error"]["class"].as_str().unwrap_or_else(|| panic!("no error: {reply}"))
 }
 
+/// A client that asks a VM without a balloon knows it by the class.
+#[test]
+fn a_vm_without_a_balloon_says_so_before_anything_else() {
+    let fixture = fixture();
+    let mut client = Client::negotiated(&fixture);
+    fixture.vm.without_balloon();
+    let want = json!({"class": "DeviceNotActive", "desc": "No balloon device has been activated"});
+    for ask in [
+        r#"{"execute": "query-balloon"}"#,
+        r#"{"execute": "balloon", "arguments": {"value": 67108864}}"#,
+        r#"{"execute": "balloon", "arguments": {"value": -5}}"#,
+    ] {
+        assert_eq!(client.ask(ask), json!({ "error": want }), "{ask}");
+    }
+}
+
 /// Every transcript in a command's comment is what really happens.
 #[test]
 fn transcripts_are_true() {

@@ -409,9 +409,7 @@ impl VirtioDevice for Net {
     fn config(&self) -> Vec<u8> {
         [self.mac.as_slice(), &self.status.to_le_bytes()].concat()
     }
-    fn config_to_save(&self) -> Vec<u8> {
-        self.config()
-    }
+    // On another host nothing is taken from it: address and status are in the device's part as well.
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         // Legacy drivers may set the address here (virtio 1.2, 5.1.4.1).
         if self.has(features::VERSION_1) || self.has(feature::CTRL_MAC_ADDR) {
@@ -423,12 +421,6 @@ impl VirtioDevice for Net {
             }
         }
     }
-    /// Address and status are in the device's part as well.
-    fn check_config(&self, _: &[u8]) -> Result<(), FieldError> {
-        Ok(())
-    }
-    fn restore_config(&mut self, _: &[u8]) {}
-
     fn features_accepted(&mut self, accepted: u64) {
         let modern = accepted & (features::VERSION_1 | feature::MRG_RXBUF) != 0;
         self.header_len = if modern { HEADER } else { HEADER - 2 };
@@ -443,9 +435,6 @@ impl VirtioDevice for Net {
         self.held_up = false;
     }
 
-    fn serves_itself(&self) -> bool {
-        false
-    }
     fn kick(&mut self, queue: usize) {
         match queue {
             RX => self.receive(),
@@ -472,10 +461,6 @@ impl VirtioDevice for Net {
             self.transmit();
         }
     }
-
-    fn quiesce(&mut self) {}
-    fn unquiesce(&mut self) {}
-    fn flush(&mut self) {}
 
     fn open(&mut self) -> Result<(), BackendError> {
         if self.is_open {

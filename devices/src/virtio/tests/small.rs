@@ -8,9 +8,11 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Device;
 use crate::memory::GuestRamRef;
-use crate::virtio::testing::{Guest, PIECE, ram};
+use crate::virtio::console::TURN;
+use crate::virtio::testing::{Guest, HIGH, PIECE, ram};
 use crate::virtio::{
-    Balloon, Console, ConsoleLine, Generation, PageDiscard, Rng, VirtioDevice, features,
+    Balloon, BalloonControl, Console, ConsoleLine, Generation, PageDiscard, Rng, VirtioDevice,
+    balloon as balloon_file, features,
 };
 
 #[test]
@@ -218,6 +220,51 @@ fn output_that_is_held_up_goes_on_even_on_another_host() {
     }
 }
 
+#[test]
+fn a_flood_of_output_is_written_in_turns() {
+    let (device, screen) = console();
+    let mut guest = Guest::new(device);
+    open_console(&mut guest);
+    let len = 2 * TURN.bytes + 100;
+    let at = guest.buffer(&vec![b'x'; len]);
+    guest.add(1, &[(at, u32::try_from(len).unwrap(), false)]);
+    guest.kick(1);
+    for (shown, done) in [(TURN.bytes, 0), (TURN.bytes, 0), (100, 1), (0, 0)] {
+        assert_eq!((screen.shown().len(), guest.used(1).len()), (shown, done));
+        guest.serve();
+    }
+    for _ in 0..TURN.requests + 10 {
+        guest.add(1, &[(at, 1, false)]);
+    }
+    guest.kick(1);
+    for done in [TURN.requests, 10, 0] {
+        assert_eq!((screen.shown().len(), guest.used(1).len()), (done, done));
+        guest.serve();
+    }
+}
+
+#[test]
+fn input_passes_over_requests_without_room_in_turns() {
+    let (device, _) = console();
+    let mut guest = Guest::new(device);
+    open_console(&mut guest);
+    let line = ConsoleLine::new(guest.function.clone()).unwrap();
+    let rooms = Arc::new(AtomicUsize::new(0));
+    let counter = rooms.clone();
+    line.on_room(Box::new(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }));
+    let at = guest.buffer(&[0; 4]);
+    for _ in 0..TURN.requests {
+        guest.add(0, &[(at, 4, false)]);
+    }
+    guest.add(0, &[(at, 4, true)]);
+    assert_eq!(line.receive(b"ab"), 0, "a request to read from takes nothing");
+    assert_eq!((guest.used(0).len(), rooms.load(Ordering::Relaxed)), (TURN.requests, 1));
+    assert_eq!(line.receive(b"ab"), 2);
+    assert_eq!(guest.bytes(at, 2), b"ab");
+}
+
 /// Discards by writing zeros.
 struct Zeroing(GuestRamRef, Discarded);
 
@@ -266,6 +313,84 @@ fn ballooned_pages_are_given_back() {
     guest.add(0, &[(PIECE, 4, false)]);
     guest.kick(0);
     assert!(guest.function.lock().unwrap().core.is_broken());
+}
+
+#[test]
+fn a_run_of_pages_that_reaches_into_the_hole_is_given_back_up_to_it() {
+    let memory = ram();
+    let (device, log) = balloon(memory.clone());
+    let mut guest = Guest::with(device, Generation::Transitional, memory);
+    guest.start(2);
+    let (end, high) = ((PIECE >> 12) as u32, (HIGH >> 12) as u32);
+    // Over the end of the low piece, over the beginning of the high one, and all in the hole.
+    let runs = [end - 2..end + 2, high - 1..high + 2, 0x8_0000..0x8_0003];
+    let pages: Vec<u8> = runs.into_iter().flatten().flat_map(u32::to_le_bytes).collect();
+    let at = guest.buffer(&pages);
+    guest.add(0, &[(at, u32::try_from(pages.len()).unwrap(), false)]);
+    guest.clean();
+    guest.kick(0);
+    assert_eq!(guest.used(0), [(0, 0)]);
+    assert_eq!(*log.lock().unwrap(), [(PIECE - 0x2000, 0x2000), (HIGH, 0x2000)]);
+    for page in [PIECE - 0x2000, PIECE - 0x1000, HIGH, HIGH + 0x1000] {
+        assert!(guest.dirty().contains(&page), "{page:#x}");
+    }
+    assert!(!guest.dirty().contains(&(HIGH + 0x2000)));
+}
+
+#[test]
+fn a_guest_is_asked_for_memory_and_says_what_it_gives() {
+    let memory = ram();
+    let (device, _) = balloon(memory.clone());
+    let mut guest = Guest::with(device, Generation::Transitional, memory);
+    let control = BalloonControl::new(guest.function.clone()).unwrap();
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let told = said.clone();
+    control.on_change(Box::new(move |pages| told.lock().unwrap().push(pages)));
+    control.set_target(5);
+    assert_eq!(guest.read::<1>(0x1000), [0], "there is no driver to interrupt");
+    guest.start(2);
+    guest.function.lock().unwrap().pause();
+    control.set_target(0x300);
+    assert_eq!(guest.read::<4>(0x2000), [0, 3, 0, 0]);
+    assert_eq!(guest.read::<1>(0x1000), [3], "a guest that stands still is told, too");
+    for actual in [1_u32, 1, 0x300] {
+        guest.write32(0x2004, actual);
+    }
+    assert_eq!((control.actual(), said.lock().unwrap().as_slice()), (0x300, &[1, 0x300][..]));
+    let (other, _) = console();
+    assert!(BalloonControl::new(Guest::new(other).function.clone()).is_none());
+}
+
+#[test]
+fn a_flood_of_pages_is_given_back_in_turns_and_a_request_has_its_most() {
+    let memory = ram();
+    let (device, log) = balloon(memory.clone());
+    let mut guest = Guest::with(device, Generation::Transitional, memory);
+    guest.start(2);
+    let given = || log.lock().unwrap().drain(..).fold(0, |sum, (_, len)| sum + len) >> 12;
+    let most = u32::try_from(balloon_file::MAX_PAGES).unwrap();
+    let numbers: Vec<u8> = (0..most + 5).flat_map(|n| (0x500 + n % 0x100).to_le_bytes()).collect();
+    let at = guest.buffer(&numbers);
+    guest.add(0, &[(at, 4 * (most + 5), false)]);
+    guest.kick(0);
+    assert_eq!((guest.used(0).len(), given()), (1, u64::from(most)));
+    for _ in 0..balloon_file::TURN + 3 {
+        guest.add(0, &[(at, 4, false)]);
+    }
+    guest.kick(0);
+    for done in [balloon_file::TURN, 3, 0] {
+        assert_eq!((guest.used(0).len(), given()), (done, done as u64));
+        guest.serve();
+    }
+    // Of the statistics one is always kept.
+    for _ in 0..balloon_file::TURN + 3 {
+        guest.add(2, &[(at, 10, false)]);
+    }
+    guest.kick(2);
+    for done in [balloon_file::TURN - 1, 3, 0] {
+        assert_eq!(guest.used(2).len(), done);
+        guest.serve();
+    }
 }
 
 #[test]

@@ -48,6 +48,7 @@ impl Command {
 /// All commands, by name. `qmp_capabilities` is the session's own, and stands here to be listed.
 static COMMANDS: &[Command] = &[
     Command::new("announce-self", run::announce_self),
+    Command::new("balloon", run::balloon),
     Command::new("closefd", migrate::closefd),
     Command::new("cont", run::cont),
     Command { name: "getfd", handler: Handler::Descriptor(migrate::getfd) },
@@ -58,6 +59,7 @@ static COMMANDS: &[Command] = &[
     Command::new("migrate-set-parameters", migrate::set_parameters),
     Command::new("migrate_cancel", migrate::migrate_cancel),
     Command::new("qmp_capabilities", |_, _| Err(QmpError::AlreadyNegotiated)),
+    Command::new("query-balloon", query::balloon),
     Command::new("query-commands", query_commands),
     Command::new("query-cpus-fast", query::cpus_fast),
     Command::new("query-migrate", migrate::query_migrate),

@@ -73,6 +73,17 @@ pub(super) fn cpus_fast(shared: &Shared, args: Args) -> Outcome {
     Ok(shared.vm.cpus().into_iter().map(one).collect())
 }
 
+/// How many bytes of memory the guest has, by its own account.
+///
+/// ```text
+/// -> {"execute": "query-balloon"}
+/// <- {"return": {"actual": 268435456}}
+/// ```
+pub(super) fn balloon(shared: &Shared, args: Args) -> Outcome {
+    args.finish()?;
+    Ok(json!({ "actual": shared.vm.balloon()? }))
+}
+
 /// Everything at once, for `mini-vmm status`: the effective configuration, what only the process
 /// knows, and the last migration with the parts of its downtime (times in milliseconds).
 pub(super) fn full_status(shared: &Shared, args: Args) -> Outcome {

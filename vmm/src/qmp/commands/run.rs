@@ -89,6 +89,34 @@ pub(super) fn announce_self(shared: &Shared, mut args: Args) -> Outcome {
     Ok(json!({}))
 }
 
+/// Asks the guest to make do with so many bytes of memory. The answer says that it was asked; the
+/// event, which comes at most once a second, how far it is.
+///
+/// ```text
+/// -> {"execute": "balloon", "arguments": {"value": 67108864}}
+/// <- {"event": "BALLOON_CHANGE", "data": {"actual": 67108864}}
+/// <- {"return": {}}
+/// -> {"execute": "query-balloon"}
+/// <- {"return": {"actual": 67108864}}
+/// -> {"execute": "balloon", "arguments": {"value": 0}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'value' expects a size"}}
+/// -> {"execute": "balloon", "arguments": {"value": -1}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'value' expects a size"}}
+/// -> {"execute": "balloon", "arguments": {"value": "64M"}}
+/// <- {"error": {"class": "GenericError", "desc": "Invalid parameter type for 'value', expected: integer"}}
+/// -> {"execute": "balloon"}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'value' is missing"}}
+/// ```
+pub(super) fn balloon(shared: &Shared, mut args: Args) -> Outcome {
+    let value = args.int("value")?;
+    args.finish()?;
+    // Whether there is one comes before what is asked of it.
+    shared.vm.balloon()?;
+    let bytes = u64::try_from(value).ok().filter(|bytes| *bytes > 0);
+    shared.vm.set_balloon(bytes.ok_or(QmpError::Expects("value", "a size"))?)?;
+    Ok(json!({}))
+}
+
 /// Ends the VM. Here the answer may come before the event.
 pub(super) fn quit(shared: &Shared, args: Args) -> Outcome {
     args.finish()?;

@@ -1,0 +1,212 @@
+//! Memory in vectors, with a dirty log as KVM keeps one.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use migration::dirty::DirtyBitmap;
+use migration::guest::{DirtyTracker, GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart, VmError};
+
+pub(crate) struct FakeRam {
+    blocks: Mutex<Vec<RamBlock>>,
+    data: Mutex<Vec<Vec<u8>>>,
+    /// The log; `None` while nobody asks for it.
+    log: Mutex<Option<DirtyBitmap>>,
+    /// Pages that the guest writes just after the first clear of a block's log, and just before the
+    /// second.
+    pub(crate) ambush: Option<(u64, u64)>,
+    clears: AtomicU64,
+}
+
+impl FakeRam {
+    pub(crate) fn new(blocks: &[(&str, u64)]) -> Arc<Self> {
+        Self::with_ambush(blocks, None)
+    }
+
+    pub(crate) fn with_ambush(blocks: &[(&str, u64)], ambush: Option<(u64, u64)>) -> Arc<Self> {
+        let blocks: Vec<_> = blocks
+            .iter()
+            .map(|(name, pages)| RamBlock { name: (*name).into(), len: pages * PAGE_SIZE })
+            .collect();
+        let data = blocks.iter().map(|b| vec![0; b.len as usize]).collect();
+        Arc::new(Self {
+            blocks: Mutex::new(blocks),
+            data: Mutex::new(data),
+            log: Mutex::new(None),
+            ambush,
+            clears: AtomicU64::new(0),
+        })
+    }
+
+    /// A write by the guest or a device: into memory, then into the log.
+    pub(crate) fn write(&self, block: usize, offset: u64, bytes: &[u8]) {
+        let at = offset as usize;
+        self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
+        if let Some(log) = &mut *self.log.lock().unwrap() {
+            for page in offset / PAGE_SIZE..=(offset + bytes.len() as u64 - 1) / PAGE_SIZE {
+                log.set(block, page);
+            }
+        }
+    }
+
+    /// Takes in a block that it has not got.
+    pub(super) fn add(&self, block: &RamBlock) {
+        self.blocks.lock().unwrap().push(block.clone());
+        self.data.lock().unwrap().push(vec![0; block.len as usize]);
+    }
+
+    /// Whether the dirty log is on.
+    pub(super) fn is_logged(&self) -> bool {
+        self.log.lock().unwrap().is_some()
+    }
+
+    pub(crate) fn contents(&self) -> Vec<Vec<u8>> {
+        self.data.lock().unwrap().clone()
+    }
+
+    fn check(&self, block: usize, offset: u64, len: u64) -> io::Result<()> {
+        let inside = self
+            .blocks
+            .lock()
+            .unwrap()
+            .get(block)
+            .is_some_and(|b| offset.checked_add(len).is_some_and(|end| end <= b.len));
+        if inside { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+}
+
+impl GuestRam for FakeRam {
+    fn blocks(&self) -> Vec<RamBlock> {
+        self.blocks.lock().unwrap().clone()
+    }
+
+    fn write_parts(
+        &self,
+        out: BorrowedFd<'_>,
+        parts: &[IoPart<'_>],
+        full: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut all = Vec::new();
+        for part in parts {
+            match *part {
+                IoPart::Bytes(bytes) => all.extend_from_slice(bytes),
+                IoPart::Ram { block, offset, len } => {
+                    self.check(block, offset, len as u64)?;
+                    let at = offset as usize;
+                    all.extend_from_slice(&self.data.lock().unwrap()[block][at..at + len]);
+                }
+            }
+        }
+        let mut rest = &all[..];
+        while !rest.is_empty() {
+            match nix::unistd::write(out, rest) {
+                Ok(n) => rest = &rest[n..],
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => full()?,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize> {
+        let len = |p: &ReadPart<'_>| match p {
+            ReadPart::Bytes(b) => b.len(),
+            ReadPart::Ram { len, .. } => *len,
+        };
+        let mut all = vec![0; parts.iter().map(len).sum()];
+        let n = loop {
+            match nix::unistd::read(from, &mut all) {
+                Err(nix::Error::EINTR) => {}
+                other => break other?,
+            }
+        };
+        let mut rest = &all[..n];
+        for part in parts {
+            let (head, tail) = rest.split_at(len(part).min(rest.len()));
+            match part {
+                ReadPart::Bytes(b) => b[..head.len()].copy_from_slice(head),
+                ReadPart::Ram { block, offset, len } => {
+                    self.check(*block, *offset, *len as u64)?;
+                    self.copy_in(*block, *offset, head)?;
+                }
+            }
+            rest = tail;
+        }
+        Ok(n)
+    }
+
+    fn copy_in(&self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.check(block, offset, bytes.len() as u64)?;
+        let at = offset as usize;
+        self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.check(block, offset, buf.len() as u64)?;
+        let at = offset as usize;
+        buf.copy_from_slice(&self.data.lock().unwrap()[block][at..at + buf.len()]);
+        Ok(())
+    }
+
+    fn fill(&self, block: usize, offset: u64, len: u64, byte: u8) -> io::Result<()> {
+        self.check(block, offset, len)?;
+        let at = offset as usize;
+        self.data.lock().unwrap()[block][at..at + len as usize].fill(byte);
+        Ok(())
+    }
+
+    fn populate(&self, _block: usize, _offset: u64, _len: u64) {}
+
+    fn is_zero(&self, block: usize, offset: u64) -> bool {
+        let at = offset as usize;
+        self.data.lock().unwrap()[block][at..at + PAGE_SIZE as usize].iter().all(|b| *b == 0)
+    }
+}
+
+pub(super) struct FakeLog(pub(super) Arc<FakeRam>);
+
+impl DirtyTracker for FakeLog {
+    fn start(&mut self) -> Result<(), VmError> {
+        *self.0.log.lock().unwrap() = Some(DirtyBitmap::new(&self.0.blocks()));
+        Ok(())
+    }
+    // As KVM does it with manual protection: reading the log does not clear it.
+    fn fetch(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
+        let log = self.0.log.lock().unwrap();
+        let log = log.as_ref().ok_or_else(|| VmError::new("the log is not started"))?;
+        for (index, block) in self.0.blocks().iter().enumerate() {
+            for page in 0..block.len / PAGE_SIZE {
+                if log.is_set(index, page) {
+                    into.set(index, page);
+                }
+            }
+        }
+        Ok(())
+    }
+    fn clear(&mut self, block: usize, first_page: u64, bits: &[u64]) -> Result<(), VmError> {
+        assert_eq!(first_page % 64, 0);
+        let nth = if block == 0 { self.0.clears.fetch_add(1, Ordering::SeqCst) + 1 } else { 0 };
+        let strike = |page| self.0.write(0, page * PAGE_SIZE + 50, b"in between");
+        if let (Some((_, before)), 2) = (self.0.ambush, nth) {
+            strike(before);
+        }
+        let mut guard = self.0.log.lock().unwrap();
+        let log = guard.as_mut().ok_or_else(|| VmError::new("the log is not started"))?;
+        let end = (first_page + bits.len() as u64 * 64).min(log.pages(block));
+        if let Some(was) = log.take(block, first_page..end) {
+            let stays: Vec<u64> = was.iter().zip(bits).map(|(was, bit)| was & !bit).collect();
+            log.or(block, first_page, &stays);
+        }
+        drop(guard);
+        if let (Some((after, _)), 1) = (self.0.ambush, nth) {
+            strike(after);
+        }
+        Ok(())
+    }
+    fn stop(&mut self) {
+        assert!(self.0.log.lock().unwrap().take().is_some(), "stopped without a start");
+    }
+}

@@ -1,0 +1,285 @@
+//! A VM that is to go wrong where it is told, and a world that notices when two sides run the same one.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use migration::guest::{
+    DestinationVm, DirtyTracker, GuestRam, Machine, PAGE_SIZE, RamBlock, SourceVm, VmError,
+};
+use migration::manifest::Problem;
+use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
+
+use super::guest::{FakeDevice, FakeState, Guest, OtherDevice};
+use super::memory::{FakeLog, FakeRam};
+use super::{MACHINE, wait_for};
+
+/// Who runs and who has the disks. Panics when both do.
+#[derive(Debug, Default)]
+pub(crate) struct World {
+    running: Mutex<Option<&'static str>>,
+    disks: Mutex<Option<&'static str>>,
+    pub(crate) history: Mutex<Vec<String>>,
+    /// Set when the rule was broken, so that a panic on another thread is not overlooked.
+    pub(crate) broken: AtomicBool,
+}
+
+impl World {
+    pub(crate) fn note(&self, what: impl Into<String>) {
+        self.history.lock().unwrap().push(what.into());
+    }
+    pub(crate) fn runs(&self) -> Option<&'static str> {
+        *self.running.lock().unwrap()
+    }
+    pub(crate) fn disks(&self) -> Option<&'static str> {
+        *self.disks.lock().unwrap()
+    }
+    fn run(&self, who: &'static str) {
+        let mut running = self.running.lock().unwrap();
+        if running.is_some() || self.disks() != Some(who) {
+            self.broken.store(true, Ordering::SeqCst);
+        }
+        *running = Some(who);
+        drop(running);
+        self.note(format!("{who} runs"));
+    }
+    fn stand(&self, who: &'static str) {
+        let mut running = self.running.lock().unwrap();
+        if *running == Some(who) {
+            *running = None;
+        }
+    }
+    fn take_disks(&self, who: &'static str) -> Result<(), VmError> {
+        let mut disks = self.disks.lock().unwrap();
+        match *disks {
+            None => {
+                *disks = Some(who);
+                Ok(())
+            }
+            Some(other) => Err(VmError::new(format!("disk0.raw is locked by {other}"))),
+        }
+    }
+    fn drop_disks(&self, who: &'static str) {
+        let mut disks = self.disks.lock().unwrap();
+        if *disks == Some(who) {
+            *disks = None;
+        }
+    }
+}
+
+/// What goes wrong in a VM, for tests of failures.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    #[default]
+    None,
+    Pause,
+    Drain,
+    ReleaseDisks,
+    ReacquireDisks,
+    Resume,
+    Prepare,
+    TakeDisks,
+    Start,
+}
+
+pub(crate) struct FakeVm {
+    pub(crate) who: &'static str,
+    pub(crate) machine: String,
+    pub(crate) vcpus: u32,
+    pub(crate) ram: Arc<FakeRam>,
+    pub(crate) devices: Vec<(SectionId, Arc<Mutex<FakeDevice>>)>,
+    pub(crate) world: Arc<World>,
+    pub(crate) fault: Fault,
+    pub(crate) details: serde_json::Value,
+    pub(crate) blockers: Vec<String>,
+    pub(crate) was_running: bool,
+    /// Blocks that it takes although it has not got them.
+    pub(crate) keeps: Vec<String>,
+    /// The first device's layout is one that nobody else knows.
+    pub(crate) other_layout: bool,
+    guest: Option<Guest>,
+}
+
+impl FakeVm {
+    pub(crate) fn new(who: &'static str, world: &Arc<World>, pages: u64) -> Self {
+        let names = [("cpu", 0), ("cpu", 1), ("0000:00:02.0/virtio-net", 0)];
+        Self {
+            who,
+            machine: MACHINE.into(),
+            vcpus: 2,
+            ram: FakeRam::new(&[("pc.ram", pages), ("pc.bios", 3)]),
+            devices: names
+                .iter()
+                .map(|(name, n)| (SectionId::new(*name, *n), Arc::default()))
+                .collect(),
+            world: world.clone(),
+            fault: Fault::None,
+            details: serde_json::json!({ "slots": [2] }),
+            blockers: Vec::new(),
+            was_running: true,
+            keeps: Vec::new(),
+            other_layout: false,
+            guest: None,
+        }
+    }
+
+    /// Gives every page and device a content of its own, and lets it run.
+    pub(crate) fn boot(&mut self) {
+        for (index, block) in self.ram.blocks().iter().enumerate() {
+            // Every third page stays zero.
+            for page in (0..block.len / PAGE_SIZE).filter(|p| p % 3 != 1) {
+                let byte = (page * 7 + index as u64 + 1) as u8 | 1;
+                self.ram.write(index, page * PAGE_SIZE, &[byte; PAGE_SIZE as usize]);
+            }
+        }
+        for (n, (_, device)) in self.devices.iter().enumerate() {
+            let n = n as u64;
+            device.lock().unwrap().state = FakeState {
+                counter: 0x1122_3344_5566_7700 + n,
+                mode: n as u8 + 1,
+                regs: [1, 2, 3, 4].map(|r| r * 0x0101_0101 + n as u32),
+            };
+        }
+        self.world.take_disks(self.who).unwrap();
+        self.world.run(self.who);
+    }
+
+    /// Starts a guest that rewrites the first `pages` pages as fast as it is let.
+    pub(crate) fn dirty(&mut self, pages: u64, pause_us: u64) {
+        let count = Arc::new(AtomicU64::new(0));
+        self.guest = Some(Guest::new(self.ram.clone(), pages, pause_us, count.clone()));
+        wait_for("the guest to write", || count.load(Ordering::Relaxed) > pages);
+    }
+
+    pub(crate) fn device(&self, n: usize) -> FakeState {
+        self.devices[n].1.lock().unwrap().state.clone()
+    }
+
+    fn fault(&self, at: Fault) -> Result<(), VmError> {
+        if self.fault == at {
+            return Err(VmError::with(format!("{at:?} was told to fail"), "the reason behind it"));
+        }
+        Ok(())
+    }
+}
+
+impl Machine for FakeVm {
+    fn machine_type(&self) -> String {
+        self.machine.clone()
+    }
+    fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        self.ram.clone()
+    }
+    fn sections(&self) -> Vec<Box<dyn Section>> {
+        let mut sections: Vec<Box<dyn Section>> = self
+            .devices
+            .iter()
+            .map(|(id, d)| Box::new(SectionOf::new(id.clone(), d.clone())) as Box<dyn Section>)
+            .collect();
+        if self.other_layout {
+            sections[0] = Box::new(SectionOf::<OtherDevice>::new(
+                self.devices[0].0.clone(),
+                Arc::new(Mutex::new(OtherDevice)),
+            ));
+        }
+        sections
+    }
+    fn details(&self) -> serde_json::Value {
+        self.details.clone()
+    }
+}
+
+impl SourceVm for FakeVm {
+    fn prepare_for_qemu(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+    fn blockers(&self) -> Vec<String> {
+        self.blockers.clone()
+    }
+    fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
+        Ok(Box::new(FakeLog(self.ram.clone())))
+    }
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::Pause)?;
+        if let Some(guest) = &self.guest {
+            guest.set_running(false);
+        }
+        self.world.stand(self.who);
+        self.world.note("pause");
+        Ok(())
+    }
+    fn drain(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::Drain)?;
+        // A request in flight ends: it is written to guest memory, and the state changes.
+        self.ram.write(0, 5 * PAGE_SIZE + 100, b"used ring");
+        self.devices[2].1.lock().unwrap().state.counter += 1;
+        self.world.note("drain");
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::Resume)?;
+        if self.was_running && self.world.runs() != Some(self.who) {
+            self.world.run(self.who);
+            if let Some(guest) = &self.guest {
+                guest.set_running(true);
+            }
+        }
+        Ok(())
+    }
+    fn release_disks(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::ReleaseDisks)?;
+        self.world.drop_disks(self.who);
+        Ok(())
+    }
+    fn reacquire_disks(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::ReacquireDisks)?;
+        self.world.take_disks(self.who)
+    }
+    fn hand_over(&mut self) {
+        self.world.note("handed over");
+    }
+}
+
+impl DestinationVm for FakeVm {
+    fn check_details(&self, source: &serde_json::Value) -> Vec<Problem> {
+        if *source == self.details {
+            return Vec::new();
+        }
+        vec![Problem {
+            code: "slots".into(),
+            what: "PCI slots".into(),
+            expected: self.details.to_string(),
+            found: source.to_string(),
+            hint: "use --device".into(),
+        }]
+    }
+    fn accept_block(&mut self, block: &RamBlock) -> bool {
+        let has = self.ram.blocks().iter().any(|b| b.name == block.name);
+        let known = self.keeps.contains(&block.name) && !has;
+        if known {
+            self.ram.add(block);
+        }
+        known
+    }
+    fn prepare(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::Prepare)
+    }
+    fn take_disks(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::TakeDisks)?;
+        self.world.take_disks(self.who)
+    }
+    fn release_disks(&mut self) {
+        self.world.drop_disks(self.who);
+    }
+    fn start(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::Start)?;
+        self.world.run(self.who);
+        Ok(())
+    }
+    fn section_differences(&self, _: &SectionId, a: &[u8], b: &[u8]) -> Vec<FieldError> {
+        let at = a.iter().zip(b).position(|(a, b)| a != b).unwrap_or(a.len().min(b.len()));
+        vec![FieldError::new(format!("byte {at}"), format!("{a:x?}"), format!("{b:x?}"))]
+    }
+}

@@ -113,6 +113,8 @@ pub struct Board {
     pci: Option<Arc<PciBus>>,
     /// The virtio functions and their slots.
     virtio: Vec<(u8, VirtioVersion, Arc<Mutex<VirtioPci>>)>,
+    /// The disks' images.
+    pub images: Vec<DiskImage>,
     announcer: Option<Arc<Mutex<Announcer>>>,
     sections: Vec<MakeSection>,
 }
@@ -221,15 +223,17 @@ impl Board {
     fn virtio_devices(&mut self, p: &BoardParts<'_>, pci: &Arc<PciBus>) -> Result<(), BoardError> {
         let mut wanted: Vec<(u8, VirtioVersion, Box<dyn VirtioDevice>)> = Vec::new();
         for disk in &p.config.disk {
-            let block = Block::new(BlockOptions {
-                image: DiskImage {
-                    path: disk.path.clone(),
-                    readonly: disk.readonly,
-                    cache: match disk.cache {
-                        DiskCache::Writeback => CacheMode::Writeback,
-                        DiskCache::None => CacheMode::Direct,
-                    },
+            let image = DiskImage {
+                path: disk.path.clone(),
+                readonly: disk.readonly,
+                cache: match disk.cache {
+                    DiskCache::Writeback => CacheMode::Writeback,
+                    DiskCache::None => CacheMode::Direct,
                 },
+            };
+            self.images.push(image.clone());
+            let block = Block::new(BlockOptions {
+                image,
                 id: disk.id.to_string(),
                 // QEMU's drives have no serial number unless they are given one.
                 serial: String::new(),
@@ -354,6 +358,11 @@ impl Board {
     pub fn close_backends(&self) -> Result<(), BackendError> {
         let closed = self.virtio.iter().map(|(_, _, function)| lock(function).close());
         closed.fold(Ok(()), Result::and)
+    }
+
+    /// Lets the hosts that see the disks know that a guest that was migrated here has started.
+    pub fn guest_started(&self) -> Result<(), BackendError> {
+        self.virtio.iter().try_for_each(|(_, _, function)| lock(function).guest_started())
     }
 
     /// Rebuilds what follows from several devices' states at once.

@@ -100,6 +100,8 @@ pub enum Arbiter {
 }
 
 #[cfg(test)]
+mod diagram;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use super::destination::{Action as DAction, Destination, Event as DEvent, State 
 use super::source::{Action as SAction, Event as SEvent, Source, State as SState};
 use super::*;
 
-const SOURCE_EVENTS: [SEvent; 25] = [
+pub(super) const SOURCE_EVENTS: [SEvent; 25] = [
     SEvent::Switch,
     SEvent::Paused,
     SEvent::StateSent,
@@ -34,7 +34,7 @@ const SOURCE_EVENTS: [SEvent; 25] = [
     SEvent::Discard { known_running: true },
 ];
 
-const DESTINATION_EVENTS: [DEvent; 10] = [
+pub(super) const DESTINATION_EVENTS: [DEvent; 10] = [
     DEvent::Received,
     DEvent::Prepared,
     DEvent::Commit,

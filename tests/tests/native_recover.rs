@@ -160,8 +160,7 @@ fn a_doubt_is_told_wherever_one_may_look_and_free_disks_let_the_guest_go_on() {
     assert_eq!(status, Some(1), "{said}");
     assert!(said.contains("nothing to recover"), "{said}");
     // Its disk is locked again, and the guest moves after all.
-    let said = Vm::selfcheck(MEMORY, 1, "").args(&disk.argument()).spawn();
-    let mut second = said;
+    let mut second = Vm::selfcheck(MEMORY, 1, "").args(&disk.argument()).spawn();
     assert_eq!(second.wait_exit(20), 1, "{}", second.stderr());
     assert!(second.stderr().contains("in use by another virtual machine"), "{}", second.stderr());
     doubt.here.moves_after_all(MEMORY, 1, &disk.argument());
@@ -221,6 +220,7 @@ fn a_disk_that_a_stranger_holds_proves_neither_way() {
     let mut doubt = Doubt::in_the_order(&disk.argument());
     assert_eq!(doubt.there.vm.wait_exit(60), 1, "{}", doubt.there.vm.stderr());
     let mut stranger = Vm::selfcheck(MEMORY, 1, "").args(&disk.argument()).start();
+    assert_eq!(stranger.qmp().status(), "running");
     let said = doubt.refused(&["--resume"]);
     assert!(said.contains("in use by another virtual machine"), "{said}");
     let said = doubt.refused(&["--discard"]);

@@ -16,13 +16,13 @@ pub(super) struct RecoverArgs {
     #[arg(long)]
     discard: bool,
     /// With --resume: you have looked, and the destination does not run the guest and never will
-    #[arg(long, requires = "resume")]
+    #[arg(long, requires = "resume", conflicts_with = "discard")]
     i_know_the_destination_does_not_run: bool,
     /// With --resume: the guest shall go on although its disks have been written to since
-    #[arg(long, requires = "resume")]
+    #[arg(long, requires = "resume", conflicts_with = "discard")]
     even_though_the_disks_have_changed: bool,
     /// With --discard: you have looked, and the destination runs the guest
-    #[arg(long, requires = "discard")]
+    #[arg(long, requires = "discard", conflicts_with = "resume")]
     i_know_the_destination_runs: bool,
     /// What is known as JSON
     #[arg(long, conflicts_with_all = ["resume", "discard"])]

@@ -358,3 +358,60 @@ fn aligned(buffer: &mut [u8]) -> &mut [u8] {
 fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(readonly: bool) -> (DiskImage, tempfile::NamedTempFile) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        (DiskImage { path: file.path().into(), readonly, cache: CacheMode::Writeback }, file)
+    }
+
+    #[test]
+    fn locks_show_who_holds_an_image_and_a_mark_that_its_guest_has_started() {
+        let (image, _file) = image(false);
+        assert!(image.arbitrates());
+        assert_eq!(image.holder().unwrap(), ImageHolder::Nobody);
+        let disk = image.open().unwrap();
+        assert_eq!(image.holder().unwrap(), ImageHolder::Someone);
+        let error = image.open().unwrap_err();
+        assert!(error.get_ref().is_some_and(|e| e.is::<ImageInUse>()), "{error}");
+        disk.mark_started().unwrap();
+        assert_eq!(image.holder().unwrap(), ImageHolder::StartedGuest);
+        drop(disk);
+        assert_eq!(image.holder().unwrap(), ImageHolder::Nobody);
+    }
+
+    #[test]
+    fn an_image_that_is_only_read_says_nothing_and_neither_does_a_block_device() {
+        let (read, _file) = image(true);
+        assert!(!read.arbitrates());
+        let disk = read.open().unwrap();
+        disk.mark_started().unwrap();
+        assert_eq!(read.holder().unwrap(), ImageHolder::Someone);
+        let device = DiskImage { path: "/dev/null".into(), ..read };
+        assert!(!DiskImage { readonly: false, ..device }.arbitrates());
+    }
+
+    #[test]
+    fn a_stamp_tells_a_write_and_another_file_but_not_a_lock() {
+        let (image, file) = image(false);
+        let before = image.stamp().unwrap();
+        drop(image.open().unwrap());
+        assert_eq!(image.stamp().unwrap(), before);
+        // Further from the file's creation than its time is coarse.
+        let later = before.written + std::time::Duration::from_millis(20);
+        file.as_file().write_all_at(b"x", 0).unwrap();
+        file.as_file().set_modified(later).unwrap();
+        assert_ne!(image.stamp().unwrap(), before);
+        file.as_file().set_modified(before.written).unwrap();
+        assert_eq!(image.stamp().unwrap(), before);
+        let other = file.path().with_extension("other");
+        std::fs::copy(file.path(), &other).unwrap();
+        File::open(&other).unwrap().set_modified(before.written).unwrap();
+        std::fs::rename(&other, file.path()).unwrap();
+        assert_ne!(image.stamp().unwrap(), before);
+    }
+}

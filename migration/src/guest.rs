@@ -247,14 +247,15 @@ pub trait SourceVm: Machine {
     fn resume(&mut self) -> Result<(), VmError>;
 
     /// Gives up the locks on the disks' images; from here on nothing is written to them. When it
-    /// fails the locks are held as before.
+    /// fails some may be held and some not, and [`reacquire_disks`](Self::reacquire_disks) is called.
     fn release_disks(&mut self) -> Result<(), VmError>;
 
     /// What tells who may run the VM when nobody answers: the locks on its disks, if it writes to
     /// any whose locks every host sees that may run it.
     fn arbiter(&self) -> Arbiter;
 
-    /// Takes back the locks that [`release_disks`](Self::release_disks) gave up. When someone else
+    /// Takes back the locks that [`release_disks`](Self::release_disks) gave up; those that are held
+    /// stay so. When someone else
     /// holds one, or it fails, none is held and the VM must not run.
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError>;
 

@@ -15,9 +15,9 @@
 //!            ↓                   ↓                  ↓        └────────┐        │         ↓
 //!         ┌────┐  Resumed    ┌────────┐←────────────┴─────────────────┼────────┼─────────┘
 //!         │Kept│←────────────│Resuming│                               ↓        ↓ ReleaseDisks
-//!         └────┘             └────────┘   DisksKept            ┌──────────────┐
-//!         ┌───────────┐        │   ↑ ↑ └──────────────────────│ReleasingDisks│
-//!         │KeptStopped│←───────┘   │                           └──────────────┘
+//!         └────┘             └────────┘                        ┌──────────────┐
+//!         ┌───────────┐        │   ↑         DisksKept          │ReleasingDisks│
+//!         │KeptStopped│←───────┘   │        ┌───────────────────└──────────────┘
 //!         └───────────┘ ResumeFailed│DisksTaken                     │DisksReleased → Commit
 //!                            ┌─────────────┐ Refused, NotCommitted  ↓  ← POINT OF NO RETURN
 //!                            │RetakingDisks│←─────────────────┌──────────┐

@@ -50,7 +50,7 @@ pub enum Event {
     Prepared,
     /// The disks' locks are given up.
     DisksReleased,
-    /// The locks could not be given up, or a cancel came first; they are held.
+    /// The locks could not be given up, or not all of them.
     DisksKept,
     /// It is certain that not a byte of COMMIT has left (a cancel came first).
     NotCommitted,
@@ -194,7 +194,8 @@ impl Source {
             }
 
             (S::ReleasingDisks, E::DisksReleased) => (S::Committing, Action::Commit),
-            (S::ReleasingDisks, E::DisksKept) => (S::Resuming, Action::Resume),
+            // Of several disks some may have been given up before one failed.
+            (S::ReleasingDisks, E::DisksKept) => retake(false),
 
             (S::Committing, E::Confirmed) => (S::HandedOver, Action::HandOver),
             (S::Committing, E::Refused | E::NotCommitted) => retake(false),

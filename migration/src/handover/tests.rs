@@ -109,7 +109,7 @@ fn every_pair_of_the_source_does_what_the_table_says() {
             }
             S::AwaitingPrepared if end(&event) => Some((S::Resuming, A::Resume)),
             S::ReleasingDisks if event == E::DisksReleased => Some((S::Committing, A::Commit)),
-            S::ReleasingDisks if event == E::DisksKept => Some((S::Resuming, A::Resume)),
+            S::ReleasingDisks if event == E::DisksKept => retake(false),
             S::Committing if event == E::Confirmed => Some((S::HandedOver, A::HandOver)),
             S::Committing if event == E::Refused || event == E::NotCommitted => retake(false),
             S::Committing if event == E::Lost || event == E::Failed => Some((S::InDoubt, A::Hold)),

@@ -341,6 +341,7 @@ impl World {
                 *disks = Some(who);
                 Ok(())
             }
+            Some(other) if other == who => Ok(()),
             Some(other) => Err(VmError::new(format!("disk0.raw is locked by {other}"))),
         }
     }

@@ -214,6 +214,7 @@ fn without_any_one_guard_the_check_fails() {
         (G::CancelIsTooLate, Nothing, ONE_RUNNER),
         (G::CommitOnlyToPrepared, DiskLocks, COMMIT_TO_PREPARED),
         (G::DisksBeforeCommit, DiskLocks, "handed over"),
+        (G::FailedReleaseRetakes, DiskLocks, RUNS_WITH_DISKS),
         (G::FailureResumes, DiskLocks, FALLS_BACK),
         (G::RefusalRetakesDisks, DiskLocks, RUNS_WITH_DISKS),
         (G::HeldLocksForbidResume, DiskLocks, ONE_RUNNER),

@@ -18,6 +18,8 @@ pub(super) enum Guard {
     CommitOnlyToPrepared,
     /// The locks are given up before COMMIT.
     DisksBeforeCommit,
+    /// Locks that could not all be given up are all taken again.
+    FailedReleaseRetakes,
     /// A failure before COMMIT resumes the guest.
     FailureResumes,
     /// What was refused is taken back with its disks.
@@ -85,6 +87,7 @@ fn broken_source(guard: Guard, source: &Source, event: SEvent) -> Option<(SState
         (G::CancelIsTooLate, S::Committing, E::Failed) => retake,
         (G::CommitOnlyToPrepared, S::Sending, E::StateSent) => (S::ReleasingDisks, A::ReleaseDisks),
         (G::DisksBeforeCommit, S::AwaitingPrepared, E::Prepared) => (S::Committing, A::Commit),
+        (G::FailedReleaseRetakes, S::ReleasingDisks, E::DisksKept) => resume,
         (G::FailureResumes, S::AwaitingPrepared, E::Lost) => (S::InDoubt, A::Hold),
         (G::RefusalRetakesDisks, S::Committing, E::Refused) => resume,
         (G::HeldLocksForbidResume, S::RetakingDisks { .. }, E::DisksLost) => resume,

@@ -310,6 +310,8 @@ impl Handover {
                 w.source_todo = A::None;
                 return send(w, Msg::Commit);
             }
+            // The worst of it: nothing is held any more, although it failed.
+            (A::ReleaseDisks, E::DisksKept) => w.here.locks = false,
             (A::RetakeDisks, E::DisksTaken | E::DisksChanged) => w.here.locks = true,
             (A::ReleaseDisksAndHold, _) => {
                 w.here.locks = false;
@@ -325,7 +327,7 @@ impl Handover {
             // The work before the pause failed; whatever had been stopped runs again.
             _ => {}
         }
-        let evidence = w.evidence || event == E::NotCommitted;
+        let evidence = w.evidence || matches!(event, E::NotCommitted | E::DisksKept);
         self.tell_source(w, event);
         w.evidence = evidence;
     }

@@ -30,6 +30,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::dirty::DirtyBitmap;
+use crate::handover::Arbiter;
 use crate::manifest::Problem;
 use crate::vmstate::{FieldError, Section, SectionId};
 
@@ -197,6 +198,28 @@ pub trait Machine: Send {
     fn details(&self) -> serde_json::Value;
 }
 
+/// How disks are found that are taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TakenBack {
+    /// Nobody has written to them.
+    AsLeft,
+    /// Somebody has; a sentence says to which, and when. The locks are held.
+    Changed(String),
+    /// Someone else holds a lock; a sentence says on which. None is held.
+    Held(String),
+}
+
+/// Who holds the locks on disks that have been given up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// Nobody.
+    Nobody,
+    /// Someone, of whom nothing is known; a sentence says on which disk.
+    Someone(String),
+    /// A mini-vmm to which a guest has come and has started; a sentence says on which disk.
+    RunningGuest(String),
+}
+
 /// A VM that can be given away.
 pub trait SourceVm: Machine {
     /// Why this VM can't be migrated at all, each a sentence; empty when it can.
@@ -224,12 +247,21 @@ pub trait SourceVm: Machine {
     fn resume(&mut self) -> Result<(), VmError>;
 
     /// Gives up the locks on the disks' images; from here on nothing is written to them. When it
-    /// fails the locks are held as before.
+    /// fails some may be held and some not, and [`reacquire_disks`](Self::reacquire_disks) is called.
     fn release_disks(&mut self) -> Result<(), VmError>;
 
-    /// Takes back the locks that [`release_disks`](Self::release_disks) gave up. When it fails
-    /// because someone else holds one, none is held and the VM must not run.
-    fn reacquire_disks(&mut self) -> Result<(), VmError>;
+    /// What tells who may run the VM when nobody answers: the locks on its disks, if it writes to
+    /// any whose locks every host sees that may run it.
+    fn arbiter(&self) -> Arbiter;
+
+    /// Takes back the locks that [`release_disks`](Self::release_disks) gave up; those that are held
+    /// stay so. When someone else
+    /// holds one, or it fails, none is held and the VM must not run.
+    fn reacquire_disks(&mut self) -> Result<TakenBack, VmError>;
+
+    /// Looks who holds the locks that [`release_disks`](Self::release_disks) gave up, and takes
+    /// none.
+    fn probe_disks(&mut self) -> Result<Holder, VmError>;
 
     /// The other side runs the VM. This one must never run it again.
     fn hand_over(&mut self);

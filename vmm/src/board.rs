@@ -113,6 +113,8 @@ pub struct Board {
     pub devices: Vec<Arc<Mutex<dyn Device>>>,
     /// Those that have deadlines.
     pub timed: Vec<Arc<Mutex<dyn Timed>>>,
+    /// The disks' images.
+    pub images: Vec<DiskImage>,
     /// Where a terminal can attach to the serial port.
     pub serial_path: Option<std::path::PathBuf>,
     /// The same for the virtio console.
@@ -230,15 +232,17 @@ impl Board {
     fn virtio_devices(&mut self, p: &BoardParts<'_>, pci: &Arc<PciBus>) -> Result<(), BoardError> {
         let mut wanted: Vec<(u8, VirtioVersion, Box<dyn VirtioDevice>)> = Vec::new();
         for disk in &p.config.disk {
-            let block = Block::new(BlockOptions {
-                image: DiskImage {
-                    path: disk.path.clone(),
-                    readonly: disk.readonly,
-                    cache: match disk.cache {
-                        DiskCache::Writeback => CacheMode::Writeback,
-                        DiskCache::None => CacheMode::Direct,
-                    },
+            let image = DiskImage {
+                path: disk.path.clone(),
+                readonly: disk.readonly,
+                cache: match disk.cache {
+                    DiskCache::Writeback => CacheMode::Writeback,
+                    DiskCache::None => CacheMode::Direct,
                 },
+            };
+            self.images.push(image.clone());
+            let block = Block::new(BlockOptions {
+                image,
                 id: disk.id.to_string(),
                 // QEMU's drives have no serial number unless they are given one.
                 serial: String::new(),
@@ -369,6 +373,11 @@ impl Board {
     pub fn close_backends(&self) -> Result<(), BackendError> {
         let closed = self.virtio.iter().map(|there| lock(&there.function).close());
         closed.fold(Ok(()), Result::and)
+    }
+
+    /// Lets the hosts that see the disks know that a guest that was migrated here has started.
+    pub fn guest_started(&self) -> Result<(), BackendError> {
+        self.virtio.iter().try_for_each(|slot| lock(&slot.function).guest_started())
     }
 
     /// Rebuilds what follows from several devices' states at once.

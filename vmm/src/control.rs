@@ -10,6 +10,7 @@ use std::time::SystemTime;
 
 use migration::params::{ParameterError, Parameters};
 use migration::phase::Phase;
+use migration::source::Wish;
 use migration::stats::{MigrationInfo, Report};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -17,6 +18,7 @@ use tokio::sync::broadcast;
 use uuid::Uuid;
 
 use crate::config::{MigrationUri, SocketUri};
+use crate::migrate::{DoubtInfo, RecoverError};
 
 /// What the machine is doing, in the words of QMP's `query-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -211,6 +213,16 @@ pub enum ControlError {
          saved. Running it here too would corrupt its disks. Use 'quit' to end this copy"
     )]
     HandedOver,
+    /// `cont` (or a migration) while nobody here knows whether the destination runs the VM.
+    #[error(
+        "It is not known whether the destination runs the VM: it was told to and has not answered. \
+         Running it here too would corrupt its disks. 'mini-vmm recover' (x-recover) says what is known, \
+         and settles it"
+    )]
+    InDoubt,
+    /// `x-recover` that was refused, or had nothing to do.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
     /// `migrate-incoming` for a VM that was not started to receive one, or that has one already.
     #[error(
         "'migrate-incoming' needs a VM started with --migrate-listen defer that has not received one yet"
@@ -289,7 +301,8 @@ pub trait VmControl: Send + Sync {
     /// Lets the vCPUs run. While a migration arrives, only notes that the guest shall run afterwards.
     ///
     /// # Errors
-    /// [`ControlError::HandedOver`] after a migration away has been confirmed.
+    /// [`ControlError::HandedOver`] after a migration away has been confirmed,
+    /// [`ControlError::InDoubt`] while it is not known whether it has succeeded.
     fn cont(&self) -> Result<(), ControlError>;
     /// Presses the power button; the guest decides.
     ///
@@ -350,6 +363,13 @@ pub trait VmControl: Send + Sync {
     fn close_descriptor(&self, name: &str) -> bool;
     /// Where the migration stands, outgoing or incoming.
     fn query_migrate(&self) -> MigrationInfo;
+    /// What is known of a hand-over of which nobody here knows how it ended; nothing if there is none.
+    fn doubt(&self) -> Option<DoubtInfo>;
+    /// Settles it.
+    ///
+    /// # Errors
+    /// [`ControlError::Recover`], if there is none, or the wish could make two running guests or none.
+    fn recover(&self, wish: Wish) -> Result<(), ControlError>;
     /// What there is to say about the last migration, outgoing or incoming, finished or not; nothing
     /// if there has been none.
     fn migrate_report(&self) -> Option<Report>;

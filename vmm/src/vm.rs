@@ -110,6 +110,8 @@ impl Vm {
 
     /// QMP's `cont`.
     pub(crate) fn cont(&self) -> Result<(), ControlError> {
+        // Not while life is held: whoever settles the doubt may need it.
+        let in_doubt = self.migration.is_in_doubt();
         let mut life = self.life();
         match life.state {
             RunState::Running => Ok(()),
@@ -122,6 +124,7 @@ impl Vm {
                 Ok(())
             }
             RunState::Postmigrate => Err(ControlError::HandedOver),
+            RunState::FinishMigrate if in_doubt => Err(ControlError::InDoubt),
             state => Err(ControlError::WrongState { command: "cont", state }),
         }
     }

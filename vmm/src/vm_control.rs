@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use migration::params::Parameters;
 use migration::phase::Phase;
+use migration::source::Wish;
 use migration::stats::{MigrationInfo, Report};
 use tokio::sync::broadcast;
 use uuid::Uuid;
@@ -14,6 +15,7 @@ use crate::config::{MigrateListen, MigrationUri};
 use crate::control::{
     ControlError, CpuInfo, RunState, RuntimeInfo, ShutdownReason, TimedEvent, VmControl,
 };
+use crate::migrate::DoubtInfo;
 use crate::vm::Vm;
 
 /// The VM as its control plane holds it.
@@ -114,6 +116,9 @@ impl VmControl for VmHandle {
         match self.0.state() {
             RunState::Running | RunState::Paused | RunState::Prelaunch => {}
             RunState::Inmigrate => return Err(ControlError::Inmigrate),
+            RunState::FinishMigrate if self.0.migration.is_in_doubt() => {
+                return Err(ControlError::InDoubt);
+            }
             RunState::FinishMigrate => return Err(ControlError::MigrationInProgress),
             RunState::Postmigrate => return Err(ControlError::AlreadyMigrated),
             state => return Err(ControlError::WrongState { command: "migrate", state }),
@@ -172,6 +177,14 @@ impl VmControl for VmHandle {
 
     fn query_migrate(&self) -> MigrationInfo {
         self.0.migration.info()
+    }
+
+    fn doubt(&self) -> Option<DoubtInfo> {
+        self.0.migration.doubt_info()
+    }
+
+    fn recover(&self, wish: Wish) -> Result<(), ControlError> {
+        Ok(self.0.recover(wish)?)
     }
 
     fn migrate_report(&self) -> Option<Report> {

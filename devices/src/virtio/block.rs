@@ -293,6 +293,10 @@ impl VirtioDevice for Block {
         gate.disk = Some(disk);
         Ok(())
     }
+    fn guest_started(&mut self) -> Result<(), BackendError> {
+        let marked = self.shared.gate().disk.as_ref().map_or(Ok(()), OpenDisk::mark_started);
+        marked.map_err(|e| self.backend_error("cannot be marked as one whose guest has started", e))
+    }
     fn close(&mut self) -> Result<(), BackendError> {
         let Some(disk) = self.shared.gate().disk.take() else { return Ok(()) };
         disk.flush().map_err(|e| self.backend_error("cannot be flushed", e))

@@ -139,6 +139,10 @@ pub trait VirtioDevice: Send {
 
     /// Tells the network that it is here now; nothing for devices without one.
     fn announce(&mut self) {}
+    /// A guest that was migrated here has started: a disk lets others see it.
+    fn guest_started(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 
     /// Adds what decides the form of the device's own part to the section's layout.
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {

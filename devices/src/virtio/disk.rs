@@ -2,12 +2,15 @@
 //!
 //! While a VM may write to an image it holds locks on it that QEMU understands, so that neither a
 //! second mini-vmm nor a QEMU runs on the same image: QEMU announces what it does by read locks on
-//! bytes 100 and up, and what it does not want others to do on bytes 200 and up.
+//! bytes 100 and up, and what it does not want others to do on bytes 200 and up. A byte behind these
+//! is ours: it is locked when a guest that was migrated here has started, so that a source that has
+//! lost its connection to us can see it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 
@@ -51,6 +54,41 @@ impl DiskImage {
         File::open(&self.path)?.seek(SeekFrom::End(0))
     }
 
+    /// Whether the locks on it tell who may run the guest: it is written to, and is a file. Those on a
+    /// block device are not seen by other hosts.
+    pub fn arbitrates(&self) -> bool {
+        !self.readonly && self.path.metadata().is_ok_and(|m| m.is_file())
+    }
+
+    /// Who holds it; takes no lock.
+    pub fn holder(&self) -> io::Result<ImageHolder> {
+        let file = File::open(&self.path)?;
+        let held = |start, len| -> io::Result<bool> {
+            let mut lock = flock(libc::F_WRLCK, start, len);
+            fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))?;
+            Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+        };
+        Ok(if !held(lock_byte::FIRST, lock_byte::COUNT)? {
+            ImageHolder::Nobody
+        } else if held(lock_byte::GUEST_STARTED, 1)? {
+            ImageHolder::StartedGuest
+        } else {
+            ImageHolder::Someone
+        })
+    }
+
+    /// What shows whether it has been written to.
+    pub fn stamp(&self) -> io::Result<ImageStamp> {
+        // An open makes a network file system look anew.
+        let meta = File::open(&self.path)?.metadata()?;
+        Ok(ImageStamp {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.len(),
+            written: meta.modified()?,
+        })
+    }
+
     /// Opens and locks it.
     pub fn open(&self) -> io::Result<OpenDisk> {
         let direct = self.cache == CacheMode::Direct;
@@ -78,12 +116,41 @@ impl DiskImage {
     }
 }
 
+/// Who holds an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageHolder {
+    /// Nobody.
+    Nobody,
+    /// A virtual machine of which nothing more is known.
+    Someone,
+    /// A mini-vmm in which a guest that was migrated there has started.
+    StartedGuest,
+}
+
+/// What an image was like at some time. It differs afterwards if somebody has written to it, or has
+/// put another one in its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageStamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// When it was last written to.
+    pub written: SystemTime,
+}
+
+/// Another virtual machine holds the locks on an image; the source of an [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+#[error("{} is in use by another virtual machine", path.display())]
+pub struct ImageInUse {
+    /// The image.
+    pub path: PathBuf,
+}
+
 fn locked(path: &Path, error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => io::Error::new(
-            io::ErrorKind::ResourceBusy,
-            format!("{} is in use by another virtual machine", path.display()),
-        ),
+        io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => {
+            io::Error::new(io::ErrorKind::ResourceBusy, ImageInUse { path: path.to_owned() })
+        }
         _ => error,
     }
 }
@@ -104,6 +171,8 @@ mod lock_byte {
     /// All of them.
     pub(super) const FIRST: i64 = 100;
     pub(super) const COUNT: i64 = 200;
+    /// A migrated guest has started. No QEMU looks here.
+    pub(super) const GUEST_STARTED: i64 = 310;
 }
 
 fn flock(kind: i32, start: i64, len: i64) -> libc::flock {
@@ -152,6 +221,16 @@ pub struct OpenDisk {
 }
 
 impl OpenDisk {
+    /// Lets everyone see that a migrated guest has started on it.
+    pub(super) fn mark_started(&self) -> io::Result<()> {
+        if self.readonly {
+            return Ok(());
+        }
+        let mark = flock(libc::F_WRLCK, lock_byte::GUEST_STARTED, 1);
+        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&mark))?;
+        Ok(())
+    }
+
     /// Its size in bytes, when it was opened.
     pub fn size(&self) -> u64 {
         self.size
@@ -278,4 +357,61 @@ fn aligned(buffer: &mut [u8]) -> &mut [u8] {
 
 fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(readonly: bool) -> (DiskImage, tempfile::NamedTempFile) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        (DiskImage { path: file.path().into(), readonly, cache: CacheMode::Writeback }, file)
+    }
+
+    #[test]
+    fn locks_show_who_holds_an_image_and_a_mark_that_its_guest_has_started() {
+        let (image, _file) = image(false);
+        assert!(image.arbitrates());
+        assert_eq!(image.holder().unwrap(), ImageHolder::Nobody);
+        let disk = image.open().unwrap();
+        assert_eq!(image.holder().unwrap(), ImageHolder::Someone);
+        let error = image.open().unwrap_err();
+        assert!(error.get_ref().is_some_and(|e| e.is::<ImageInUse>()), "{error}");
+        disk.mark_started().unwrap();
+        assert_eq!(image.holder().unwrap(), ImageHolder::StartedGuest);
+        drop(disk);
+        assert_eq!(image.holder().unwrap(), ImageHolder::Nobody);
+    }
+
+    #[test]
+    fn an_image_that_is_only_read_says_nothing_and_neither_does_a_block_device() {
+        let (read, _file) = image(true);
+        assert!(!read.arbitrates());
+        let disk = read.open().unwrap();
+        disk.mark_started().unwrap();
+        assert_eq!(read.holder().unwrap(), ImageHolder::Someone);
+        let device = DiskImage { path: "/dev/null".into(), ..read };
+        assert!(!DiskImage { readonly: false, ..device }.arbitrates());
+    }
+
+    #[test]
+    fn a_stamp_tells_a_write_and_another_file_but_not_a_lock() {
+        let (image, file) = image(false);
+        let before = image.stamp().unwrap();
+        drop(image.open().unwrap());
+        assert_eq!(image.stamp().unwrap(), before);
+        // Further from the file's creation than its time is coarse.
+        let later = before.written + std::time::Duration::from_millis(20);
+        file.as_file().write_all_at(b"x", 0).unwrap();
+        file.as_file().set_modified(later).unwrap();
+        assert_ne!(image.stamp().unwrap(), before);
+        file.as_file().set_modified(before.written).unwrap();
+        assert_eq!(image.stamp().unwrap(), before);
+        let other = file.path().with_extension("other");
+        std::fs::copy(file.path(), &other).unwrap();
+        File::open(&other).unwrap().set_modified(before.written).unwrap();
+        std::fs::rename(&other, file.path()).unwrap();
+        assert_ne!(image.stamp().unwrap(), before);
+    }
 }

@@ -40,7 +40,7 @@ pub use block::{Block, BlockOptions};
 pub use chain::{Buffers, Chain, ChainError, Slice};
 pub use console::{Console, ConsoleLine};
 pub use device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
-pub use disk::{CacheMode, DiskImage, OpenDisk};
+pub use disk::{CacheMode, DiskImage, ImageHolder, ImageInUse, ImageStamp, OpenDisk};
 pub use interrupt::Interrupts;
 pub use net::{Net, NetBackend, NetOptions, StreamAddress, StreamSocket, Tap, rarp_frame};
 pub use pci::{Generation, VirtioEvents, VirtioPci, Wiring};

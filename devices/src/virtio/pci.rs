@@ -188,6 +188,11 @@ impl VirtioPci {
         self.device.open()
     }
 
+    /// A guest that was migrated here has started.
+    pub fn guest_started(&mut self) -> Result<(), BackendError> {
+        self.device.guest_started()
+    }
+
     /// Closes the host side. The VM must be paused.
     pub fn close(&mut self) -> Result<(), BackendError> {
         self.device.close()

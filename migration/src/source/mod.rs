@@ -13,6 +13,7 @@
 //! [`run`] returns when it is known who has the guest, or that this is not known. [`save`] is the same
 //! without anybody to ask: no return path, no thread, one pass after the other.
 
+mod doubt;
 mod error;
 mod greet;
 mod inbox;
@@ -20,9 +21,9 @@ mod out;
 mod precopy;
 mod switchover;
 
+pub use doubt::{Doubt, Objection, Settled, Wish};
 pub use error::SourceError;
 pub(crate) use greet::PROGRAM;
-pub use switchover::{Answer, Doubt, Settled};
 
 use std::thread;
 
@@ -62,7 +63,7 @@ pub enum Outcome {
     InDoubt {
         /// What broke.
         error: SourceError,
-        /// To be settled with [`Doubt::settle`].
+        /// To be settled with [`Doubt::recover`].
         doubt: Doubt,
     },
 }
@@ -182,7 +183,7 @@ impl<'a> Migration<'a> {
 
     fn run(mut self) -> Outcome {
         let mut handover = match self.greet() {
-            Ok(peer) => crate::handover::source::Source::new(peer),
+            Ok(peer) => crate::handover::source::Source::new(peer, self.vm.arbiter()),
             Err(error) => {
                 self.farewell(&error.chain());
                 return Outcome::Kept { error };
@@ -204,7 +205,9 @@ impl<'a> Migration<'a> {
                 Outcome::Completed(Box::new(self.control.report()))
             }
             (State::InDoubt, e) => {
-                Outcome::InDoubt { error: e.error(), doubt: Doubt::new(handover) }
+                let error = e.error();
+                let doubt = Doubt::new(handover, &error);
+                Outcome::InDoubt { error, doubt }
             }
             (State::KeptStopped, e) => {
                 let (error, resume) = e.into_errors();

@@ -15,11 +15,12 @@
 
 use std::time::Duration;
 
+use super::doubt::{Objection, finish};
 use super::inbox::NoMessage;
 use super::out::RAM_SECTION_ID;
 use super::precopy::Passes;
 use super::{Migration, SourceError};
-use crate::guest::{SourceVm, VmError};
+use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
 use crate::manifest::PROTOCOL_VERSIONS;
@@ -36,7 +37,9 @@ use crate::wire::section::{self, PartType, SectionHeader};
 #[derive(Debug, Default)]
 pub(super) struct Trouble {
     error: Option<SourceError>,
-    resume: Option<VmError>,
+    pub(super) resume: Option<VmError>,
+    /// Why a doubt was not settled.
+    pub(super) objection: Option<Objection>,
 }
 
 impl Trouble {
@@ -78,6 +81,9 @@ impl Migration<'_> {
                 Action::Commit => Ok(self.commit(peer, &description, &mut trouble)),
                 other => {
                     finish(machine, other, self.vm, &mut trouble);
+                    if let Some(objection) = &trouble.objection {
+                        tracing::warn!(%objection, "the guest can't be taken back");
+                    }
                     if machine.state() != State::InDoubt {
                         self.control.stats().running();
                     }
@@ -286,88 +292,6 @@ impl Migration<'_> {
                 },
             });
             return Event::Lost;
-        }
-    }
-}
-
-/// The last actions, which need no connection.
-fn finish(machine: &mut Source, action: Action, vm: &mut dyn SourceVm, trouble: &mut Trouble) {
-    let mut action = action;
-    loop {
-        let event = match action {
-            Action::RetakeDisks => match vm.reacquire_disks() {
-                Ok(()) => Event::DisksTaken,
-                Err(source) => {
-                    let during = "taking the disks' locks back";
-                    trouble.note(SourceError::Vm { during, source });
-                    Event::DisksLost
-                }
-            },
-            Action::Resume => match vm.resume() {
-                Ok(()) => Event::Resumed,
-                Err(error) => {
-                    trouble.resume = Some(error);
-                    Event::ResumeFailed
-                }
-            },
-            Action::HandOver => {
-                vm.hand_over();
-                return;
-            }
-            _ => return,
-        };
-        action = machine.on(event);
-    }
-}
-
-/// A hand-over whose outcome nobody here knows. The guest stands still.
-#[derive(Debug)]
-#[must_use = "the guest stands still until the doubt is settled"]
-pub struct Doubt {
-    machine: Source,
-}
-
-/// What someone who knows says about a [`Doubt`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
-    /// The destination runs the guest, or has run it.
-    RunsThere,
-    /// The destination does not run the guest, and never will: it is gone, and was before it
-    /// started a vCPU.
-    NeverRanThere,
-}
-
-/// What came of [`Doubt::settle`].
-#[derive(Debug)]
-pub enum Settled {
-    /// This side must never run the guest again.
-    HandedOver,
-    /// The guest is here as it was before.
-    Kept,
-    /// The guest is here but could not be resumed.
-    KeptStopped(VmError),
-    /// The disks are locked by someone else, so the answer can't be right.
-    StillInDoubt(SourceError, Doubt),
-}
-
-impl Doubt {
-    pub(super) fn new(machine: Source) -> Self {
-        Self { machine }
-    }
-
-    /// Acts on what someone who knows has said.
-    pub fn settle(mut self, vm: &mut dyn SourceVm, answer: Answer) -> Settled {
-        let action = self.machine.on(match answer {
-            Answer::RunsThere => Event::Confirmed,
-            Answer::NeverRanThere => Event::Refused,
-        });
-        let mut trouble = Trouble::default();
-        finish(&mut self.machine, action, vm, &mut trouble);
-        match self.machine.state() {
-            State::HandedOver => Settled::HandedOver,
-            State::Kept => Settled::Kept,
-            State::KeptStopped => Settled::KeptStopped(trouble.into_errors().1),
-            _ => Settled::StillInDoubt(trouble.error(), self),
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::common::*;
 use migration::destination::DestinationError;
 use migration::params::Parameters;
 use migration::phase::Phase;
-use migration::source::{Answer, Outcome, Settled, SourceError, preflight};
+use migration::source::{Outcome, SourceError, preflight};
 use migration::transport::{Address, Connection, Listener, TransportError};
 use migration::vmstate::SectionId;
 use migration::wire::return_path::{Failed, Message};
@@ -172,28 +172,6 @@ fn a_guest_that_cannot_be_resumed_is_kept_and_said_to_stand() {
     assert!(error.chain().contains("preparing the VM failed"));
     assert!(resume.to_string().contains("Resume was told to fail"));
     assert_eq!((world.runs(), world.disks()), (None, Some("source")));
-}
-
-#[test]
-fn a_refusal_after_the_commit_without_the_disks_is_in_doubt_until_settled() {
-    let (mut source, mut destination, world) = two_vms(64);
-    source.fault = Fault::ReacquireDisks;
-    destination.fault = Fault::Start;
-    let mut ended = migrate(source, destination, pair(), (control(), control()));
-    let Outcome::InDoubt { error, doubt } = ended.outcome else { panic!("{:?}", ended.outcome) };
-    assert!(error.chain().contains("the VM can't be started"));
-    assert_eq!(world.runs(), None);
-    // The disks are still someone else's: the answer is not believed.
-    let Settled::StillInDoubt(error, doubt) =
-        doubt.settle(&mut ended.source, Answer::NeverRanThere)
-    else {
-        panic!("believed")
-    };
-    assert!(error.chain().contains("ReacquireDisks"));
-    assert_eq!(world.runs(), None);
-    ended.source.fault = Fault::None;
-    assert!(matches!(doubt.settle(&mut ended.source, Answer::NeverRanThere), Settled::Kept));
-    assert_eq!((world.runs(), world.disks()), (Some("source"), Some("source")));
 }
 
 #[test]

@@ -7,4 +7,5 @@ mod failures;
 mod hostile;
 mod loopback;
 mod qemu;
+mod recover;
 mod saved;

@@ -64,7 +64,10 @@ pub(super) fn list(as_json: bool) -> Result<(), CliError> {
             .map_or_else(
                 // It runs, since its directory is locked, but it does not answer.
                 |_| "unreachable".to_string(),
-                |answer| answer["status"].as_str().unwrap_or("unknown").to_string(),
+                |answer| match answer["x-in-doubt"].is_object() {
+                    true => "in doubt".to_string(),
+                    false => answer["status"].as_str().unwrap_or("unknown").to_string(),
+                },
             );
         rows.push((vm.name, status, vm.socket));
     }
@@ -103,6 +106,12 @@ pub(super) fn status(vm: &VmArg, as_json: bool) -> Result<(), CliError> {
     };
     println!("name      {}", text("/name"));
     println!("status    {}", text("/status"));
+    if status.pointer("/in-doubt").is_some_and(serde_json::Value::is_object) {
+        println!("IN DOUBT  it is not known whether the destination runs the guest");
+        println!("          {}", text("/in-doubt/reason"));
+        println!("          {}", text("/in-doubt/disks"));
+        println!("          {}", text("/in-doubt/advice"));
+    }
     println!("process   {}", text("/pid"));
     println!(
         "machine   {}, {} vCPU(s), {} of memory, --cpu {}",

@@ -10,6 +10,7 @@ mod documents;
 mod inspect;
 mod migrate;
 mod qemu;
+mod recover;
 mod terminal;
 
 use std::path::PathBuf;
@@ -100,6 +101,11 @@ enum Command {
     Cancel(VmArg),
     /// End a VM at once, without asking its guest
     Quit(VmArg),
+    /// Settle a migration of which nobody here knows whether it succeeded
+    ///
+    /// Without a flag it says what is known. What could make two running copies of the guest, or none,
+    /// is refused, unless you say in so many words what can't be seen from here.
+    Recover(recover::RecoverArgs),
     /// Press a VM's power button
     Powerdown(VmArg),
     /// Reset a VM
@@ -313,6 +319,7 @@ fn dispatch(command: Command) -> Result<(), CliError> {
         Command::Cont(vm) => control::simple(&vm, "cont"),
         Command::Cancel(vm) => control::cancel(&vm),
         Command::Quit(vm) => control::quit(&vm),
+        Command::Recover(args) => recover::recover(&args),
         Command::Powerdown(vm) => control::simple(&vm, "system_powerdown"),
         Command::Reset(vm) => control::simple(&vm, "system_reset"),
         Command::Balloon { vm, size } => control::balloon(&vm, size),

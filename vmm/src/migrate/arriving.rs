@@ -106,6 +106,10 @@ impl DestinationVm for Arriving<'_> {
             .kvm_state
             .start_clocks(&self.vm.machine)
             .map_err(|e| VmError::with("the clocks could not be set", e))?;
+        // Nothing can fail from here on. Before the guest runs, so that it never does unseen.
+        if let Err(e) = self.vm.machine.board.guest_started() {
+            tracing::warn!("{}", crate::error_chain(&e));
+        }
         let mut life = self.vm.life();
         let came_running = self.vm.came_running();
         if came_running && life.autostart {

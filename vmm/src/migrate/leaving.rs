@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use migration::guest::{DirtyTracker, GuestRam, Machine, SourceVm, VmError};
+use devices::virtio::DiskImage;
+use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
+use migration::handover::Arbiter;
 use migration::vmstate::Section;
 
 use super::details;
+use super::disks::{self, LeftDisks};
 use crate::control::RunState;
 use crate::dirty::RamTracker;
 use crate::rom::{self, PC_BIOS};
@@ -16,11 +19,20 @@ pub(super) struct Leaving {
     vm: Arc<Vm>,
     /// What it was doing before the engine stopped it.
     before: Option<RunState>,
+    /// How the disks were left.
+    left: LeftDisks,
 }
 
 impl Leaving {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, before: None }
+        Self { vm, before: None, left: LeftDisks::default() }
+    }
+}
+
+impl Leaving {
+    /// Which disk has been written to since it was given up, as a sentence.
+    pub(super) fn disks_changed(&self) -> Option<String> {
+        self.left.changed()
     }
 }
 
@@ -101,19 +113,34 @@ impl SourceVm for Leaving {
     }
 
     fn release_disks(&mut self) -> Result<(), VmError> {
-        self.vm
-            .machine
-            .board
-            .close_backends()
-            .map_err(|e| VmError::with("a disk could not be given up", e))
+        let board = &self.vm.machine.board;
+        let closed = board.close_backends();
+        // The first time only: what is released again was not written to in between.
+        if self.left.is_empty() {
+            self.left = LeftDisks::note(&board.images);
+        }
+        closed.map_err(|e| VmError::with("a disk could not be given up", e))
     }
 
-    fn reacquire_disks(&mut self) -> Result<(), VmError> {
-        self.vm
-            .machine
-            .board
-            .open_backends()
-            .map_err(|e| VmError::with("a disk could not be taken back", e))
+    fn arbiter(&self) -> Arbiter {
+        match self.vm.machine.board.images.iter().any(DiskImage::arbitrates) {
+            true => Arbiter::DiskLocks,
+            false => Arbiter::Nothing,
+        }
+    }
+
+    fn reacquire_disks(&mut self) -> Result<TakenBack, VmError> {
+        let board = &self.vm.machine.board;
+        match board.open_backends() {
+            Ok(()) => Ok(self.left.changed().map_or(TakenBack::AsLeft, TakenBack::Changed)),
+            Err(e) if disks::is_held(&e) => Ok(TakenBack::Held(crate::error_chain(&e))),
+            Err(e) => Err(VmError::with("a disk could not be taken back", e)),
+        }
+    }
+
+    fn probe_disks(&mut self) -> Result<Holder, VmError> {
+        disks::holder(&self.vm.machine.board.images)
+            .map_err(|e| VmError::with("a disk's locks could not be looked at", e))
     }
 
     fn hand_over(&mut self) {

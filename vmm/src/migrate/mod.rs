@@ -5,12 +5,16 @@
 
 mod arriving;
 mod details;
+mod disks;
 mod leaving;
 mod outgoing;
+mod recover;
 mod way;
 
 pub use details::Device as DeviceDetails;
 pub use outgoing::{IncomingError, MigrateError};
+use recover::Standing;
+pub use recover::{DoubtInfo, RecoverError};
 pub use way::WayError;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +23,6 @@ use std::thread::JoinHandle;
 use migration::control::{Control, Events};
 use migration::params::Parameters;
 use migration::phase::Phase;
-use migration::source::Doubt;
 use migration::stats::{MigrationInfo, Report};
 
 use crate::config::SocketUri;
@@ -32,6 +35,9 @@ pub struct MigrationDesk {
     /// What it may use.
     pub(crate) grants: Grants,
     inner: Mutex<Desk>,
+    /// A hand-over of which nobody knows how it ended. Held while it is settled; whoever holds the
+    /// VM's life must not wait for it.
+    doubt: Mutex<Option<Standing>>,
 }
 
 #[derive(Default)]
@@ -39,8 +45,6 @@ pub(crate) struct Desk {
     pub(crate) parameters: Parameters,
     pub(crate) control: Option<Arc<Control>>,
     thread: Option<JoinHandle<()>>,
-    /// A hand-over of which nobody knows how it ended.
-    pub(crate) doubt: Option<Doubt>,
     /// Where a migration is waited for.
     pub(crate) listening: Option<SocketUri>,
     /// The process is ending: an incoming thread stops waiting.
@@ -68,7 +72,7 @@ impl Desk {
 impl MigrationDesk {
     /// Nothing has migrated yet.
     pub fn new(grants: Grants) -> Self {
-        Self { grants, inner: Mutex::default() }
+        Self { grants, ..Self::default() }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Desk> {
@@ -100,6 +104,9 @@ impl MigrationDesk {
             && thread.join().is_err()
         {
             tracing::error!("a migration's thread panicked");
+        }
+        if let Some(standing) = self.doubt().take() {
+            tracing::warn!("this copy ends in doubt: {}", standing.reason());
         }
     }
 }

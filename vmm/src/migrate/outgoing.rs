@@ -97,10 +97,10 @@ impl Vm {
                 tracing::error!(
                     "the destination was told to run the guest and has not answered ({}). The \
                      guest stands still here with everything it has; find out whether it runs \
-                     there before doing anything else",
+                     there before doing anything else: 'mini-vmm recover' says what is known here",
                     error.chain()
                 );
-                self.migration.lock().doubt = Some(doubt);
+                self.migration.stand(doubt, leaving);
             }
         }
     }

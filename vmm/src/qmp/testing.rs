@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use migration::params::Parameters;
 use migration::phase::Phase;
+use migration::source::Wish;
 use migration::stats::{MigrationInfo, Report};
 use serde_json::{Value, json};
 use tokio::sync::{Notify, broadcast};
@@ -14,6 +15,7 @@ use crate::control::{
     ControlError, CpuInfo, Event, EventBus, RunState, RuntimeInfo, ShutdownReason, TimedEvent,
     VmControl,
 };
+use crate::migrate::{DoubtInfo, RecoverError};
 
 #[derive(Debug)]
 struct State {
@@ -170,6 +172,14 @@ impl VmControl for FakeVm {
             Phase::None => MigrationInfo::default(),
             phase => MigrationInfo { status: Some(phase), ..MigrationInfo::default() },
         }
+    }
+
+    fn doubt(&self) -> Option<DoubtInfo> {
+        None
+    }
+
+    fn recover(&self, _: Wish) -> Result<(), ControlError> {
+        Err(RecoverError::NoDoubt.into())
     }
 
     fn migrate_report(&self) -> Option<Report> {

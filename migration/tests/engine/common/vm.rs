@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use migration::guest::{
-    DestinationVm, DirtyTracker, GuestRam, Machine, PAGE_SIZE, RamBlock, SourceVm, VmError,
+    DestinationVm, DirtyTracker, GuestRam, Holder, Machine, PAGE_SIZE, RamBlock, SourceVm,
+    TakenBack, VmError,
 };
+use migration::handover::Arbiter;
 use migration::manifest::Problem;
 use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
 
@@ -18,6 +20,8 @@ use super::{MACHINE, wait_for};
 pub(crate) struct World {
     running: Mutex<Option<&'static str>>,
     disks: Mutex<Option<&'static str>>,
+    /// Somebody has written to the disks since the source gave them up.
+    pub(crate) disks_written: AtomicBool,
     pub(crate) history: Mutex<Vec<String>>,
     /// Set when the rule was broken, so that a panic on another thread is not overlooked.
     pub(crate) broken: AtomicBool,
@@ -33,7 +37,10 @@ impl World {
     pub(crate) fn disks(&self) -> Option<&'static str> {
         *self.disks.lock().unwrap()
     }
-    fn run(&self, who: &'static str) {
+    fn disks_changed(&self) -> bool {
+        self.disks_written.load(Ordering::Relaxed)
+    }
+    pub(crate) fn run(&self, who: &'static str) {
         let mut running = self.running.lock().unwrap();
         if running.is_some() || self.disks() != Some(who) {
             self.broken.store(true, Ordering::SeqCst);
@@ -48,17 +55,18 @@ impl World {
             *running = None;
         }
     }
-    fn take_disks(&self, who: &'static str) -> Result<(), VmError> {
+    pub(crate) fn take_disks(&self, who: &'static str) -> Result<(), VmError> {
         let mut disks = self.disks.lock().unwrap();
         match *disks {
             None => {
                 *disks = Some(who);
                 Ok(())
             }
+            Some(other) if other == who => Ok(()),
             Some(other) => Err(VmError::new(format!("disk0.raw is locked by {other}"))),
         }
     }
-    fn drop_disks(&self, who: &'static str) {
+    pub(crate) fn drop_disks(&self, who: &'static str) {
         let mut disks = self.disks.lock().unwrap();
         if *disks == Some(who) {
             *disks = None;
@@ -92,6 +100,7 @@ pub(crate) struct FakeVm {
     pub(crate) details: serde_json::Value,
     pub(crate) blockers: Vec<String>,
     pub(crate) was_running: bool,
+    pub(crate) arbiter: Arbiter,
     /// Blocks that it takes although it has not got them.
     pub(crate) keeps: Vec<String>,
     /// The first device's layout is one that nobody else knows.
@@ -116,6 +125,7 @@ impl FakeVm {
             details: serde_json::json!({ "slots": [2] }),
             blockers: Vec::new(),
             was_running: true,
+            arbiter: Arbiter::DiskLocks,
             keeps: Vec::new(),
             other_layout: false,
             guest: None,
@@ -233,9 +243,25 @@ impl SourceVm for FakeVm {
         self.world.drop_disks(self.who);
         Ok(())
     }
-    fn reacquire_disks(&mut self) -> Result<(), VmError> {
+    fn arbiter(&self) -> Arbiter {
+        self.arbiter
+    }
+    fn reacquire_disks(&mut self) -> Result<TakenBack, VmError> {
         self.fault(Fault::ReacquireDisks)?;
-        self.world.take_disks(self.who)
+        if let Err(held) = self.world.take_disks(self.who) {
+            return Ok(TakenBack::Held(held.what));
+        }
+        Ok(match self.world.disks_changed() {
+            true => TakenBack::Changed("disk0.raw was written to".into()),
+            false => TakenBack::AsLeft,
+        })
+    }
+    fn probe_disks(&mut self) -> Result<Holder, VmError> {
+        Ok(match (self.world.disks(), self.world.runs()) {
+            (None, _) => Holder::Nobody,
+            (Some(who), Some(_)) => Holder::RunningGuest(format!("disk0.raw is locked by {who}")),
+            (Some(who), None) => Holder::Someone(format!("disk0.raw is locked by {who}")),
+        })
     }
     fn hand_over(&mut self) {
         self.world.note("handed over");

@@ -5,6 +5,7 @@
 
 mod migrate;
 mod query;
+mod recover;
 mod run;
 
 use std::os::fd::OwnedFd;
@@ -74,6 +75,7 @@ static COMMANDS: &[Command] = &[
     Command::new("system_powerdown", run::system_powerdown),
     Command::new("system_reset", run::system_reset),
     Command::new("x-mini-vmm-status", query::full_status),
+    Command::new("x-recover", recover::recover),
 ];
 
 /// The command of that name.
@@ -89,8 +91,9 @@ fn query_commands(_: &Shared, args: Args) -> Outcome {
 
 /// The modules' own texts, whose transcripts are run.
 #[cfg(test)]
-pub(super) const TRANSCRIPTS: [(&str, &str); 3] = [
+pub(super) const TRANSCRIPTS: [(&str, &str); 4] = [
     ("run.rs", include_str!("run.rs")),
     ("query.rs", include_str!("query.rs")),
     ("migrate.rs", include_str!("migrate.rs")),
+    ("recover.rs", include_str!("recover.rs")),
 ];

@@ -17,7 +17,8 @@ pub(super) fn version(_: &Shared, args: Args) -> Outcome {
     Ok(session::version())
 }
 
-/// What the machine is doing.
+/// What the machine is doing. While nobody here knows whether a destination runs the guest, there is
+/// a member `x-in-doubt`, which is what `x-recover` answers.
 ///
 /// ```text
 /// -> {"execute": "query-status"}
@@ -26,7 +27,13 @@ pub(super) fn version(_: &Shared, args: Args) -> Outcome {
 pub(super) fn status(shared: &Shared, args: Args) -> Outcome {
     args.finish()?;
     let status = shared.vm.status();
-    Ok(json!({ "status": status, "running": status.is_running(), "singlestep": false }))
+    let mut answer =
+        json!({ "status": status, "running": status.is_running(), "singlestep": false });
+    // QEMU has no word for it.
+    if let (Some(doubt), Some(members)) = (shared.vm.doubt(), answer.as_object_mut()) {
+        members.insert("x-in-doubt".to_string(), json!(doubt));
+    }
+    Ok(answer)
 }
 
 /// The VM's name.
@@ -94,6 +101,7 @@ pub(super) fn full_status(shared: &Shared, args: Args) -> Outcome {
         "name": vm.name(),
         "status": status,
         "running": status.is_running(),
+        "in-doubt": vm.doubt(),
         "pid": std::process::id(),
         "version": env!("CARGO_PKG_VERSION"),
         "config": vm.config(),

@@ -1,0 +1,402 @@
+//! What can happen next in a world, and the world after it.
+
+use super::super::destination::{Action as DAction, Destination, Event as DEvent, State as DState};
+use super::super::source::{Action as SAction, Event as SEvent, State as SState};
+use super::{Handover, Harm, Msg, Peer, Side, World};
+
+/// Something that happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Step {
+    /// The source's work ended so.
+    SourceDoes(SEvent),
+    /// The destination's work ended so.
+    DestinationDoes(DEvent),
+    /// The source hears the next message; which may come again.
+    SourceHears { again: bool },
+    /// The destination hears the next message; which may come again.
+    DestinationHears { again: bool },
+    /// The source's patience is over, its connection broke, or something in it failed.
+    SourceGivesUp(SEvent),
+    /// The same there.
+    DestinationGivesUp(DEvent),
+    /// The connection breaks: so many messages still arrive in each direction.
+    Break { forth: usize, back: usize },
+    /// The source's process is killed.
+    KillSource,
+    /// The destination's process is killed.
+    KillDestination,
+    /// A new destination is started in place of one that is dead.
+    RestartDestination,
+    /// The operator boots the VM from its disks where the source was.
+    BootHere,
+    /// The operator boots the VM from its disks where the destination was.
+    BootThere,
+    /// The guest at the destination writes to its disk.
+    WriteThere,
+    /// The operator speaks to the source.
+    Operator(SEvent),
+    /// The operator lets a guest go on that could not be resumed at once.
+    Cont,
+    /// The VM that stayed is migrated again.
+    Retry,
+}
+
+impl Step {
+    /// Whether it is somebody's work rather than somebody's misfortune.
+    pub(super) fn is_benign(self) -> bool {
+        !matches!(
+            self,
+            Self::SourceHears { again: true }
+                | Self::DestinationHears { again: true }
+                | Self::Break { .. }
+                | Self::KillSource
+                | Self::KillDestination
+                | Self::Retry
+        )
+    }
+}
+
+impl Handover {
+    /// All that can happen in `w`.
+    pub(super) fn steps(&self, w: &World, out: &mut Vec<Step>) {
+        if w.here.alive {
+            self.source_steps(w, out);
+            out.push(Step::KillSource);
+        }
+        if w.there.alive {
+            self.destination_steps(w, out);
+            out.push(Step::KillDestination);
+        }
+        if w.connected {
+            for forth in 0..=w.forth.len() {
+                out.extend((0..=w.back.len()).map(|back| Step::Break { forth, back }));
+            }
+        }
+        let gone = |side: &Side| !side.alive && !side.booted;
+        // A process that has given up, or given its guest away, ends.
+        let failed_there = w.there.alive
+            && w.destination.state() == DState::Failed
+            && w.destination_todo == DAction::None;
+        let given_away = w.here.alive && w.source.state() == SState::HandedOver;
+        if self.has_disks() && !w.here.locks && !w.there.locks {
+            if gone(&w.here) || given_away {
+                out.push(Step::BootHere);
+            }
+            if gone(&w.there) || failed_there {
+                out.push(Step::BootThere);
+            }
+        }
+        if gone(&w.there) && !w.restarted {
+            out.push(Step::RestartDestination);
+        }
+        if w.there.runs && self.has_disks() && !w.disk_changed {
+            out.push(Step::WriteThere);
+        }
+        let over = gone(&w.there) || w.there.alive && w.destination.state() == DState::Failed;
+        if w.source.state() == SState::Kept && w.here.runs && !w.here.booted && over && !w.second {
+            out.push(Step::Retry);
+        }
+    }
+
+    fn source_steps(&self, w: &World, out: &mut Vec<Step>) {
+        use SAction as A;
+        use SEvent as E;
+        let done: &[E] = match w.source_todo {
+            A::Pause => &[E::Paused, E::Failed],
+            A::Send => &[E::StateSent, E::Failed],
+            A::ReleaseDisks => &[E::DisksReleased, E::DisksKept],
+            // COMMIT goes out, which ends no work, or certainly does not.
+            A::Commit => &[E::Confirmed, E::NotCommitted],
+            A::RetakeDisks if self.has_disks() => match (w.there.locks, w.disk_changed) {
+                (true, _) => &[E::DisksLost, E::DisksFailed],
+                (false, true) => &[E::DisksChanged, E::DisksFailed],
+                (false, false) => &[E::DisksTaken, E::DisksFailed],
+            },
+            A::RetakeDisks => &[E::DisksTaken],
+            // A mini-vmm marks the disks of a guest that has arrived; a QEMU does not.
+            A::ProbeDisks if w.there.alive && w.there.runs && self.peer == Peer::MiniVmm => {
+                &[E::DisksInUse, E::DisksFailed]
+            }
+            A::ProbeDisks if w.there.locks => &[E::DisksLost, E::DisksFailed],
+            A::ProbeDisks => &[E::DisksFree, E::DisksFailed],
+            A::Resume => &[E::Resumed, E::ResumeFailed],
+            A::None | A::AwaitPrepared | A::Hold | A::HandOver | A::AskForWord => &[],
+            A::ReleaseDisksAndHold => &[E::DisksReleased],
+        };
+        if !done.is_empty() {
+            out.extend(done.iter().map(|event| Step::SourceDoes(*event)));
+            return;
+        }
+        if !w.back.is_empty() {
+            out.push(Step::SourceHears { again: false });
+            if !w.duplicated {
+                out.push(Step::SourceHears { again: true });
+            }
+        }
+        match w.source.state() {
+            SState::Running => out.extend([E::Switch, E::Failed].map(Step::SourceDoes)),
+            SState::AwaitingPrepared | SState::Committing => {
+                out.extend([E::Lost, E::Failed].map(Step::SourceGivesUp));
+            }
+            SState::InDoubt => self.operator_steps(w, out),
+            SState::KeptStopped if !w.here.runs => out.push(Step::Cont),
+            _ => {}
+        }
+    }
+
+    /// Plain commands at any time; words that are true only.
+    fn operator_steps(&self, w: &World, out: &mut Vec<Step>) {
+        let never_there = if w.there.alive {
+            w.destination.state() == DState::Failed || w.new_there
+        } else {
+            !w.there.booted
+        };
+        let mut say = |event| out.push(Step::Operator(event));
+        say(SEvent::ResumeHere { known_dead: false, even_changed: false });
+        say(SEvent::Discard { known_running: false });
+        if never_there {
+            say(SEvent::ResumeHere { known_dead: true, even_changed: false });
+            say(SEvent::ResumeHere { known_dead: true, even_changed: true });
+        }
+        if w.there.runs {
+            say(SEvent::Discard { known_running: true });
+        }
+    }
+
+    fn destination_steps(&self, w: &World, out: &mut Vec<Step>) {
+        use DAction as A;
+        use DEvent as E;
+        let done: &[E] = match w.destination_todo {
+            A::Prepare => &[E::Prepared, E::Failed],
+            A::TakeDisks if self.has_disks() && w.here.locks => &[E::DisksRefused],
+            A::TakeDisks => &[E::DisksTaken, E::DisksRefused],
+            A::Acknowledge => &[E::Acknowledged],
+            A::Start => &[E::Started, E::StartFailed],
+            A::SendPrepared | A::Announce | A::Refuse | A::ReleaseDisksAndRefuse => {
+                // What is said ends no work; the event has no meaning.
+                &[E::Acknowledged]
+            }
+            A::None => &[],
+        };
+        if !done.is_empty() {
+            out.extend(done.iter().map(|event| Step::DestinationDoes(*event)));
+            return;
+        }
+        if !w.forth.is_empty() {
+            out.push(Step::DestinationHears { again: false });
+            if !w.duplicated {
+                out.push(Step::DestinationHears { again: true });
+            }
+        }
+        if matches!(w.destination.state(), DState::Receiving | DState::AwaitingCommit) {
+            out.extend([E::Lost, E::Failed].map(Step::DestinationGivesUp));
+        }
+    }
+
+    /// The world after `step`.
+    pub(super) fn after(&self, w: &World, step: Step) -> World {
+        let mut w = w.clone();
+        match step {
+            Step::SourceDoes(event) => self.source_does(&mut w, event),
+            Step::DestinationDoes(event) => self.destination_does(&mut w, event),
+            Step::SourceHears { again } => {
+                w.duplicated |= again;
+                let msg = if again { w.back[0] } else { w.back.remove(0) };
+                let event = match msg {
+                    Msg::Prepared => SEvent::Prepared,
+                    // Out of its turn it is no answer but a mistake.
+                    Msg::Shut0 if !w.committed => SEvent::Failed,
+                    Msg::Shut0 => SEvent::Confirmed,
+                    _ => SEvent::Refused,
+                };
+                self.tell_source(&mut w, event);
+            }
+            Step::DestinationHears { again } => {
+                w.duplicated |= again;
+                let msg = if again { w.forth[0] } else { w.forth.remove(0) };
+                self.tell_destination(
+                    &mut w,
+                    match msg {
+                        Msg::State => DEvent::Received,
+                        _ => DEvent::Commit,
+                    },
+                );
+            }
+            Step::SourceGivesUp(event) | Step::Operator(event) => {
+                self.tell_source(&mut w, event);
+            }
+            Step::DestinationGivesUp(event) => self.tell_destination(&mut w, event),
+            Step::Break { forth, back } => {
+                w.connected = false;
+                w.forth.truncate(forth);
+                w.back.truncate(back);
+            }
+            Step::KillSource => {
+                (w.here, w.source_todo) = (Side::DEAD, SAction::None);
+                w.back.clear();
+            }
+            Step::KillDestination => {
+                (w.there, w.destination_todo) = (Side::DEAD, DAction::None);
+                w.forth.clear();
+            }
+            Step::RestartDestination => {
+                (w.restarted, w.new_there) = (true, true);
+                w.connected = false;
+                self.new_destination(&mut w);
+            }
+            Step::BootHere => w.here = Side::BOOTED,
+            Step::BootThere => w.there = Side::BOOTED,
+            Step::WriteThere => w.disk_changed = true,
+            Step::Cont => w.here.runs = true,
+            Step::Retry => {
+                let before = w;
+                w = self.beginning();
+                (w.second, w.restarted) = (true, before.restarted);
+                w.duplicated = before.duplicated;
+            }
+        }
+        w
+    }
+
+    fn new_destination(&self, w: &mut World) {
+        w.there = Side { alive: true, ..Side::DEAD };
+        w.destination = Destination::new(Peer::MiniVmm);
+        w.destination_todo = DAction::None;
+        w.forth.clear();
+    }
+
+    fn tell_source(&self, w: &mut World, event: SEvent) {
+        use SEvent as E;
+        let silent = matches!(event, E::Lost | E::Failed);
+        w.evidence |= !silent;
+        if let E::ResumeHere { even_changed, .. } = event {
+            w.change_accepted = even_changed;
+        }
+        w.source_todo = self.source_on(&mut w.source, event);
+        if w.source_todo == SAction::HandOver {
+            w.source_todo = SAction::None;
+            match event {
+                E::Confirmed if !w.ran_there => w.harm = Some(Harm::GivenToNobody),
+                E::Confirmed => {}
+                // An operator's wish: somebody else must have the guest.
+                _ if !w.there.runs => w.harm = Some(Harm::CopyLost),
+                _ => {}
+            }
+        }
+    }
+
+    fn tell_destination(&self, w: &mut World, event: DEvent) {
+        w.destination_todo = self.destination_on(&mut w.destination, event);
+    }
+
+    fn source_does(&self, w: &mut World, event: SEvent) {
+        use SAction as A;
+        use SEvent as E;
+        let send = |w: &mut World, msg| {
+            if w.connected {
+                w.forth.push(msg);
+            }
+        };
+        match (w.source_todo, event) {
+            (A::Pause, E::Paused) => w.here.runs = false,
+            (A::Send, E::StateSent) => send(w, Msg::State),
+            (A::ReleaseDisks, E::DisksReleased) => {
+                w.here.locks = false;
+                w.disk_changed = false;
+            }
+            (A::Commit, E::Confirmed) => {
+                w.committed = true;
+                w.evidence = false;
+                w.source_todo = A::None;
+                return send(w, Msg::Commit);
+            }
+            // The worst of it: nothing is held any more, although it failed.
+            (A::ReleaseDisks, E::DisksKept) => w.here.locks = false,
+            (A::RetakeDisks, E::DisksTaken | E::DisksChanged) => w.here.locks = true,
+            (A::ReleaseDisksAndHold, _) => {
+                w.here.locks = false;
+                w.source_todo = A::Hold;
+                return;
+            }
+            (A::Resume, E::Resumed) => {
+                w.here.runs = true;
+                if w.disk_changed && w.committed && !w.change_accepted {
+                    w.harm = Some(Harm::OldMemory);
+                }
+            }
+            // The work before the pause failed; whatever had been stopped runs again.
+            _ => {}
+        }
+        let evidence = w.evidence || matches!(event, E::NotCommitted | E::DisksKept);
+        self.tell_source(w, event);
+        w.evidence = evidence;
+    }
+
+    fn destination_does(&self, w: &mut World, event: DEvent) {
+        use DAction as A;
+        use DEvent as E;
+        let say = |w: &mut World, msg| {
+            if w.connected {
+                w.back.push(msg);
+            }
+        };
+        match (w.destination_todo, event) {
+            (A::Prepare, E::Prepared) => w.prepared = true,
+            (A::SendPrepared, _) => {
+                w.destination_todo = A::None;
+                if self.peer == Peer::MiniVmm {
+                    say(w, Msg::Prepared);
+                }
+                return;
+            }
+            (A::TakeDisks, E::DisksTaken) => w.there.locks = true,
+            (A::Acknowledge, _) => say(w, Msg::Shut0),
+            (A::Start, E::Started) => (w.there.runs, w.ran_there) = (true, true),
+            (A::Announce, _) => {
+                w.destination_todo = A::None;
+                return say(w, Msg::Shut0);
+            }
+            (A::Refuse | A::ReleaseDisksAndRefuse, _) => {
+                if w.destination_todo == A::ReleaseDisksAndRefuse {
+                    w.there.locks = false;
+                }
+                w.destination_todo = A::None;
+                return say(w, Msg::Refused);
+            }
+            _ => {}
+        }
+        self.tell_destination(w, event);
+    }
+
+    /// A source whose attempt failed before COMMIT, left alone with its failure: does its guest
+    /// run in the end?
+    pub(super) fn falls_back(&self, w: &World) -> bool {
+        use SAction as A;
+        let mut w = w.clone();
+        for _ in 0..12 {
+            if w.here.runs && w.source.state() == SState::Kept {
+                return true;
+            }
+            match w.source_todo {
+                A::Pause | A::Send => self.source_does(&mut w, SEvent::Failed),
+                A::ReleaseDisks => self.source_does(&mut w, SEvent::DisksReleased),
+                A::Commit => self.source_does(&mut w, SEvent::NotCommitted),
+                A::RetakeDisks if w.there.locks && self.has_disks() => return false,
+                A::RetakeDisks => self.source_does(&mut w, SEvent::DisksTaken),
+                A::Resume => self.source_does(&mut w, SEvent::Resumed),
+                A::ProbeDisks => self.source_does(&mut w, SEvent::DisksFree),
+                A::ReleaseDisksAndHold => self.source_does(&mut w, SEvent::DisksReleased),
+                _ => match w.source.state() {
+                    // Its disks did not come back, or its vCPUs: the operator tries again.
+                    SState::InDoubt if w.evidence => {
+                        let resume = SEvent::ResumeHere { known_dead: false, even_changed: false };
+                        self.tell_source(&mut w, resume);
+                    }
+                    SState::KeptStopped => return true,
+                    _ => self.tell_source(&mut w, SEvent::Lost),
+                },
+            }
+        }
+        false
+    }
+}

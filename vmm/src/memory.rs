@@ -74,6 +74,11 @@ pub struct Ram {
     roms: Arc<Roms>,
 }
 
+/// How many bytes the host could give to whoever asks, as far as it can be known.
+pub fn available() -> Option<u64> {
+    meminfo("MemAvailable:")
+}
+
 fn meminfo(key: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with(key))?;

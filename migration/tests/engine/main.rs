@@ -6,5 +6,6 @@ mod cut;
 mod failures;
 mod hostile;
 mod loopback;
+mod preflight;
 mod qemu;
 mod saved;

@@ -19,16 +19,16 @@ fn a_host_takes_its_own_vcpus_and_names_all_that_it_does_not_take() {
     let mut needs = VcpuNeeds::capture(1, &source.vcpus[1], &source.host).unwrap();
     // A register that there is not, a memory type that there is not, a component that there is not,
     // x87 switched off.
-    needs.msrs.push((0x276, 5));
-    needs.msrs.push((0x277, 0x0202_0202));
-    needs.msrs.push((0x275, 0));
+    needs.msrs.push((0x4b56_50df, 5));
+    needs.msrs.push((0x2ff, 0x2376));
+    needs.msrs.push((0x4b56_50de, 0));
     needs.xstate = 1 << 40;
     needs.xcr0 = 2;
     let refusals = needs.try_out(2, &spare.vcpus[0], &source.profile, &spare.host);
     assert!(matches!(&refusals[..2], [Refusal::Xsave(_), Refusal::Xcr0(_)]), "{refusals:?}");
     let Refusal::Msr { msr, held: None } = refusals[2] else { panic!("{refusals:?}") };
-    assert_eq!(msr, Msr { index: 0x276, value: 5 });
+    assert_eq!(msr, Msr { index: 0x4b56_50df, value: 5 });
     let Refusal::Msr { msr, held: Some(_) } = refusals[3] else { panic!("{refusals:?}") };
-    assert_eq!(msr.index, 0x277);
+    assert_eq!(msr.index, 0x2ff);
     assert_eq!(refusals.len(), 4);
 }

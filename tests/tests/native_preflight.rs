@@ -148,10 +148,11 @@ fn what_kvm_refuses_is_found_on_a_spare_vcpu() {
     let there = Guest::incoming("64M", 1);
     let (plain, _) = answer(&here, &there.vm.migrate_uri(), 0, NO_FORECAST);
     assert_eq!(plain["problems"].as_array().map(Vec::len), Some(0), "{plain:#}");
-    // IA32_PAT as it is after power-on, written as number and value.
+    // Number and value: MTRRs of a memory type that there is not, and KVM_POLL_CONTROL as a register
+    // that no kernel has yet.
     let cases: [(&'static [u8], &'static [u8], &str, &str); 2] = [
-        (b"[631,1974748653749254]", b"[631,2974748653749254]", "msr-refused", "MSR 0x277"),
-        (b"[631,1974748653749254]", b"[630,1974748653749254]", "msr-unknown", "MSR 0x276"),
+        (b"[767,3078]", b"[767,9078]", "msr-refused", "MSR 0x2ff"),
+        (b"[1263947013,1]", b"[1263947999,1]", "msr-unknown", "MSR 0x4b5650df"),
     ];
     for (old, new, code, field) in cases {
         let proxy = Proxy::new(&there.vm.migrate_uri(), Direction::There, Harm::Replace(old, new));
@@ -162,12 +163,18 @@ fn what_kvm_refuses_is_found_on_a_spare_vcpu() {
         let known = problem["known-as"].as_str().unwrap_or_default();
         assert!(known.starts_with(&format!("failed to set {field} to 0x")), "{answer:#}");
     }
-    // The first number of XCR0's JSON becomes another: AVX without SSE is none that there is.
-    let harm = Harm::Replace(b"\"xcr0\":7,", b"\"xcr0\":5,");
-    let proxy = Proxy::new(&there.vm.migrate_uri(), Direction::There, harm);
-    let out = ask(&here, &proxy.uri(), &["--sample", "0s"]);
-    // Where the guest has enabled no AVX there was nothing to replace.
-    assert!(out.status.success() || said(&out).contains("xcr0-refused"), "{}", said(&out));
+    // x87 can't be switched off; and no processor has component 3 without 4.
+    for (old, new, code) in [
+        (&b"\"xcr0\":1"[..], &b"\"xcr0\":4"[..], "xcr0-refused"),
+        (b"\"xstate\":0", b"\"xstate\":8", "xsave-refused"),
+    ] {
+        let proxy = Proxy::new(&there.vm.migrate_uri(), Direction::There, Harm::Replace(old, new));
+        let (answer, codes) = answer(&here, &proxy.uri(), 1, NO_FORECAST);
+        assert_eq!(codes, [code], "{answer:#}");
+        assert!(
+            answer["problems"][0]["known-as"].as_str().is_some_and(|k| k.contains("KVM_SET_X"))
+        );
+    }
     nothing_happened(&here, &there);
     here.is_whole();
 }

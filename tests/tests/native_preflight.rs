@@ -275,6 +275,10 @@ fn nobody_a_stranger_and_what_is_no_place_to_ask_are_told_apart() {
     refused(&uri, &["is it a mini-vmm that waits for a migration?"]);
     stranger.join().expect("it ends");
     refused(&uri, &["can't connect", "is the destination running"]);
+    let out = ask(&here, &uri, &["--json"]);
+    let answer: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    assert_eq!(answer["would-move"], Value::Null, "{answer}");
+    assert!(answer["error"].as_str().is_some_and(|why| why.contains("can't connect")), "{answer}");
     let file = here.vm.dir().join("saved");
     refused(&format!("file:{}", file.display()), &["no place where a mini-vmm answers"]);
     assert!(!file.exists(), "a question has written a file");

@@ -222,6 +222,12 @@ enum CliError {
     /// The VM could not move there; the reasons have been shown.
     #[error("the VM would not move to {0}")]
     WouldNotMove(String),
+    /// The VM itself can't ask.
+    #[error(
+        "this VM can't ask: its process is a QEMU or an older mini-vmm, which knows no preflight; 'migrate' \
+         to a mini-vmm compares before it sends a page"
+    )]
+    CannotAsk,
     /// The VM's answer is not one of this version.
     #[error("the VM's answer is not one of this version of mini-vmm")]
     Answer(#[source] serde_json::Error),

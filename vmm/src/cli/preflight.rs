@@ -11,6 +11,7 @@ use migration::source::Preflight;
 use serde_json::{Value, json};
 
 use super::{CliError, VmArg, checked_uri};
+use crate::client::ClientError;
 use crate::config::{HumanDuration, Rate};
 
 pub(super) const EXAMPLES: &str = "\
@@ -61,7 +62,8 @@ pub(super) fn preflight(args: &PreflightArgs) -> Result<(), CliError> {
             "x-timeout": 0,
             "x-on-timeout": "cancel",
         }),
-    )?;
+    );
+    let answer = answer.map_err(|error| not_asked(error, args.json))?;
     let shown = answer.clone();
     let answer: Preflight = serde_json::from_value(answer).map_err(CliError::Answer)?;
     if args.json {
@@ -70,6 +72,18 @@ pub(super) fn preflight(args: &PreflightArgs) -> Result<(), CliError> {
         print!("{}", table(&answer));
     }
     if answer.would_move { Ok(()) } else { Err(CliError::WouldNotMove(uri)) }
+}
+
+/// Nobody could be asked. A program that reads JSON gets some all the same.
+fn not_asked(error: ClientError, json: bool) -> CliError {
+    let error = match error {
+        ClientError::Refused { class, .. } if class == "CommandNotFound" => CliError::CannotAsk,
+        error => error.into(),
+    };
+    if json {
+        print_json(&json!({ "would-move": null, "error": crate::error_chain(&error) }));
+    }
+    error
 }
 
 fn print_json(answer: &Value) {

@@ -118,7 +118,8 @@ fn memory(free: u64, ram: u64) -> Option<Problem> {
         "free memory of the destination's host",
         format!("{free} bytes"),
         format!("need of {needed} bytes"),
-        "free memory on that host (its MemAvailable counts), or choose another",
+        "free memory on that host, or let the process have more (its MemAvailable counts, and the \
+         memory.max of its control groups), or choose another",
     );
     (free < needed).then(|| problem.of("", "MemAvailable"))
 }

@@ -282,6 +282,7 @@ fn nobody_a_stranger_and_what_is_no_place_to_ask_are_told_apart() {
     let file = here.vm.dir().join("saved");
     refused(&format!("file:{}", file.display()), &["no place where a mini-vmm answers"]);
     assert!(!file.exists(), "a question has written a file");
+    refused("fd:7", &["no place where a mini-vmm answers"]);
 
     let usage: [&[&str]; 3] =
         [&["preflight"], &["preflight", "tpc:a:1"], &["preflight", "tcp:a:1", "--sample", "x"]];
@@ -320,14 +321,15 @@ fn a_preflight_and_a_migration_exclude_each_other_and_a_cancel_ends_it() {
         thread::spawn(move || command.output().expect("mini-vmm starts"))
     };
     let mut qmp = here.vm.qmp();
-    // Once the destination is busy with it, the source is.
-    let busy = || {
-        let out = ask(&here, &uri, NO_FORECAST);
-        said(&out).contains("There's a migration process in progress").then_some(())
+    // Nobody listens there, so that nothing begins as long as nothing else has.
+    let mut busy = || {
+        let refused = qmp.execute("migrate", json!({ "uri": "tcp:127.0.0.1:1" }));
+        let refused = refused.expect_err("nobody is there").to_string();
+        refused.contains("There's a migration process in progress").then_some(())
     };
-    system_tests::wait::until("the preflight to be under way", 20, busy, || "");
-    let refused = qmp.execute("migrate", json!({ "uri": uri })).expect_err("it is refused");
-    assert!(refused.to_string().contains("There's a migration process in progress"), "{refused}");
+    system_tests::wait::until("the preflight to be under way", 20, &mut busy, || "");
+    let out = ask(&here, &uri, NO_FORECAST);
+    assert!(said(&out).contains("There's a migration process in progress"), "{}", said(&out));
     qmp.ask("migrate_cancel");
     let out = asking.join().expect("it ends");
     assert_eq!(out.status.code(), Some(1), "{}", said(&out));

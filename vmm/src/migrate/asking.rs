@@ -56,16 +56,13 @@ impl Vm {
         parameters: Parameters,
         questions: &Questions,
     ) -> Result<Preflight, PreflightError> {
-        if let MigrationUri::File { .. } | MigrationUri::Command(_) = uri {
-            // Not even opened: it would be written to.
-            return Err(PreflightError::NobodyAnswers { uri: uri.to_string() });
-        }
+        let nobody = || PreflightError::NobodyAnswers { uri: uri.to_string() };
+        // Nothing else is even opened: a file would be written to, and a descriptor can be used once.
+        let MigrationUri::Socket(_) = uri else { return Err(nobody()) };
         let (control, _asking) = self.begin_asking(parameters)?;
         let connection = match WayOut::open(uri, &self.migration.grants)? {
             WayOut::Connection(connection) => connection,
-            WayOut::Sink(_) => {
-                return Err(PreflightError::NobodyAnswers { uri: uri.to_string() });
-            }
+            WayOut::Sink(_) => return Err(nobody()),
         };
         let mut leaving = Leaving::new(self.clone());
         Ok(source::preflight(&mut leaving, &connection, &control, questions)?)

@@ -2,7 +2,7 @@
 //!
 //! [`layout`] says where everything is. [`host`] asks KVM what it can do and prepares a VM. A
 //! vCPU's state is [`vcpu_state`], the interrupt controllers' and the PIT's [`irqchip`], time's
-//! [`clock`]; [`wire`] turns them into the sections of QEMU's migration stream and back.
+//! [`clock`]; [`trial`] finds out whether a host would take it; [`wire`] turns them into the sections of QEMU's migration stream and back.
 
 pub mod acpi;
 pub mod boot;
@@ -18,6 +18,7 @@ pub mod irqchip;
 pub mod layout;
 pub mod msr;
 mod sys;
+pub mod trial;
 pub mod vcpu_init;
 pub mod vcpu_state;
 pub mod wire;

@@ -110,6 +110,37 @@ pub fn read_one(vcpu_index: u32, vcpu: &VcpuFd, index: u32) -> Result<Option<u64
 /// Writes all of `values`. A register that refuses its value is no error if it holds that value
 /// already (read-only registers), or if the vCPU does not have it and the value is zero.
 pub fn write(vcpu_index: u32, vcpu: &VcpuFd, values: &[Msr]) -> Result<(), KvmError> {
+    write_each(vcpu_index, vcpu, values, &mut |Msr { index, value }, held| {
+        Err(KvmError::Msr {
+            vcpu: vcpu_index,
+            index,
+            value,
+            found: held.map_or("nothing, this vCPU has no such MSR".into(), |v| format!("{v:#x}")),
+        })
+    })
+}
+
+/// Writes all of `values` that can be written, and gives those that can't, each with what the vCPU
+/// holds instead; nothing if it has no such register.
+pub fn refused(
+    vcpu_index: u32,
+    vcpu: &VcpuFd,
+    values: &[Msr],
+) -> Result<Vec<(Msr, Option<u64>)>, KvmError> {
+    let mut all = Vec::new();
+    write_each(vcpu_index, vcpu, values, &mut |msr, held| {
+        all.push((msr, held));
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+fn write_each(
+    vcpu_index: u32,
+    vcpu: &VcpuFd,
+    values: &[Msr],
+    refused: &mut dyn FnMut(Msr, Option<u64>) -> Result<(), KvmError>,
+) -> Result<(), KvmError> {
     let mut rest = values;
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(BATCH)];
@@ -123,24 +154,16 @@ pub fn write(vcpu_index: u32, vcpu: &VcpuFd, values: &[Msr]) -> Result<(), KvmEr
             .min(batch.len());
         rest = &rest[written..];
         if written < batch.len() {
-            refused(vcpu_index, vcpu, rest[0])?;
+            let msr = rest[0];
+            match read_one(vcpu_index, vcpu, msr.index)? {
+                Some(held) if held == msr.value => {}
+                None if msr.value == 0 => {}
+                held => refused(msr, held)?,
+            }
             rest = &rest[1..];
         }
     }
     Ok(())
-}
-
-fn refused(vcpu: u32, fd: &VcpuFd, Msr { index, value }: Msr) -> Result<(), KvmError> {
-    match read_one(vcpu, fd, index)? {
-        Some(held) if held == value => Ok(()),
-        None if value == 0 => Ok(()),
-        held => Err(KvmError::Msr {
-            vcpu,
-            index,
-            value,
-            found: held.map_or("nothing, this vCPU has no such MSR".into(), |v| format!("{v:#x}")),
-        }),
-    }
 }
 
 fn batch_of(vcpu: u32, msrs: impl Iterator<Item = Msr>) -> Result<Msrs, KvmError> {

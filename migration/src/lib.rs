@@ -13,6 +13,8 @@
 //! | [`transport`] | connections: TCP and Unix sockets |
 //! | [`wire`] | the bytes that travel, without any I/O |
 //! | [`manifest`] | what two mini-vmms tell each other before a page moves |
+//! | [`problem`] | what can stand between a VM and its destination: the table of codes |
+//! | [`forecast`] | how a migration would go, from what was measured before it |
 //! | [`source`] | gives a VM away: passes, switch-over, hand-over |
 //! | [`destination`] | takes a VM: reads, checks, loads, starts |
 //! | [`handover`] | who runs the VM, as two state machines without I/O |
@@ -25,12 +27,14 @@ pub mod control;
 pub mod converge;
 pub mod destination;
 pub mod dirty;
+pub mod forecast;
 pub mod guest;
 pub mod handover;
 pub mod inspect;
 pub mod manifest;
 pub mod params;
 pub mod phase;
+pub mod problem;
 pub mod source;
 pub mod stats;
 pub(crate) mod supplement;

@@ -4,11 +4,11 @@
 //! and answers with a [`Verdict`] that names **every** problem at once. Both travel as JSON, so
 //! that a later version can add to them.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
 use crate::guest::RamBlock;
+pub use crate::problem::Problem;
+use crate::wire::limits::MAX_PROBLEMS;
 
 /// Which versions of the private messages this side speaks, newest first.
 pub const PROTOCOL_VERSIONS: &[u32] = &[1];
@@ -20,7 +20,14 @@ pub struct Hello {
     pub program: String,
     /// Versions of the private messages that it speaks.
     pub protocols: Vec<u32>,
+    /// What else it can do, in words; a release that has never heard of them says nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub abilities: Vec<String>,
 }
+
+/// A [`Hello::abilities`]: a manifest may be [only a question](Manifest::only_asking), and probes may
+/// follow its verdict.
+pub const PREFLIGHT: &str = "preflight";
 
 /// What a VM is and what it needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,6 +47,13 @@ pub struct Manifest {
     /// Whether the source will send digests for comparison before the hand-over.
     #[serde(default)]
     pub verify: bool,
+    /// Nothing will come: the source only wants the verdict, and to send a few bytes for a
+    /// measurement. Said only to a destination that can [do that](PREFLIGHT).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only_asking: bool,
+    /// The source's wall clock when it wrote this, in ms since 1970; 0 if it does not say.
+    #[serde(default)]
+    pub sent_at_ms: u64,
     /// What only the machines themselves understand; see
     /// [`Machine::details`](crate::guest::Machine::details).
     #[serde(default)]
@@ -61,41 +75,40 @@ pub struct SectionManifest {
     pub layout: String,
 }
 
-/// One reason why a migration can't succeed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
-    /// A stable word for programs, for example `ram-size`.
-    pub code: String,
-    /// What is wrong, for example `RAM block pc.ram`.
-    pub what: String,
-    /// What the destination has.
-    pub expected: String,
-    /// What the source has.
-    pub found: String,
-    /// What can be done about it.
-    #[serde(default)]
-    pub hint: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: the destination has {}, the source has {}",
-            self.what, self.expected, self.found
-        )?;
-        if !self.hint.is_empty() {
-            write!(f, " ({})", self.hint)?;
-        }
-        Ok(())
-    }
-}
-
 /// The destination's answer to a manifest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Verdict {
-    /// Empty: go on.
+    /// What the VM can't move with. Empty: go on.
     pub problems: Vec<Problem>,
+    /// What it can move with, but should be known.
+    #[serde(default)]
+    pub warnings: Vec<Problem>,
+    /// How many more there are than a verdict has room for.
+    #[serde(default)]
+    pub left_out: u64,
+}
+
+impl Verdict {
+    /// The verdict that consists of these, in their order.
+    pub fn new(all: Vec<Problem>) -> Self {
+        let (problems, warnings) = all.into_iter().partition(|problem| problem.fatal);
+        Self { problems, warnings, left_out: 0 }.bounded()
+    }
+
+    /// The same, no longer than a peer takes: of a hostile one anything may come.
+    #[must_use]
+    pub fn bounded(mut self) -> Self {
+        for (list, fatal) in [(&mut self.problems, true), (&mut self.warnings, false)] {
+            let surplus = list.len().saturating_sub(MAX_PROBLEMS);
+            self.left_out = self.left_out.saturating_add(surplus as u64);
+            list.truncate(MAX_PROBLEMS);
+            for problem in list {
+                *problem = Problem { fatal, ..problem.bounded() };
+            }
+        }
+        self
+    }
 }
 
 /// The destination holds everything and nothing runs yet.

@@ -27,7 +27,7 @@ use devices::timer::Timed;
 use devices::virtio::{
     BackendError, Balloon, BalloonControl, Block, BlockOptions, CacheMode, Console, ConsoleLine,
     DiskImage, Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap,
-    VirtioDevice, VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
+    Trouble, VirtioDevice, VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
 };
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
@@ -422,6 +422,19 @@ impl Board {
             }
         };
         self.virtio.iter().map(describe).collect()
+    }
+
+    /// What opening the host sides would come upon, with each device's name in messages. Nothing is
+    /// taken from whoever uses them.
+    pub fn try_backends(&self) -> Vec<(String, Trouble)> {
+        let of = |VirtioSlot { slot, function, .. }: &VirtioSlot| {
+            let mut function = lock(function);
+            let device = function.device();
+            let name = format!("{} in PCI slot {slot:02x}", device.kind().name);
+            let troubles = device.try_backend();
+            troubles.into_iter().map(|trouble| (name.clone(), trouble)).collect::<Vec<_>>()
+        };
+        self.virtio.iter().flat_map(of).collect()
     }
 
     /// The devices' sections, in the order in which they travel.

@@ -11,6 +11,7 @@ use std::time::SystemTime;
 use migration::params::{ParameterError, Parameters};
 use migration::phase::Phase;
 use migration::source::Wish;
+use migration::source::{Preflight, Questions};
 use migration::stats::{MigrationInfo, Report};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -342,6 +343,17 @@ pub trait VmControl: Send + Sync {
     /// # Errors
     /// If one runs already, or this VM can't be migrated.
     fn migrate(&self, uri: &MigrationUri) -> Result<(), ControlError>;
+    /// Asks the destination whether the VM could move there with these parameters. Takes as long as the questions say, and a
+    /// little more; nothing changes.
+    ///
+    /// # Errors
+    /// If nobody there can be asked, or a migration is under way.
+    fn preflight(
+        &self,
+        uri: &MigrationUri,
+        parameters: Parameters,
+        questions: &Questions,
+    ) -> Result<Preflight, ControlError>;
     /// Asks the running migration to end; the guest stays. Nothing happens if none runs.
     fn migrate_cancel(&self);
     /// Goes on from `pre-switchover`.

@@ -120,6 +120,7 @@ impl KvmState {
     pub fn forget(&self) {
         *lock(&self.snapshot) = None;
         *lock(&self.arrived) = Arrived::default();
+        *lock(&self.promised) = None;
     }
 
     /// Everything, read from KVM at the first call after [`forget`](Self::forget). The vCPUs and

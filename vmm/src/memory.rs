@@ -5,6 +5,7 @@
 //! (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`), and then first touch of a destination's
 //! memory is ten times slower.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use devices::memory::GuestRamRef;
@@ -72,6 +73,30 @@ pub struct Ram {
     mappings: Arc<[Arc<MmapRegion<AtomicBitmap>>]>,
     size: u64,
     roms: Arc<Roms>,
+}
+
+/// How many bytes this process could still be given: what the host has, or what its control groups
+/// leave, whichever is less. As far as it can be known.
+pub fn available() -> Option<u64> {
+    let host = meminfo("MemAvailable:");
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    // The line of version 2 (Linux, cgroup-v2.rst); version 1 is not looked at.
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+    let group = own.and_then(|path| group_leaves(Path::new("/sys/fs/cgroup"), Path::new(path)));
+    host.into_iter().chain(group).min()
+}
+
+/// What a control group and those that it is in leave of their limits; nothing where none is set.
+fn group_leaves(root: &Path, group: &Path) -> Option<u64> {
+    let left = |group: &Path| {
+        let number = |file| {
+            let text = std::fs::read_to_string(root.join(group).join(file)).ok()?;
+            text.trim().parse::<u64>().ok()
+        };
+        // The limit is the word "max" where there is none.
+        Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+    };
+    group.ancestors().filter_map(left).min()
 }
 
 fn meminfo(key: &str) -> Option<u64> {
@@ -188,6 +213,30 @@ fn map(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegion
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_tightest_control_group_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let inner = root.path().join("a/b/c");
+        std::fs::create_dir_all(&inner).unwrap();
+        let put = |group: &str, max: &str, current: &str| {
+            let dir = root.path().join(group);
+            std::fs::write(dir.join("memory.max"), format!("{max}\n")).unwrap();
+            std::fs::write(dir.join("memory.current"), format!("{current}\n")).unwrap();
+        };
+        let leaves = |group| group_leaves(root.path(), Path::new(group));
+        assert_eq!(leaves("a/b/c"), None);
+        put("a/b/c", "max", "5");
+        assert_eq!(leaves("a/b/c"), None);
+        put("a/b", "1000", "400");
+        put("a", "2000", "1500");
+        assert_eq!(
+            (leaves("a/b/c"), leaves("a/b"), leaves("a")),
+            (Some(500), Some(500), Some(500))
+        );
+        put("a", "2000", "9999");
+        assert_eq!(leaves("a/b/c"), Some(0));
+    }
 
     #[test]
     fn memory_is_where_kvm_can_map_huge_pages() {

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arch::trial::VcpuNeeds;
+
 use crate::balloon::GuestBalloon;
 use crate::config::Config;
 use crate::control::{ControlError, Event, EventBus, RunState, ShutdownReason};
@@ -224,6 +226,18 @@ impl Vm {
         }
         all.push(kvm_state::global_state(self, state));
         all
+    }
+
+    /// What its vCPUs need of a host; nothing where they can't be looked at, which is then not
+    /// compared.
+    pub(crate) fn look_at_vcpus(&self) -> Vec<VcpuNeeds> {
+        // Nobody stops or starts them meanwhile.
+        let _life = self.life();
+        self.machine.look_at_vcpus().unwrap_or_else(|error| {
+            let error = crate::error_chain(&error);
+            tracing::warn!(error, "the vCPUs could not be looked at");
+            Vec::new()
+        })
     }
 
     /// Why this VM can't be migrated, whatever the destination.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::source::Wish;
+use migration::source::{Preflight, Questions};
 use migration::stats::{MigrationInfo, Report};
 use tokio::sync::broadcast;
 use uuid::Uuid;
@@ -16,6 +17,7 @@ use crate::control::{
     ControlError, CpuInfo, RunState, RuntimeInfo, ShutdownReason, TimedEvent, VmControl,
 };
 use crate::migrate::DoubtInfo;
+use crate::migrate::PreflightError;
 use crate::vm::Vm;
 
 /// The VM as its control plane holds it.
@@ -135,11 +137,31 @@ impl VmControl for VmHandle {
             .map_err(|e| failed(format!("The migration to {to} could not be started"), e))
     }
 
+    fn preflight(
+        &self,
+        to: &MigrationUri,
+        parameters: Parameters,
+        questions: &Questions,
+    ) -> Result<Preflight, ControlError> {
+        match self.0.state() {
+            RunState::Running | RunState::Paused | RunState::Prelaunch => {}
+            RunState::Inmigrate => return Err(ControlError::Inmigrate),
+            RunState::FinishMigrate => return Err(ControlError::MigrationInProgress),
+            RunState::Postmigrate => return Err(ControlError::AlreadyMigrated),
+            state => return Err(ControlError::WrongState { command: "preflight", state }),
+        }
+        self.0.ask(to, parameters, questions).map_err(|e| match e {
+            PreflightError::Busy => ControlError::MigrationInProgress,
+            e => failed(format!("Nobody at {to} could be asked"), e),
+        })
+    }
+
     fn migrate_cancel(&self) {
-        if let Some(control) = &self.0.migration.lock().control
-            && let Err(e) = control.cancel()
-        {
-            tracing::warn!("{e}");
+        let desk = self.0.migration.lock();
+        for control in desk.control.iter().chain(&desk.asking) {
+            if let Err(e) = control.cancel() {
+                tracing::warn!("{e}");
+            }
         }
     }
 

@@ -20,6 +20,7 @@ use super::core::{Core, VirtioError};
 use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
 use super::disk::{CacheMode, DiskImage, OpenDisk, SECTOR};
 use super::element::RawElement;
+use super::trouble::Trouble;
 
 static KIND: Kind = Kind {
     name: "virtio-blk",
@@ -300,6 +301,29 @@ impl VirtioDevice for Block {
     fn close(&mut self) -> Result<(), BackendError> {
         let Some(disk) = self.shared.gate().disk.take() else { return Ok(()) };
         disk.flush().map_err(|e| self.backend_error("cannot be flushed", e))
+    }
+
+    fn try_backend(&mut self) -> Vec<Trouble> {
+        if self.shared.gate().disk.is_some() {
+            return Vec::new();
+        }
+        let what = format!("the disk image {}", self.options.image.path.display());
+        let found = match self.options.image.inspect() {
+            Ok(found) => found,
+            Err(source) => return vec![Trouble::Missing { what, source }],
+        };
+        let mut troubles = Vec::new();
+        let is = found.size.div_ceil(SECTOR);
+        if is != self.capacity {
+            troubles.push(Trouble::Size { what: what.clone(), was: self.capacity, is });
+        }
+        if !found.locked && !self.options.image.readonly {
+            troubles.push(Trouble::Unlocked { what: what.clone() });
+        }
+        if let Some(source) = found.refused {
+            troubles.push(Trouble::NotWritable { what, source });
+        }
+        troubles
     }
 
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use migration::vmstate::{Audience, Decoder, Encoder, FieldError, LayoutDigest, StateError};
 
 use super::core::{Core, VirtioError};
+use super::trouble::Trouble;
 
 /// What is the same for all devices of a type.
 #[derive(Debug, Clone, Copy)]
@@ -135,6 +136,12 @@ pub trait VirtioDevice: Send {
     /// Gives the host side up, so that another process can open it.
     fn close(&mut self) -> Result<(), BackendError> {
         Ok(())
+    }
+
+    /// Everything that opening the host side now would come upon. Takes nothing from whoever uses it,
+    /// and nothing is open afterwards that was not before.
+    fn try_backend(&mut self) -> Vec<Trouble> {
+        Vec::new()
     }
 
     /// Tells the network that it is here now; nothing for devices without one.

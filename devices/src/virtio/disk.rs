@@ -146,6 +146,30 @@ pub struct ImageInUse {
     pub path: PathBuf,
 }
 
+/// What can be known of an image without opening it for use.
+#[derive(Debug)]
+pub struct Inspected {
+    /// In bytes.
+    pub size: u64,
+    /// Why it can't be opened as it will be.
+    pub refused: Option<io::Error>,
+    /// Whether somebody holds a lock on it.
+    pub locked: bool,
+}
+
+impl DiskImage {
+    /// Measures it, and tries whether it could be opened for use. Takes no lock.
+    pub fn inspect(&self) -> io::Result<Inspected> {
+        let mut reading = File::open(&self.path)?;
+        let size = reading.seek(SeekFrom::End(0))?;
+        let writing = OpenOptions::new().read(true).write(!self.readonly).open(&self.path);
+        let mut held = flock(libc::F_WRLCK, lock_byte::FIRST, lock_byte::COUNT);
+        fcntl(&reading, FcntlArg::F_OFD_GETLK(&mut held))?;
+        let locked = i32::from(held.l_type) != libc::F_UNLCK;
+        Ok(Inspected { size, refused: writing.err(), locked })
+    }
+}
+
 fn locked(path: &Path, error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => {

@@ -33,6 +33,7 @@ mod take_apart;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod trouble;
 
 pub use self::core::{Core, VirtioError, status};
 pub use balloon::{Balloon, BalloonControl, PageDiscard};
@@ -48,3 +49,4 @@ pub use queue::{MAX_QUEUE_SIZE, NO_VECTOR, QueueError, RingAddresses, VirtQueue}
 pub use rng::Rng;
 pub use state::VirtioSection;
 pub use take_apart::take_apart;
+pub use trouble::Trouble;

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use super::DestinationError;
 use crate::handover::Peer;
-use crate::manifest::{Problem, Verdict};
 use crate::transport::{Connection, StreamReader};
 use crate::wire::bounded_reason;
 use crate::wire::limits::MAX_LINGER;
@@ -73,18 +72,6 @@ impl ReturnPath {
         if self.open { self.send(&Message::Shut(0)) } else { Ok(()) }
     }
 
-    pub(super) fn send_verdict(&mut self, problems: &[Problem]) -> Result<(), DestinationError> {
-        let short = |p: &Problem| Problem {
-            code: bounded_reason(&p.code),
-            what: bounded_reason(&p.what),
-            expected: bounded_reason(&p.expected),
-            found: bounded_reason(&p.found),
-            hint: bounded_reason(&p.hint),
-        };
-        let problems = problems.iter().map(short).collect();
-        self.send(&Message::Verdict(Verdict { problems }))
-    }
-
     /// Lets a waiting mini-vmm know that this side is at work.
     pub(super) fn alive(&mut self) {
         if self.mini_vmm
@@ -100,6 +87,8 @@ impl ReturnPath {
         let message = match error {
             // It knows the problems from the verdict.
             DestinationError::Refused { .. } if self.mini_vmm => return,
+            // It has said goodbye.
+            DestinationError::OnlyAsked { .. } => return,
             _ if self.mini_vmm => {
                 Message::Failed(Failed { reason: bounded_reason(&error.chain()) })
             }

@@ -56,6 +56,12 @@ pub enum DestinationError {
         /// Everything that is wrong.
         problems: Vec<Problem>,
     },
+    /// The source wanted to know whether its VM would fit, and knows.
+    #[error("the source only asked whether its VM would fit (preflight): {} found", problems(*count))]
+    OnlyAsked {
+        /// The fatal problems that it was told.
+        count: usize,
+    },
     /// Another machine type.
     #[error("Machine type received is '{found}' and local is '{expected}'")]
     MachineType {
@@ -252,6 +258,14 @@ pub enum DestinationError {
     /// Someone on this side asked for it.
     #[error("the migration was given up on this side")]
     Cancelled,
+}
+
+fn problems(count: usize) -> String {
+    match count {
+        0 => "no problem".into(),
+        1 => "one problem".into(),
+        n => format!("{n} problems"),
+    }
 }
 
 fn list(problems: &[Problem]) -> String {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! header, commands ──→ hello, pong             who is there
-//! manifest         ──→ verdict                 would it work (mini-vmm only)
+//! manifest         ──→ verdict                 would it work (mini-vmm only); judge.rs
+//!   ── a preflight ends here: nothing has changed, and the next source may come ──
 //! START, PART, END ──→ guest memory            ram.rs
 //! FULL …           ──→ decoded and checked     load.rs; nothing is applied yet
 //! EOF, description
@@ -30,6 +31,7 @@ mod ahead;
 mod answer;
 mod compare;
 mod error;
+mod judge;
 mod load;
 mod ram;
 
@@ -40,7 +42,7 @@ use crate::control::Control;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
-use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, Prepared, RamDigests};
+use crate::manifest::{Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RamDigests};
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::source::PROGRAM;
@@ -51,12 +53,13 @@ use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
-use crate::wire::limits::{MAX_PROBLEMS, MAX_SECTION_BODY};
+use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::ram::{SECTION, VERSION};
 use crate::wire::return_path::Message;
 use crate::wire::section::{self, PartType};
 
 use answer::ReturnPath;
+use judge::Asked;
 use load::Loader;
 use ram::RamLoader;
 
@@ -89,8 +92,11 @@ fn take(
     control: &Control,
 ) -> Result<Box<Report>, Failure> {
     control.attach(input.abort_handle());
-    control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
+    let nobody_asks = answers.is_none();
     let mut arrival = Arrival::new(vm, input, answers, control);
+    if nobody_asks {
+        arrival.begin();
+    }
     match arrival.run() {
         Ok(()) => {
             control.enter(Phase::Completed);
@@ -98,6 +104,12 @@ fn take(
             Ok(Box::new(control.report()))
         }
         Err(error) => {
+            if arrival.asked.is_some() {
+                // Nothing was to come, so nothing has failed.
+                tracing::info!(error = %error.chain(), "the end of a question");
+                return Err(Failure { error, vm_untouched: true });
+            }
+            arrival.begin();
             let text = error.chain();
             control.stats().fail(&text);
             tracing::warn!(error = %text, "the VM was not taken");
@@ -116,6 +128,8 @@ struct Arrival<'a> {
     parameters: Parameters,
     configuration: Configuration,
     manifest: Option<Manifest>,
+    /// What a source that only asks was told.
+    asked: Option<Asked>,
     digests: Option<RamDigests>,
     loader: Loader,
     ram: RamLoader,
@@ -141,6 +155,7 @@ impl<'a> Arrival<'a> {
             parameters: control.parameters(),
             configuration: Configuration::default(),
             manifest: None,
+            asked: None,
             digests: None,
             loader,
             ram,
@@ -267,7 +282,8 @@ impl<'a> Arrival<'a> {
             if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
                 return Err(DestinationError::Protocol { found: manifest.protocol });
             }
-            let problems = compare(self.vm, self.loader.sections(), &manifest);
+            let mut problems = compare(self.vm, self.loader.sections(), &manifest);
+            problems.retain(|problem| problem.fatal);
             if !problems.is_empty() {
                 return Err(DestinationError::Refused { problems });
             }
@@ -300,6 +316,7 @@ impl<'a> Arrival<'a> {
                     self.answer.send(&Message::Hello(Hello {
                         program: PROGRAM.to_owned(),
                         protocols: PROTOCOL_VERSIONS.to_vec(),
+                        abilities: vec![PREFLIGHT.to_owned()],
                     }))?;
                 }
                 self.answer.pong(value)?;
@@ -313,25 +330,20 @@ impl<'a> Arrival<'a> {
                 self.digests = Some(digests);
             }
             Command::Commit => return Err(self.out_of_turn("COMMIT before PREPARED")),
+            Command::Probe(len) => self.probed(len)?,
             Command::Abort(abort) => {
-                return Err(DestinationError::SourceGaveUp { reason: abort.reason });
+                return Err(match self.asked {
+                    Some(Asked { count, .. }) => DestinationError::OnlyAsked { count },
+                    None => DestinationError::SourceGaveUp { reason: abort.reason },
+                });
             }
         }
         Ok(())
     }
 
-    fn judge(&mut self, manifest: Manifest) -> Result<(), DestinationError> {
-        if self.answer.peer() != Peer::MiniVmm || self.manifest.is_some() {
-            return Err(self.out_of_turn("a manifest"));
-        }
-        if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
-            return Err(DestinationError::Protocol { found: manifest.protocol });
-        }
-        let mut problems = compare(self.vm, self.loader.sections(), &manifest);
-        problems.truncate(MAX_PROBLEMS);
-        self.answer.send_verdict(&problems)?;
-        self.manifest = Some(manifest);
-        if problems.is_empty() { Ok(()) } else { Err(DestinationError::Refused { problems }) }
+    /// From here on it is a migration to whoever watches this side, and no mere question.
+    fn begin(&self) {
+        self.control.begin(self.vm.ram().blocks().iter().map(|b| b.len).sum());
     }
 
     /// What must be true before the first section.
@@ -339,6 +351,10 @@ impl<'a> Arrival<'a> {
         if self.accepted {
             return Ok(());
         }
+        if self.asked.is_some() {
+            return Err(self.out_of_turn("a VM after a mere question"));
+        }
+        self.begin();
         if self.answer.peer() == Peer::MiniVmm && self.manifest.is_none() {
             return Err(self.out_of_turn("no manifest before the first section"));
         }

@@ -24,6 +24,22 @@ pub enum SourceError {
         /// Everything that is wrong.
         problems: Vec<Problem>,
     },
+    /// Whoever waits there can't say whether the VM would fit.
+    #[error(
+        "the destination can't be asked: {}",
+        match program {
+            Some(program) => format!(
+                "it is {program:.100}, which knows no preflight; a migration compares all the same \
+                 before it sends a page"
+            ),
+            None => "it answers as a QEMU does, which knows no preflight and finds what does not fit \
+                     when it has come; a mini-vmm with the same devices can be asked".into(),
+        }
+    )]
+    NotToBeAsked {
+        /// A mini-vmm's name and version.
+        program: Option<String>,
+    },
     /// The destination gave up, in its own words.
     #[error("the destination failed: {reason}")]
     Destination {

@@ -1,15 +1,27 @@
 //! The first words: who is there, and would it work.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
 use crate::handover::Peer;
-use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, SectionManifest};
+use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, SectionManifest, Verdict};
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::return_path::Message;
 
 /// Name and version of this program, for the other side's messages.
 pub(crate) const PROGRAM: &str = concat!("mini-vmm ", env!("CARGO_PKG_VERSION"));
+
+/// Who has answered the first ping.
+pub(super) enum First {
+    /// A mini-vmm.
+    Hello(Hello),
+    /// Something that merely echoes it, as a QEMU does.
+    Pong,
+    /// There is nobody who could.
+    Nobody,
+}
 
 impl Migration<'_> {
     /// Header, return path and ping; and with a mini-vmm manifest and verdict. Nothing has been
@@ -19,39 +31,61 @@ impl Migration<'_> {
         if !reasons.is_empty() {
             return Err(SourceError::Blocked { reasons });
         }
-        let configuration =
-            Configuration { machine: self.vm.machine_type(), ..Configuration::default() };
-        self.out.put(|out| header::write(out, &configuration));
-        if self.out.is_one_way() {
-            // Without a BIOS for a QEMU it is a VM for a mini-vmm only.
-            if let Err(error) = self.vm.prepare_for_qemu() {
-                let error = crate::wire::error_chain(&error);
-                tracing::warn!(error, "a QEMU will not be able to take what is saved");
-            }
-            self.send("the header")?;
-            return Ok(Peer::Nobody);
-        }
-        self.out.command(&Command::OpenReturnPath);
-        self.out.command(&Command::Ping(PING_MAGIC));
-        self.send("the header")?;
-        match self.await_message("its first answer was awaited", false)? {
-            Message::Hello(hello) => {
-                self.compare(&hello)?;
+        match self.introduce()? {
+            First::Hello(hello) => {
+                let verdict = self.verdict(&hello, false)?;
+                for warning in &verdict.warnings {
+                    tracing::warn!("{}: {warning}", warning.code);
+                }
+                if !verdict.problems.is_empty() {
+                    return Err(SourceError::Refused { problems: verdict.problems });
+                }
                 Ok(Peer::MiniVmm)
             }
-            Message::Pong(_) => {
+            First::Pong => {
                 self.vm
                     .prepare_for_qemu()
                     .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
                 Ok(Peer::Qemu)
             }
+            First::Nobody => {
+                // Without a BIOS for a QEMU it is a VM for a mini-vmm only.
+                if let Err(error) = self.vm.prepare_for_qemu() {
+                    let error = crate::wire::error_chain(&error);
+                    tracing::warn!(error, "a QEMU will not be able to take what is saved");
+                }
+                self.send("the header")?;
+                Ok(Peer::Nobody)
+            }
+        }
+    }
+
+    /// The first words, and who answers them.
+    pub(super) fn introduce(&mut self) -> Result<First, SourceError> {
+        let configuration =
+            Configuration { machine: self.vm.machine_type(), ..Configuration::default() };
+        self.out.put(|out| header::write(out, &configuration));
+        if self.out.is_one_way() {
+            return Ok(First::Nobody);
+        }
+        self.out.command(&Command::OpenReturnPath);
+        self.out.command(&Command::Ping(PING_MAGIC));
+        self.send("the header")?;
+        match self.await_message("its first answer was awaited", false)? {
+            Message::Hello(hello) => Ok(First::Hello(hello)),
+            Message::Pong(_) => Ok(First::Pong),
             other => {
                 Err(SourceError::Unexpected { found: other.name(), expected: "hello or pong" })
             }
         }
     }
 
-    fn compare(&mut self, hello: &Hello) -> Result<(), SourceError> {
+    /// Sends the manifest, and gives what the destination thinks of it.
+    pub(super) fn verdict(
+        &mut self,
+        hello: &Hello,
+        only_asking: bool,
+    ) -> Result<Verdict, SourceError> {
         let common = PROTOCOL_VERSIONS.iter().find(|v| hello.protocols.contains(v));
         let Some(&protocol) = common else {
             return Err(SourceError::Protocol {
@@ -59,12 +93,11 @@ impl Migration<'_> {
                 ours: PROTOCOL_VERSIONS,
             });
         };
-        let manifest = self.manifest(protocol);
+        let manifest = Manifest { only_asking, ..self.manifest(protocol) };
         self.out.command(&Command::Manifest(Box::new(manifest)));
         self.send("the manifest")?;
         match self.await_message("its verdict on the VM was awaited", true)? {
-            Message::Verdict(verdict) if verdict.problems.is_empty() => Ok(()),
-            Message::Verdict(verdict) => Err(SourceError::Refused { problems: verdict.problems }),
+            Message::Verdict(verdict) => Ok(verdict.bounded()),
             other => Err(SourceError::Unexpected { found: other.name(), expected: "verdict" }),
         }
     }
@@ -91,6 +124,8 @@ impl Migration<'_> {
                 })
                 .collect(),
             verify: self.parameters.verify,
+            only_asking: false,
+            sent_at_ms: wall_clock_ms(),
             details: self.vm.details(),
         }
     }
@@ -113,4 +148,10 @@ impl Migration<'_> {
             NoMessage::Cancelled => SourceError::Cancelled,
         })
     }
+}
+
+/// The host's wall clock; 0, which says nothing, where it is before 1970.
+fn wall_clock_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(0)
 }

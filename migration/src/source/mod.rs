@@ -11,7 +11,8 @@
 //! ```
 //!
 //! [`run`] returns when it is known who has the guest, or that this is not known. [`save`] is the same
-//! without anybody to ask: no return path, no thread, one pass after the other.
+//! without anybody to ask: no return path, no thread, one pass after the other. [`preflight`] goes as
+//! far as the verdict, and measures how the rest would go.
 
 mod doubt;
 mod error;
@@ -19,18 +20,19 @@ mod greet;
 mod inbox;
 mod out;
 mod precopy;
+mod preflight;
 mod switchover;
 
 pub use doubt::{Doubt, Objection, Settled, Wish};
 pub use error::SourceError;
 pub(crate) use greet::PROGRAM;
+pub use preflight::{Preflight, Questions, preflight};
 
 use std::thread;
 
 use crate::control::Control;
 use crate::guest::{DirtyTracker, SourceVm, VmError};
 use crate::handover::source::State;
-use crate::manifest::Problem;
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
@@ -93,28 +95,6 @@ pub fn save(vm: &mut dyn SourceVm, sink: Sink, control: &Control) -> Outcome {
     let outcome = Migration::new(vm, channel, control, &inbox, parameters).run();
     conclude(control, &outcome);
     outcome
-}
-
-/// Asks the destination whether a migration would work, and goes no further. `Ok` with a QEMU,
-/// which can't be asked, only says that it speaks the protocol.
-pub fn preflight(
-    vm: &mut dyn SourceVm,
-    connection: &Connection,
-    control: &Control,
-) -> Result<Vec<Problem>, SourceError> {
-    let parameters = control.parameters();
-    control.attach(connection.abort_handle());
-    with_return_path(connection, control, |inbox| {
-        let channel = Channel::Connection(connection);
-        let mut migration = Migration::new(vm, channel, control, inbox, parameters);
-        let result = migration.greet();
-        migration.farewell("the migration was only tried (preflight)");
-        match result {
-            Ok(_) => Ok(Vec::new()),
-            Err(SourceError::Refused { problems }) => Ok(problems),
-            Err(error) => Err(error),
-        }
-    })?
 }
 
 /// Runs `body` with a thread that reads the destination's messages; joins it.

@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::limits::MAX_SHORT_PAYLOAD;
+use super::limits::{MAX_PROBE, MAX_SHORT_PAYLOAD};
 use super::section::PartType;
 use super::{WireError, read_json, read_u16, read_u32, skip, write_json};
 use crate::manifest::{Manifest, RamDigests};
@@ -29,6 +29,7 @@ const MANIFEST: u16 = 0x4d01;
 const VERIFY: u16 = 0x4d02;
 const COMMIT: u16 = 0x4d03;
 const ABORT: u16 = 0x4d04;
+const PROBE: u16 = 0x4d05;
 
 /// What a source tells a destination outside of the sections.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,7 +48,13 @@ pub enum Command {
     Commit,
     /// The source goes on running the VM itself.
     Abort(Abort),
+    /// So many bytes that mean nothing, for a measurement; at most
+    /// [`MAX_PROBE`](super::limits::MAX_PROBE).
+    Probe(u32),
 }
+
+/// What a probe consists of: not zero, lest something on the way makes it small.
+const PROBE_BYTES: [u8; 16] = *b"mini-vmm probe \xa5";
 
 /// Why a source gives up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +83,11 @@ impl Command {
             Self::Verify(digests) => write_json(out, VERIFY, digests),
             Self::Commit => write_json(out, COMMIT, &Commit {}),
             Self::Abort(abort) => write_json(out, ABORT, abort),
+            Self::Probe(len) => {
+                let len = (*len).min(MAX_PROBE);
+                short(out, PROBE, &len.to_be_bytes());
+                out.extend(PROBE_BYTES.iter().cycle().take(len as usize));
+            }
         }
     }
 
@@ -122,6 +134,16 @@ impl Command {
                 expect(4)?;
                 Ok(Self::Abort(read_json(source, "abort")?))
             }
+            PROBE => {
+                expect(4)?;
+                let found = read_u32(source, "a probe's length")?;
+                if found > MAX_PROBE {
+                    let (found, max) = (found.into(), MAX_PROBE.into());
+                    return Err(WireError::TooLarge { what: "a probe", offset, found, max });
+                }
+                skip(source, found, "a probe")?;
+                Ok(Self::Probe(found))
+            }
             n if POSTCOPY.contains(&n) => unsupported("postcopy-ram"),
             n if POSTCOPY_RECOVERY.contains(&n) => unsupported("postcopy recovery"),
             COLO => unsupported("x-colo"),
@@ -156,6 +178,8 @@ mod tests {
                 layout: "ab".into(),
             }],
             verify: true,
+            only_asking: true,
+            sent_at_ms: 7,
             details: serde_json::json!({ "slots": [2, 3] }),
         }
     }
@@ -184,6 +208,7 @@ mod tests {
             Command::Verify(digests),
             Command::Commit,
             Command::Abort(Abort { reason: "cancelled by the user".into() }),
+            Command::Probe(100),
         ] {
             let mut out = Vec::new();
             command.write(&mut out);
@@ -204,6 +229,7 @@ mod tests {
         assert!(read(b"\0\x0a\0\0").to_string().contains("x-colo"));
         assert!(read(b"\0\x99\0\0").to_string().contains("number 0x99"));
         assert!(read(b"\0\x01\0\x01").to_string().contains("length"));
+        assert!(matches!(read(b"\x4d\x05\0\x04\xff\0\0\0"), WireError::TooLarge { .. }));
         assert!(matches!(read(b"\x4d\x01\0\x04\xff\0\0\0"), WireError::TooLarge { .. }));
         assert!(matches!(read(b"\x4d\x01\0\x04\0\0\0\x02{}"), WireError::Json { .. }));
     }

@@ -8,6 +8,7 @@
 //! │ configuration              │ header.rs                      ┌───────────────────────────────┐
 //! │ OPEN_RETURN_PATH, PING     │ command.rs                     │ [HELLO] PONG                  │
 //! │ [MANIFEST]                 │ command.rs                     │ [VERDICT]                     │
+//! │ [PROBE …, a preflight's]   │ command.rs                     │                               │
 //! │ START ram: block list, EOS │ section.rs, ram.rs             │                               │
 //! │ PART  ram: records, EOS    │                                │                               │
 //! │ …                          │                                │ (FAILED: at any time)         │

@@ -110,7 +110,7 @@ impl Message {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::Problem;
+    use crate::problem::{Problem, kind};
     use crate::vmstate::SliceSource;
 
     #[test]
@@ -123,18 +123,21 @@ mod tests {
 
     #[test]
     fn every_message_comes_back_as_it_went() {
-        let problem = Problem {
-            code: "ram-size".into(),
-            what: "RAM block pc.ram".into(),
-            expected: "1 GiB".into(),
-            found: "2 GiB".into(),
-            hint: "start the destination with --memory 2G".into(),
-        };
+        let problem = Problem::new(
+            kind::RAM_SIZE,
+            "RAM block pc.ram",
+            "1 GiB",
+            "2 GiB",
+            "start the destination with --memory 2G",
+        );
+        let warning = Problem { fatal: false, vcpu: Some(3), ..problem.clone() };
+        let verdict = Verdict { problems: vec![problem], warnings: vec![warning], left_out: 1 };
+        let hello = Hello { program: "mini-vmm".into(), protocols: vec![1], abilities: vec![] };
         for message in [
             Message::Shut(1),
             Message::Pong(0xffff_ffff),
-            Message::Hello(Hello { program: "mini-vmm".into(), protocols: vec![1] }),
-            Message::Verdict(Verdict { problems: vec![problem] }),
+            Message::Hello(hello),
+            Message::Verdict(verdict),
             Message::Prepared(Prepared { verified_ram_bytes: 4096, verified_sections: 3 }),
             Message::Failed(Failed { reason: "no".into() }),
         ] {

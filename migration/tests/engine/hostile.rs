@@ -42,6 +42,8 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
             })
             .collect(),
         verify: false,
+        only_asking: false,
+        sent_at_ms: 0,
         details: vm.details(),
     };
     Command::Manifest(Box::new(manifest)).write(&mut out);

@@ -6,6 +6,7 @@ mod cut;
 mod failures;
 mod hostile;
 mod loopback;
+mod preflight;
 mod qemu;
 mod recover;
 mod saved;

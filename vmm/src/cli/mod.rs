@@ -9,6 +9,7 @@ mod demo;
 mod documents;
 mod inspect;
 mod migrate;
+mod preflight;
 mod qemu;
 mod recover;
 mod terminal;
@@ -32,6 +33,7 @@ Examples:
       --disk path=web.img --net tap=tap0                    a VM of one's own
   mini-vmm run --name web --smp 2 -m 2G --disk path=web.img --net tap=tap0 \\
       --migrate-listen tcp:0.0.0.0:7000                     ... waits for it on another host
+  mini-vmm preflight --vm web tcp:other-host:7000           ... would it fit there?
   mini-vmm migrate --vm web tcp:other-host:7000             ... and this moves it there
   mini-vmm status --json                                    the recorded configuration
   mini-vmm run --like 'qemu-system-x86_64 ...' --migrate-listen tcp:0.0.0.0:7000
@@ -72,6 +74,13 @@ enum Command {
     /// 'mini-vmm run ... --migrate-listen' with such an address lets it go on, later.
     #[command(after_long_help = SAVE_EXAMPLES)]
     Migrate(migrate::MigrateArgs),
+    /// Ask a destination whether a VM could move there, and how long it would take
+    ///
+    /// Nothing changes on either side: the guest runs on, and the destination goes on waiting. All
+    /// that stands against it is told at once. Exit status: 0 it would move, 1 it would not or nobody
+    /// could be asked, 2 not understood.
+    #[command(after_long_help = preflight::EXAMPLES)]
+    Preflight(preflight::PreflightArgs),
     /// Print the QEMU command line that equals a VM
     ///
     /// Of a running VM, or of the one that a configuration file describes. With --incoming that QEMU
@@ -225,6 +234,18 @@ enum CliError {
     /// The migration did not take place.
     #[error("{0}")]
     Migration(String),
+    /// The VM could not move there; the reasons have been shown.
+    #[error("the VM would not move to {0}")]
+    WouldNotMove(String),
+    /// The VM itself can't ask.
+    #[error(
+        "this VM can't ask: its process is a QEMU or an older mini-vmm, which knows no preflight; 'migrate' \
+         to a mini-vmm compares before it sends a page"
+    )]
+    CannotAsk,
+    /// The VM's answer is not one of this version.
+    #[error("the VM's answer is not one of this version of mini-vmm")]
+    Answer(#[source] serde_json::Error),
     /// The terminal, a file or a process.
     #[error("{what}")]
     Io {
@@ -312,6 +333,7 @@ fn dispatch(command: Command) -> Result<(), CliError> {
     match command {
         Command::Run(args) => run(*args),
         Command::Migrate(args) => migrate::migrate(&args),
+        Command::Preflight(args) => preflight::preflight(&args),
         Command::Qemu(args) => qemu::command(&args),
         Command::List { json } => control::list(json),
         Command::Status { vm, json } => control::status(&vm, json),

@@ -12,6 +12,7 @@ use arch::cpuid::CpuProfile;
 use arch::error::KvmError;
 use arch::host::KvmHost;
 use arch::irqchip::IrqchipState;
+use arch::trial::VcpuNeeds;
 use arch::vcpu_state::VcpuState;
 use arch::wire::XsaveLayout;
 use devices::bus::IoBus;
@@ -225,6 +226,17 @@ impl Machine {
             // A guest that does not use kvmclock has nothing to be told (EINVAL).
             let _ = answer.recv();
         }
+    }
+
+    /// What each vCPU needs of a host, one after the other, so that of a guest that runs only one
+    /// stands still at a time, for some microseconds.
+    pub fn look_at_vcpus(&self) -> Result<Vec<VcpuNeeds>, MachineError> {
+        let mut all = Vec::new();
+        for vcpu in &self.vcpus {
+            let (index, host) = (vcpu.index(), self.host.clone());
+            all.push(vcpu.peek(PAUSE_DEADLINE, move |fd| VcpuNeeds::capture(index, fd, &host))??);
+        }
+        Ok(all)
     }
 
     /// All vCPUs' states, read at the same time in their own threads. They must be paused.

@@ -8,7 +8,7 @@ use migration::transport::Listener;
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 
-use super::details;
+use super::{details, fit};
 use crate::announce::Rounds;
 use crate::control::RunState;
 use crate::vm::Vm;
@@ -52,7 +52,7 @@ impl Machine for Arriving<'_> {
 
 impl DestinationVm for Arriving<'_> {
     fn check_details(&self, source: &Value) -> Vec<Problem> {
-        details::compare(&self.vm, source)
+        fit::compare(&self.vm, source)
     }
 
     fn accept_block(&mut self, block: &RamBlock) -> bool {

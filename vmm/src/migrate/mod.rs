@@ -4,13 +4,17 @@
 //! of this machine. Here is who may start one, who watches it, and what its end means for the VM.
 
 mod arriving;
+mod asking;
 mod details;
 mod disks;
+mod fit;
 mod leaving;
 mod outgoing;
 mod recover;
+mod trial;
 mod way;
 
+pub use asking::PreflightError;
 pub use details::Device as DeviceDetails;
 pub use outgoing::{IncomingError, MigrateError};
 use recover::Standing;
@@ -45,6 +49,9 @@ pub(crate) struct Desk {
     pub(crate) parameters: Parameters,
     pub(crate) control: Option<Arc<Control>>,
     thread: Option<JoinHandle<()>>,
+    /// A preflight that is under way. While it is, no migration begins: both switch the log of written
+    /// pages on and off.
+    pub(crate) asking: Option<Arc<Control>>,
     /// Where a migration is waited for.
     pub(crate) listening: Option<SocketUri>,
     /// The process is ending: an incoming thread stops waiting.
@@ -52,9 +59,9 @@ pub(crate) struct Desk {
 }
 
 impl Desk {
-    /// Whether a thread of a migration still works.
+    /// Whether a thread of a migration still works, or a preflight does.
     pub(crate) fn is_busy(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        self.asking.is_some() || self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Notes a new migration and its thread; the one before has ended and is joined.
@@ -95,7 +102,7 @@ impl MigrationDesk {
         let thread = {
             let mut desk = self.lock();
             desk.closing = true;
-            if let Some(control) = &desk.control {
+            for control in desk.control.iter().chain(&desk.asking) {
                 control.abort();
             }
             desk.thread.take()

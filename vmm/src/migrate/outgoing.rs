@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use migration::control::Control;
-use migration::destination::{self, Failure};
+use migration::destination::{self, DestinationError, Failure};
 use migration::guest::GuestRam;
 use migration::source::{self, Outcome};
 use migration::transport::{Listener, TransportError};
@@ -25,6 +25,9 @@ const ACCEPT_STEP: Duration = Duration::from_millis(100);
 /// Why a migration was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
+    /// Another one, or a preflight, is under way.
+    #[error("a migration or a preflight of this VM is under way")]
+    Busy,
     /// The destination can't be reached.
     #[error(transparent)]
     Way(#[from] WayError),
@@ -67,6 +70,9 @@ impl Vm {
         control.begin(self.machine.ram.blocks().iter().map(|block| block.len).sum());
         // Held until the new migration is noted, so that its end finds itself there.
         let mut desk = self.migration.lock();
+        if desk.is_busy() {
+            return Err(MigrateError::Busy);
+        }
         let thread = thread::Builder::new()
             .name("migration-out".into())
             .spawn(move || vm.go(way, &shared))
@@ -157,10 +163,14 @@ impl Vm {
                     return Ok(());
                 }
                 Err(failure) if failure.vm_untouched && !self.migration.lock().closing => {
-                    tracing::warn!(
-                        "{peer} was sent away, waiting for the next: {}",
-                        crate::error_chain(&failure)
-                    );
+                    if let DestinationError::OnlyAsked { .. } = failure.error {
+                        tracing::info!("{peer}: {}", crate::error_chain(&failure));
+                    } else {
+                        tracing::warn!(
+                            "{peer} was sent away, waiting for the next: {}",
+                            crate::error_chain(&failure)
+                        );
+                    }
                     control = self.migration.control(self);
                     self.migration.lock().control = Some(control.clone());
                 }

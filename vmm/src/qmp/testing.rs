@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::source::Wish;
+use migration::source::{Preflight, Questions};
 use migration::stats::{MigrationInfo, Report};
 use serde_json::{Value, json};
 use tokio::sync::{Notify, broadcast};
@@ -140,6 +141,21 @@ impl VmControl for FakeVm {
         self.bus.send(Event::Migration(Phase::Setup));
         self.bus.send(Event::MigrationPass(1));
         Ok(())
+    }
+
+    fn preflight(
+        &self,
+        _: &MigrationUri,
+        _: Parameters,
+        _: &Questions,
+    ) -> Result<Preflight, ControlError> {
+        Ok(Preflight {
+            would_move: true,
+            destination: "mini-vmm 0.1.0".into(),
+            problems: Vec::new(),
+            left_out: 0,
+            forecast: None,
+        })
     }
 
     fn migrate_cancel(&self) {

@@ -179,6 +179,24 @@ impl Vcpu {
         rx
     }
 
+    /// Runs `f` on the vCPU's own thread between two instructions of the guest, if it runs. Nobody
+    /// else may stop or start it meanwhile.
+    pub fn peek<R: Send + 'static>(
+        &self,
+        deadline: Duration,
+        f: impl FnOnce(&mut VcpuFd) -> R + Send + 'static,
+    ) -> Result<R, VcpuError> {
+        // One that has died by itself, or was stopped, stays so.
+        let runs = self.shared.lock().wanted == Wanted::Run;
+        if !runs {
+            return self.job(f);
+        }
+        self.ask_pause();
+        let answer = self.wait_paused(deadline).and_then(|()| self.job(f));
+        self.resume();
+        answer
+    }
+
     /// Runs `f` on the vCPU's own thread, which must be paused, and waits for its answer.
     pub fn job<R: Send + 'static>(
         &self,

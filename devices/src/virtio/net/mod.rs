@@ -31,6 +31,7 @@ use super::chain::Chain;
 use super::core::{Core, VirtioError};
 use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
 use super::features;
+use super::trouble::Trouble;
 use control::Filter;
 
 static KIND: Kind = Kind {
@@ -484,6 +485,34 @@ impl VirtioDevice for Net {
         self.is_open = false;
         self.waiting = None;
         Ok(())
+    }
+    fn try_backend(&mut self) -> Vec<Trouble> {
+        // Connecting to a stream's other end would be noticed there.
+        if self.is_open || !self.backend.has_vnet_header() {
+            return Vec::new();
+        }
+        let what = self.backend.name();
+        match self.backend.open() {
+            Ok(_) => {}
+            // By the source, if that is on this host, until it gives the VM away.
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => return Vec::new(),
+            Err(source) => return vec![Trouble::Missing { what, source }],
+        }
+        let csum = Offloads { csum: true, ..Offloads::default() };
+        let mut troubles = Vec::new();
+        for (offload, offloads) in [
+            ("TUN_F_CSUM", csum),
+            ("TUN_F_TSO4", Offloads { tso4: true, ..csum }),
+            ("TUN_F_TSO6", Offloads { tso6: true, ..csum }),
+            ("TUN_F_TSO_ECN", Offloads { tso4: true, tso6: true, ecn: true, ..csum }),
+            ("TUN_F_UFO", Offloads { ufo: true, ..csum }),
+        ] {
+            if let Err(source) = self.backend.set_offloads(offloads) {
+                troubles.push(Trouble::Offload { what: what.clone(), offload, source });
+            }
+        }
+        self.backend.close();
+        troubles
     }
     fn announce(&mut self) {
         if self.is_open && self.status & link::UP != 0 {

@@ -273,13 +273,18 @@ impl DestinationVm for FakeVm {
         if *source == self.details {
             return Vec::new();
         }
-        vec![Problem {
-            code: "slots".into(),
-            what: "PCI slots".into(),
-            expected: self.details.to_string(),
-            found: source.to_string(),
-            hint: "use --device".into(),
-        }]
+        // Some differences are worth no more than a word.
+        let fatal = source.get("only a word").is_none();
+        let mut problem = Problem::new(
+            migration::problem::kind::PCI_SLOT,
+            "PCI slots",
+            &self.details,
+            source,
+            "use --device",
+        );
+        problem.code = "slots".into();
+        problem.fatal = fatal;
+        vec![problem]
     }
     fn accept_block(&mut self, block: &RamBlock) -> bool {
         let has = self.ram.blocks().iter().any(|b| b.name == block.name);

@@ -213,7 +213,7 @@ pub(super) fn set_capabilities(shared: &Shared, mut args: Args) -> Outcome {
 }
 
 /// QEMU's words where it has the same complaint.
-fn refused(error: ParameterError) -> QmpError {
+pub(super) fn refused(error: ParameterError) -> QmpError {
     match error {
         ParameterError::UnknownParameter { name } => QmpError::Unexpected(name),
         other => ControlError::Parameter(other).into(),

@@ -4,6 +4,7 @@
 //! sends, `<-` what it gets, in that order and in full (but for the time of an event).
 
 mod migrate;
+mod preflight;
 mod query;
 mod recover;
 mod run;
@@ -74,6 +75,7 @@ static COMMANDS: &[Command] = &[
     Command::new("stop", run::stop),
     Command::new("system_powerdown", run::system_powerdown),
     Command::new("system_reset", run::system_reset),
+    Command::new("x-mini-vmm-preflight", preflight::preflight),
     Command::new("x-mini-vmm-status", query::full_status),
     Command::new("x-recover", recover::recover),
 ];
@@ -91,9 +93,10 @@ fn query_commands(_: &Shared, args: Args) -> Outcome {
 
 /// The modules' own texts, whose transcripts are run.
 #[cfg(test)]
-pub(super) const TRANSCRIPTS: [(&str, &str); 4] = [
+pub(super) const TRANSCRIPTS: [(&str, &str); 5] = [
     ("run.rs", include_str!("run.rs")),
     ("query.rs", include_str!("query.rs")),
     ("migrate.rs", include_str!("migrate.rs")),
     ("recover.rs", include_str!("recover.rs")),
+    ("preflight.rs", include_str!("preflight.rs")),
 ];

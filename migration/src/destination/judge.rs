@@ -1,0 +1,59 @@
+//! Would the source's VM fit: the verdict on a manifest, and what a source that only asks may do
+//! afterwards.
+
+use super::{Arrival, DestinationError, compare};
+use crate::handover::Peer;
+use crate::manifest::{Manifest, PROTOCOL_VERSIONS, Verdict};
+use crate::wire::limits::MAX_PROBES;
+use crate::wire::return_path::Message;
+
+/// A source only asks.
+pub(super) struct Asked {
+    /// The fatal problems that it was told.
+    pub(super) count: usize,
+    /// Bytes of probes that it has sent.
+    probed: u64,
+}
+
+impl Arrival<'_> {
+    /// Says everything that stands against the manifest's VM. With a source that only asks that is
+    /// no reason to hang up: it will measure the connection.
+    pub(super) fn judge(&mut self, manifest: Manifest) -> Result<(), DestinationError> {
+        if self.answer.peer() != Peer::MiniVmm || self.manifest.is_some() || self.asked.is_some() {
+            return Err(self.out_of_turn("a manifest"));
+        }
+        if !manifest.only_asking {
+            self.begin();
+        }
+        if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
+            return Err(DestinationError::Protocol { found: manifest.protocol });
+        }
+        let verdict = Verdict::new(compare(self.vm, self.loader.sections(), &manifest));
+        self.answer.send(&Message::Verdict(verdict.clone()))?;
+        if manifest.only_asking {
+            self.asked = Some(Asked { count: verdict.problems.len(), probed: 0 });
+            return Ok(());
+        }
+        for warning in &verdict.warnings {
+            tracing::warn!("{}: {warning}", warning.code);
+        }
+        self.manifest = Some(manifest);
+        match verdict.problems {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(DestinationError::Refused { problems }),
+        }
+    }
+
+    /// Bytes have come for a measurement, and are gone. They may only follow a question, and a
+    /// source can't keep this side busy with them for ever.
+    pub(super) fn probed(&mut self, len: u32) -> Result<(), DestinationError> {
+        let Some(asked) = &mut self.asked else {
+            return Err(self.out_of_turn("a probe without a question"));
+        };
+        asked.probed = asked.probed.saturating_add(len.into());
+        if asked.probed > MAX_PROBES {
+            return Err(self.out_of_turn("more probes than anybody needs"));
+        }
+        Ok(())
+    }
+}

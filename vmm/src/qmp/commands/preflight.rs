@@ -1,0 +1,45 @@
+//! The question before a migration.
+
+use std::time::Duration;
+
+use migration::source::Questions;
+use serde_json::Value;
+
+use super::super::QmpError;
+use super::migrate::refused;
+use super::{Args, Outcome, Shared};
+use crate::config::MigrationUri;
+
+/// The longest sample, in ms: a client waits for the answer meanwhile.
+const MAX_SAMPLE_MS: u64 = 30_000;
+
+/// Would the VM move there? `sample` is for how many ms the guest's writes are watched (1000; 0 leaves
+/// the forecast out). Any parameter of a migration may be said with it, and counts for this once.
+///
+/// ```text
+/// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "sample": 100, "downtime-limit": 50}}
+/// <- {"return": {"would-move": true, "destination": "mini-vmm 0.1.0", "problems": [], "left-out": 0, "forecast": null}}
+/// -> {"execute": "x-mini-vmm-preflight"}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'uri' is missing"}}
+/// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "sample": 99999}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'sample' does not accept value '99999'"}}
+/// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "speed": 1}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'speed' is unexpected"}}
+/// ```
+pub(super) fn preflight(shared: &Shared, mut args: Args) -> Outcome {
+    let uri = args.string("uri")?.parse::<MigrationUri>()?;
+    let mut rest = args.rest();
+    let mut questions = Questions::default();
+    if let Some(value) = rest.remove("sample") {
+        let ms = value.as_u64().filter(|ms| *ms <= MAX_SAMPLE_MS);
+        let ms = ms.ok_or_else(|| QmpError::Value("sample".to_string(), value.to_string()))?;
+        questions.sample = Duration::from_millis(ms);
+    }
+    let mut parameters = shared.vm.migrate_parameters();
+    for (name, value) in rest {
+        parameters.set(&name, &value).map_err(refused)?;
+    }
+    let answer = shared.vm.preflight(&uri, parameters, &questions)?;
+    // Plain values always have a JSON form.
+    Ok(serde_json::to_value(answer).unwrap_or(Value::Null))
+}

@@ -49,7 +49,7 @@ pub enum Command {
     /// The source goes on running the VM itself.
     Abort(Abort),
     /// So many bytes that mean nothing, for a measurement; at most
-    /// [`MAX_PROBE`](super::limits::MAX_PROBE).
+    /// [`MAX_PROBE`].
     Probe(u32),
 }
 

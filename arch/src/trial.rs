@@ -16,6 +16,8 @@ use crate::sys;
 use crate::vcpu_init::init_vcpu;
 use crate::vcpu_state::xstate_bv;
 
+/// CR4.LA57: linear addresses have 57 bits, not 48.
+const CR4_LA57: u64 = 1 << 12;
 /// CR4.VMXE and EFER.SVME: the guest is a hypervisor.
 const CR4_VMXE: u64 = 1 << 13;
 const EFER_SVME: u64 = 1 << 12;
@@ -46,6 +48,9 @@ pub struct VcpuNeeds {
     pub tsc_khz: u32,
     /// It has switched on the processor's support for hypervisors.
     pub hypervisor: bool,
+    /// It has switched on addresses of 57 bits, which decides what registers that hold one may hold.
+    #[serde(default)]
+    pub long_addresses: bool,
 }
 
 /// What KVM did not take.
@@ -85,6 +90,7 @@ impl VcpuNeeds {
             xstate: xstate_bv(&xsave),
             mxcsr: mxcsr.map_or(0, |bytes| u32::from_le_bytes(*bytes)),
             tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
+            long_addresses: sregs.cr4 & CR4_LA57 != 0,
             hypervisor: sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0,
         })
     }
@@ -105,6 +111,9 @@ impl VcpuNeeds {
             return vec![Refusal::Cpuid(e.to_string())];
         }
         let mut refusals = Vec::new();
+        if let Err(e) = self.set_addresses(spare) {
+            refusals.push(Refusal::Other(e.to_string()));
+        }
         if let Err(e) = self.try_fpu(spare, host) {
             refusals.push(Refusal::Xsave(e.to_string()));
         }
@@ -125,6 +134,18 @@ impl VcpuNeeds {
             Err(e) => refusals.push(Refusal::Other(e.to_string())),
         }
         refusals
+    }
+
+    /// Lets the spare vCPU have addresses as long as the guest's.
+    fn set_addresses(&self, spare: &VcpuFd) -> Result<(), KvmError> {
+        let mut sregs = spare.get_sregs().map_err(vcpu_error(self.index, "KVM_GET_SREGS"))?;
+        let wanted = if self.long_addresses { CR4_LA57 } else { 0 };
+        if sregs.cr4 & CR4_LA57 == wanted {
+            return Ok(());
+        }
+        sregs.cr4 = sregs.cr4 & !CR4_LA57 | wanted;
+        let what = format!("KVM_SET_SREGS(CR4 {:#x})", sregs.cr4);
+        spare.set_sregs(&sregs).map_err(vcpu_error(self.index, what))
     }
 
     /// An area with the same components, all zero.

@@ -28,6 +28,9 @@ use crate::vcpu_state::{VcpuState, tsc_khz_close};
 /// The longest time between capture and restore that is believed.
 pub const MAX_ADVANCE: Duration = Duration::from_secs(300);
 
+/// The ticks in a second of a TSC whose speed is not known.
+const SLOW_TSC_HZ: u64 = 1_000_000_000;
+
 /// The VM's clock at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClockState {
@@ -99,6 +102,28 @@ impl ClockBase {
         let ns = self.here.clock.saturating_sub(self.source.clock);
         let ticks = u128::from(ns) * u128::from(khz) / 1_000_000;
         u64::try_from(ticks).unwrap_or(u64::MAX)
+    }
+}
+
+/// Makes one moment of several: a QEMU reads its vCPUs' TSCs one after the other, and a guest whose
+/// thread changes vCPUs must not find that time went back by what lay between. TSCs that differ by less
+/// than a second are taken for one, as KVM takes them when they are written (`kvm_synchronize_tsc`);
+/// the latest counts, since each has been read by the guest at most up to its own.
+pub fn synchronise_tscs(states: &mut [VcpuState]) {
+    if states.iter().any(|state| state.tsc_offset.is_some()) {
+        // Their exact relation is known.
+        return;
+    }
+    let (Some(least), Some(most)) =
+        (states.iter().map(|s| s.tsc).min(), states.iter().map(|s| s.tsc).max())
+    else {
+        return;
+    };
+    let second = states.iter().map(|s| u64::from(s.tsc_khz) * 1000).max().unwrap_or(0);
+    // A kernel that does not say how fast it counts: the slowest processor with KVM.
+    let second = if second == 0 { SLOW_TSC_HZ } else { second };
+    if most - least < second {
+        states.iter_mut().for_each(|state| state.tsc = most);
     }
 }
 
@@ -175,6 +200,22 @@ fn realtime_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tscs_that_were_read_one_after_the_other_are_of_one_moment() {
+        let tscs = |offset, values: &[u64]| -> Vec<u64> {
+            let mut states: Vec<_> = values.iter().map(|tsc| vcpu(*tsc, offset)).collect();
+            synchronise_tscs(&mut states);
+            states.iter().map(|state| state.tsc).collect()
+        };
+        assert_eq!(tscs(None, &[5_000_000, 7_195_856, 6_000_000]), [7_195_856; 3]);
+        // A second apart (2 GHz): the guest has made them so, or a vCPU was added later.
+        assert_eq!(tscs(None, &[0, 2_000_000_000]), [0, 2_000_000_000]);
+        assert_eq!(tscs(None, &[0, 1_999_999_999]), [1_999_999_999; 2]);
+        // Their relation is known exactly.
+        assert_eq!(tscs(Some(1), &[5, 7]), [5, 7]);
+        assert_eq!(tscs(None, &[]), [0; 0]);
+    }
 
     fn vcpu(tsc: u64, tsc_offset: Option<u64>) -> VcpuState {
         VcpuState { tsc, tsc_offset, tsc_khz: 2_000_000, ..VcpuState::default() }

@@ -13,7 +13,7 @@ mod section;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arch::clock::ClockState;
+use arch::clock::{ClockState, synchronise_tscs};
 use arch::cpuid::CpuProfile;
 use arch::irqchip::IrqchipState;
 use arch::vcpu_state::VcpuState;
@@ -175,6 +175,7 @@ impl KvmState {
             };
             states.push(vcpu.to_state(index, &context).map_err(field("cpu", index))?);
         }
+        synchronise_tscs(&mut states);
         let pic = |n| arrived.pic.get(&n).copied().ok_or(missing("i8259", n));
         let chips = IrqchipWire {
             pic: [pic(0)?, pic(1)?],

@@ -1,6 +1,7 @@
 //! One machine that a QEMU and a mini-vmm can both be, and guests that go between them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use tempfile::TempDir;
 
@@ -37,6 +38,28 @@ impl Pair {
             .arg("-append")
             .arg(mini.command_line());
         Self { mini, qemu, dir: TempDir::new().expect("a directory") }
+    }
+
+    /// A machine with everything that moves: two processors, a disk, a network on the first tap for
+    /// mini-vmm and on the second for QEMU, random numbers, a console and a balloon; and all work.
+    /// `more` is for mini-vmm.
+    pub fn full(image: &Path, taps: &[&str], more: &str) -> Self {
+        let (disk, mini, qemu) = (image.display(), taps[0], taps[1]);
+        Self::new(
+            &format!(
+                "--memory 256M --smp 2 --disk path={disk} --net tap={mini} --rng --console null \
+                 --balloon {more}"
+            ),
+            &format!(
+                "-m 256 -smp 2 -drive file={disk},if=none,id=disk0,format=raw \
+                 -device virtio-blk-pci,drive=disk0 \
+                 -netdev tap,id=net0,ifname={qemu},script=no,downscript=no \
+                 -device virtio-net-pci,netdev=net0 -device virtio-rng-pci \
+                 -device virtio-serial-pci -chardev null,id=con0 -device virtconsole,chardev=con0 \
+                 -device virtio-balloon-pci"
+            ),
+            "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24",
+        )
     }
 
     /// Boots a guest in QEMU, by its firmware.

@@ -47,23 +47,7 @@ fn four_hops_between_qemu_and_mini_vmm_lose_nothing() {
     let image = disk(dir.path());
     let bridge = Bridge::new("mvbr0", "10.99.0.1/24", &["mvtapm", "mvtapq"]);
     let taps: Vec<_> = bridge.taps().collect();
-    let disk = image.display();
-    let pair = Pair::new(
-        &format!(
-            "--memory 256M --smp 2 --disk path={disk} --net tap={} --rng --console null --balloon",
-            taps[0]
-        ),
-        &format!(
-            "-m 256 -smp 2 -drive file={disk},if=none,id=disk0,format=raw \
-             -device virtio-blk-pci,drive=disk0 \
-             -netdev tap,id=net0,ifname={},script=no,downscript=no \
-             -device virtio-net-pci,netdev=net0 -device virtio-rng-pci \
-             -device virtio-serial-pci -chardev null,id=console -device virtconsole,chardev=console \
-             -device virtio-balloon-pci",
-            taps[1]
-        ),
-        "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24",
-    );
+    let pair = Pair::full(&image, &taps, "");
     let mut guest = pair.boot_qemu();
     let mut watch = Watch::new(&mut guest.terminal);
     for round in 1..=2 {

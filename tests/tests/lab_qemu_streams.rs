@@ -60,24 +60,7 @@ fn a_guest_of_qemus_is_written_down_alike_by_both() {
     let image = disk(dir.path());
     let bridge = Bridge::new("mvbr0", "10.99.0.1/24", &["mvtapm", "mvtapq"]);
     let taps: Vec<_> = bridge.taps().collect();
-    let disk = image.display();
-    let pair = Pair::new(
-        &format!(
-            "--memory 256M --smp 2 --disk path={disk} --net tap={} --rng --console null --balloon \
-             --paused",
-            taps[0]
-        ),
-        &format!(
-            "-m 256 -smp 2 -drive file={disk},if=none,id=disk0,format=raw \
-             -device virtio-blk-pci,drive=disk0 \
-             -netdev tap,id=net0,ifname={},script=no,downscript=no \
-             -device virtio-net-pci,netdev=net0 -device virtio-rng-pci \
-             -device virtio-serial-pci -chardev null,id=con0 -device virtconsole,chardev=con0 \
-             -device virtio-balloon-pci",
-            taps[1]
-        ),
-        "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24",
-    );
+    let pair = Pair::full(&image, &taps, "--paused");
     let guest = pair.boot_qemu();
     guest.terminal.next_number("memory: generation");
     guest.terminal.next_number("disk: record");

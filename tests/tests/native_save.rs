@@ -6,8 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use system_tests::guest::Guest;
 use system_tests::qemu::QemuArgs;
 use system_tests::serial::SerialLine;
@@ -320,8 +321,20 @@ fn a_cancel_ends_a_command_that_takes_nothing_and_leaves_no_trace() {
             || fs::read_to_string(&pid).ok().filter(|text| text.ends_with('\n')),
             || "",
         );
-        // It may stand in the middle of memory, or at the very end.
-        std::thread::sleep(std::time::Duration::from_millis(700));
+        // It stands still: in the middle of memory, or at the very end.
+        let (mut before, mut since) = (Value::Null, Instant::now());
+        wait::until(
+            "the save to be stuck",
+            20,
+            || {
+                let sent = qmp.ask("query-migrate")["ram"]["transferred"].clone();
+                if sent != before {
+                    (before, since) = (sent, Instant::now());
+                }
+                (before.is_number() && since.elapsed() > Duration::from_millis(300)).then_some(())
+            },
+            || "",
+        );
         qmp.ask("migrate_cancel");
         assert_eq!(qmp.wait_migrated(20)["status"], "cancelled");
         assert_eq!(qmp.status(), "running");

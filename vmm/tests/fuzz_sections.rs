@@ -4,16 +4,16 @@
 //! Runs for `MINI_VMM_FUZZ_SECONDS` (2 when not set), from `MINI_VMM_FUZZ_SEED` on (the time when not
 //! set, which is printed). `cargo xtask fuzz` sets them.
 
+mod common;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use migration::vmstate::{Audience, ByteSource, Section, SliceSource};
-use vmm::config::{Config, Settings};
 use vmm::control::RunState;
 use vmm::grants::Grants;
-use vmm::machine::Machine;
-use vmm::power::MachineEvents;
 use vmm::vm::Vm;
 
 /// A generator of numbers that need not be good, only repeatable (xorshift64, Marsaglia 2003).
@@ -67,33 +67,14 @@ fn change(body: &mut Vec<u8>, numbers: &mut Numbers) {
     }
 }
 
-/// A machine with every device, on which nothing runs.
-fn machine(directory: &std::path::Path) -> Arc<Vm> {
-    let disk = directory.join("disk.img");
-    std::fs::File::create(&disk).and_then(|f| f.set_len(1 << 20)).expect("a disk image");
-    let socket = directory.join("net.sock");
-    let toml = format!(
-        r#"
-        name = "fuzz"
-        memory = "64M"
-        smp = 2
-        selfcheck = ""
-        paused = true
-        migrate-listen = "defer"
-        rng = {{}}
-        balloon = {{}}
-        console = "null"
-        serial = "null"
-        disk = [{{ path = "{}" }}, {{ path = "{0}", id = "modern", virtio = "modern", readonly = true, queues = 3 }}]
-        net = [{{ stream = "unix:{}" }}]
-        "#,
-        disk.display(),
-        socket.display()
+fn vm(directory: &Path) -> Arc<Vm> {
+    let disk = common::disk(directory, 1 << 20);
+    let disks = format!(
+        r#"{{ path = "{disk}" }},
+           {{ path = "{disk}", id = "modern", virtio = "modern", readonly = true, queues = 3 }}"#
     );
-    let settings = Settings::from_toml(&toml, "the test's configuration").expect("settings");
-    let config = Config::resolve(settings).expect("a configuration");
-    let (queue, _) = MachineEvents::new();
-    let machine = Machine::new(&config, &queue).expect("a machine: is there a /dev/kvm?");
+    let net = format!(r#"{{ stream = "unix:{}" }}"#, directory.join("net.sock").display());
+    let (machine, queue) = common::machine("64M", &disks, &net);
     Vm::new(machine, queue, Grants::default())
 }
 
@@ -118,7 +99,7 @@ fn no_bytes_in_a_section_do_harm() {
     let mut numbers = Numbers(seed | 1);
 
     let directory = tempfile::tempdir().expect("a directory");
-    let vm = machine(directory.path());
+    let vm = vm(directory.path());
     let mut sections = vm.sections(RunState::Paused);
     let good: Vec<Vec<u8>> = sections
         .iter()

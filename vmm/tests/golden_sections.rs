@@ -1,18 +1,17 @@
 //! Streams that were recorded once, from QEMU and from mini-vmm, go through the real devices: each
 //! section is taken, and written as it was.
 
-use std::fs::File;
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use migration::inspect::{self, DeviceSection, Value};
 use migration::vmstate::{Audience, ByteSource, SliceSource};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::config::{Config, Settings};
 use vmm::control::RunState;
 use vmm::grants::Grants;
 use vmm::machine::Machine;
-use vmm::power::MachineEvents;
 use vmm::vm::Vm;
 
 /// Sections that are not written as they were read, and why.
@@ -31,30 +30,6 @@ const NOT_THE_SAME: &[(&str, &str)] = &[
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
-}
-
-/// The machine that was recorded. Its tap is opened by nobody, since no guest runs.
-fn config(directory: &Path) -> Config {
-    let disk = directory.join("disk.img");
-    File::create(&disk).and_then(|file| file.set_len(64 << 20)).expect("a disk image");
-    let toml = format!(
-        r#"
-        name = "golden"
-        memory = "256M"
-        smp = 2
-        paused = true
-        migrate-listen = "defer"
-        rng = {{}}
-        balloon = {{}}
-        console = "null"
-        serial = "null"
-        disk = [{{ path = "{}" }}]
-        net = [{{ tap = "golden0" }}]
-        "#,
-        disk.display(),
-    );
-    let settings = Settings::from_toml(&toml, "the test's configuration").expect("settings");
-    Config::resolve(settings).expect("a configuration")
 }
 
 /// A number in a tree of values.
@@ -114,9 +89,10 @@ fn every_recorded_section_is_taken_and_written_as_it_was() {
         let path = entry.expect("a directory entry").path();
         let report = read(&path);
         let directory = tempfile::tempdir().expect("a directory");
-        let config = config(directory.path());
-        let (queue, _) = MachineEvents::new();
-        let machine = Machine::new(&config, &queue).expect("a machine: is there a /dev/kvm?");
+        let disk = common::disk(directory.path(), 64 << 20);
+        // The tap is opened by nobody, since no guest runs.
+        let (machine, queue) =
+            common::machine("256M", &format!(r#"{{ path = "{disk}" }}"#), r#"{ tap = "golden0" }"#);
         report.devices().for_each(|section| put_rings(&machine, section));
         let vm = Vm::new(machine, queue, Grants::default());
         let mut sections = vm.sections(RunState::Paused);

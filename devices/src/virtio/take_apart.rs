@@ -4,13 +4,12 @@
 //! A body that does not fit what is known here stays as it is: bytes.
 
 use migration::inspect::{Member, Part, Report, Value};
+use migration::vmstate::SUBSECTION;
 
 /// The field that holds the whole device.
 const FIELD: &str = "virtio";
 /// Queue arrays always have room for as many queues as a virtio device may have.
 const QUEUES: u64 = 1024;
-/// In front of a subsection.
-const SUBSECTION: u8 = 5;
 /// The PCI capability of MSI-X (PCI Local Bus 3.0, 6.8.2).
 const MSIX: u8 = 0x11;
 /// A request that the device has taken and not answered, as QEMU holds it in memory: three counts,

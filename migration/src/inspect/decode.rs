@@ -2,9 +2,8 @@
 
 use super::description::{Field, Layout};
 use super::value::{Member, Value};
+use crate::vmstate::SUBSECTION;
 
-/// In front of a subsection.
-pub(super) const SUBSECTION: u8 = 5;
 /// Deepest nesting of structs; QEMU's own is below 10.
 const MAX_DEPTH: usize = 32;
 /// Most values in one section, so that a description of empty fields cannot take all memory. A virtio

@@ -68,9 +68,8 @@ pub struct Field {
 }
 
 impl Description {
-    /// The description in the last part of a stream, and where that part begins: `00`, `06`, a length,
-    /// JSON. Something may follow it.
-    pub(super) fn find(tail: &[u8]) -> Option<(usize, Self)> {
+    /// The description in the last part of a stream: `00`, `06`, a length, JSON. Something may follow it.
+    pub(super) fn find(tail: &[u8]) -> Option<Self> {
         // From the end on: that is where it is, and what looks like one in a device is before.
         tail.windows(2).enumerate().rev().filter(|(_, two)| two == &[0, 6]).find_map(|(at, _)| {
             let text = tail.get(at.checked_add(2)?..)?;
@@ -79,7 +78,7 @@ impl Description {
             if !(json.starts_with(b"{") && json.trim_ascii_end().ends_with(b"}")) {
                 return None;
             }
-            Some((at, serde_json::from_slice(json).ok()?))
+            serde_json::from_slice(json).ok()
         })
     }
 

@@ -5,7 +5,8 @@ use super::walk::Stop;
 use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::vmstate::ByteSource;
 use crate::wire::ram::{
-    COMPRESS, CONTINUE, EOS, MEM_SIZE, MULTIFD_FLUSH, PAGE, XBZRLE, ZERO, read_blocks, read_fill,
+    COMPRESS, CONTINUE, EOS, FLAGS, MEM_SIZE, MULTIFD_FLUSH, PAGE, XBZRLE, ZERO, read_block_list,
+    read_fill,
 };
 use crate::wire::{
     WireError, read_array, read_bytes, read_str8, read_u8, read_u16, read_u32, read_u64,
@@ -73,7 +74,7 @@ impl RamReader {
         loop {
             let at = from.offset();
             let header = read_u64(from, "a RAM record")?;
-            let (offset, flags) = (header & !0xfff, header & 0xfff);
+            let (offset, flags) = (header & !FLAGS, header & FLAGS);
             match (flags, offset) {
                 (EOS, 0) => return Ok(visitor.end_of_records()?),
                 (MULTIFD_FLUSH, 0) => {
@@ -143,15 +144,11 @@ impl RamReader {
         total: u64,
         visitor: &mut dyn Visitor,
     ) -> Result<(), Stop> {
-        let blocks = if self.addresses {
-            blocks_with_addresses(from, total)?
-        } else {
-            let blocks = read_blocks(from, total)?;
-            blocks.into_iter().map(|block| (block, None)).collect()
-        };
+        let blocks = read_block_list(from, total, self.addresses)?;
         visitor.blocks(self.blocks.len(), &blocks)?;
-        let reports =
-            blocks.into_iter().map(|(block, _)| BlockReport { block, pages: Pages::default() });
+        let reports = blocks
+            .into_iter()
+            .map(|listed| BlockReport { block: listed.block, pages: Pages::default() });
         self.blocks.extend(reports);
         Ok(())
     }
@@ -201,29 +198,4 @@ fn compressed(from: &mut dyn ByteSource) -> Result<Vec<u8>, WireError> {
         return Err(WireError::TooLarge { what, offset, found: found.into(), max });
     }
     read_bytes(from, found, "a compressed page")
-}
-
-/// With the capability x-ignore-shared each block's length is followed by its guest address.
-fn blocks_with_addresses(
-    from: &mut dyn ByteSource,
-    total: u64,
-) -> Result<Vec<(RamBlock, Option<u64>)>, WireError> {
-    let (mut blocks, mut left) = (Vec::new(), total);
-    while left > 0 {
-        let at = from.offset();
-        let name = read_str8(from, "a RAM block's name")?;
-        let len = read_u64(from, "a RAM block's length")?;
-        let address = read_u64(from, "a RAM block's address")?;
-        if len == 0 || len > left || blocks.len() >= crate::wire::limits::MAX_RAM_BLOCKS {
-            return Err(WireError::Unexpected {
-                what: "a RAM block's length",
-                offset: at,
-                expected: format!("at most the {left:#x} bytes left of the sum"),
-                found: format!("{len:#x} for {name}"),
-            });
-        }
-        left = left.saturating_sub(len);
-        blocks.push((RamBlock { name, len }, Some(address)));
-    }
-    Ok(blocks)
 }

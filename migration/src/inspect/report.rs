@@ -5,6 +5,7 @@ use serde_json::{Value as Json, json};
 use super::ram::{BlockReport, Pages};
 use super::value::{Value, hex};
 use crate::vmstate::SectionId;
+use crate::wire::command::RawCommand;
 use crate::wire::header::Configuration;
 
 /// A stream, as far as it could be read.
@@ -78,12 +79,8 @@ pub struct DeviceSection {
 pub struct CommandPart {
     /// Offset in the stream.
     pub offset: u64,
-    /// Its number.
-    pub number: u16,
-    /// Its name.
-    pub name: &'static str,
-    /// What it carries.
-    pub payload: Vec<u8>,
+    /// The command.
+    pub command: RawCommand,
 }
 
 /// The JSON at the end.
@@ -150,9 +147,9 @@ impl Part {
                 "sections": ram.sections, "pages": pages(&ram.pages),
             }),
             Self::Device(section) => section.to_json(),
-            Self::Command(command) => json!({
-                "type": "command", "offset": command.offset, "number": command.number,
-                "name": command.name, "payload": hex(&command.payload),
+            Self::Command(CommandPart { offset, command }) => json!({
+                "type": "command", "offset": offset, "number": command.number,
+                "name": command.name(), "payload": hex(&command.payload),
             }),
             Self::End(offset) => json!({ "type": "end", "offset": offset }),
             Self::Description(part) => {

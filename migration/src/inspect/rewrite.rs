@@ -2,15 +2,14 @@
 
 use std::io::{self, Write};
 
-use super::report::{CommandPart, DeviceSection};
+use super::report::DeviceSection;
 use super::visit::{PageContent, PageRecord, Visitor};
-use super::walk::OWN_COMMANDS;
-use crate::guest::RamBlock;
+use crate::wire::command::RawCommand;
 use crate::wire::header::{self, Configuration};
+use crate::wire::ram::{self, ListedBlock};
 use crate::wire::section::{
     PartType, SectionHeader, write_footer, write_header, write_part_header,
 };
-use crate::wire::{ram, write_str8};
 
 /// A visitor that writes what it is shown, with the encoders that a source uses. If the result is what
 /// was read, nothing was overlooked.
@@ -55,20 +54,8 @@ impl<W: Write> Visitor for Rewriter<W> {
         })
     }
 
-    fn blocks(&mut self, _: usize, blocks: &[(RamBlock, Option<u64>)]) -> io::Result<()> {
-        self.write(|out| {
-            if blocks.iter().all(|(_, address)| address.is_none()) {
-                let blocks: Vec<_> = blocks.iter().map(|(block, _)| block.clone()).collect();
-                return ram::write_blocks(out, &blocks);
-            }
-            let total = blocks.iter().fold(0_u64, |sum, (block, _)| sum.saturating_add(block.len));
-            out.extend_from_slice(&(total | ram::MEM_SIZE).to_be_bytes());
-            for (block, address) in blocks {
-                write_str8(out, &block.name);
-                out.extend_from_slice(&block.len.to_be_bytes());
-                out.extend_from_slice(&address.unwrap_or_default().to_be_bytes());
-            }
-        })
+    fn blocks(&mut self, _: usize, blocks: &[ListedBlock]) -> io::Result<()> {
+        self.write(|out| ram::write_block_list(out, blocks))
     }
 
     fn page(&mut self, record: PageRecord<'_>, content: PageContent<'_>) -> io::Result<()> {
@@ -124,19 +111,8 @@ impl<W: Write> Visitor for Rewriter<W> {
         })
     }
 
-    fn command(&mut self, command: &CommandPart) -> io::Result<()> {
-        self.write(|out| {
-            out.push(PartType::Command as u8);
-            out.extend_from_slice(&command.number.to_be_bytes());
-            let len = command.payload.len();
-            if OWN_COMMANDS.contains(&command.number) {
-                out.extend_from_slice(&4_u16.to_be_bytes());
-                out.extend_from_slice(&(len as u32).to_be_bytes());
-            } else {
-                out.extend_from_slice(&(len as u16).to_be_bytes());
-            }
-            out.extend_from_slice(&command.payload);
-        })
+    fn command(&mut self, command: &RawCommand) -> io::Result<()> {
+        self.write(|out| command.write(out))
     }
 
     fn end(&mut self) -> io::Result<()> {

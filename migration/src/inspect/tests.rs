@@ -107,7 +107,7 @@ fn everything_is_found_and_every_field_has_its_value() {
         .map(|part| match part {
             Part::Ram(ram) => format!("{} {}", ram.kind, ram.sections),
             Part::Device(section) => section.key.to_string(),
-            Part::Command(command) => command.name.to_string(),
+            Part::Command(command) => command.command.name().to_string(),
             Part::End(_) => "end".to_string(),
             Part::Description(_) => "description".to_string(),
         })

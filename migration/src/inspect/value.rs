@@ -51,7 +51,7 @@ impl Value {
             Self::Struct(members) => {
                 for member in members {
                     if let Some(version) = member.subsection {
-                        out.push(super::decode::SUBSECTION);
+                        out.push(crate::vmstate::SUBSECTION);
                         write_str8(out, &member.name);
                         out.extend_from_slice(&version.to_be_bytes());
                     }

@@ -2,9 +2,11 @@
 
 use std::io;
 
-use super::report::{CommandPart, DeviceSection};
+use super::report::DeviceSection;
 use crate::guest::{PAGE_SIZE, RamBlock};
+use crate::wire::command::RawCommand;
 use crate::wire::header::Configuration;
+use crate::wire::ram::ListedBlock;
 use crate::wire::section::{PartType, SectionHeader};
 
 /// A page as it stands in the stream.
@@ -49,8 +51,8 @@ pub trait Visitor {
     fn ram(&mut self, kind: PartType, id: u32, header: Option<&SectionHeader>) -> io::Result<()> {
         Ok(())
     }
-    /// RAM blocks, from that number on, and the guest addresses of shared ones.
-    fn blocks(&mut self, first: usize, blocks: &[(RamBlock, Option<u64>)]) -> io::Result<()> {
+    /// RAM blocks, from that number on.
+    fn blocks(&mut self, first: usize, blocks: &[ListedBlock]) -> io::Result<()> {
         Ok(())
     }
     /// A page. Of several for the same place the last one counts.
@@ -74,7 +76,7 @@ pub trait Visitor {
         Ok(())
     }
     /// A command.
-    fn command(&mut self, command: &CommandPart) -> io::Result<()> {
+    fn command(&mut self, command: &RawCommand) -> io::Result<()> {
         Ok(())
     }
     /// The end of the sections.

@@ -11,14 +11,12 @@ use super::ram::{Pages, RamReader};
 use super::report::{Broken, CommandPart, DescriptionPart, DeviceSection, Part, RamPart, Report};
 use super::visit::Visitor;
 use crate::vmstate::{ByteSource, SectionId};
-use crate::wire::limits::{MAX_JSON, MAX_SECTION_BODY};
+use crate::wire::command::RawCommand;
+use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::section::{
     FOOTER, PartType, SectionHeader, read_description, read_footer, read_header, read_part_type,
 };
-use crate::wire::{WireError, header, ram, read_bytes, read_u16, read_u32};
-
-/// Our own commands carry a length of four bytes and so many bytes of JSON behind it.
-pub(super) const OWN_COMMANDS: std::ops::RangeInclusive<u16> = 0x4d01..=0x4d04;
+use crate::wire::{WireError, header, ram, read_bytes, read_u32};
 
 /// Why the walk ended early.
 #[derive(Debug)]
@@ -210,7 +208,7 @@ impl<R: Read> Walk<R> {
             let tail = self.input.rest(MAX_TAIL);
             let tail =
                 tail.map_err(|e| WireError::BrokenOff { what: "the devices", offset, source: e })?;
-            self.description = tail.and_then(Description::find).map(|(_, description)| description);
+            self.description = tail.and_then(Description::find);
         }
         let body_offset = self.input.offset();
         let layout = self.description.as_ref().and_then(|d| d.section(&key.idstr, key.instance));
@@ -238,27 +236,9 @@ impl<R: Read> Walk<R> {
     }
 
     fn command(&mut self, offset: u64, visitor: &mut dyn Visitor) -> Result<(), Stop> {
-        let number = read_u16(&mut self.input, "a command")?;
-        let length = read_u16(&mut self.input, "a command's length")?;
-        let mut payload = read_bytes(&mut self.input, length.into(), "a command's payload")?;
-        if OWN_COMMANDS.contains(&number) {
-            let Ok(len) = <[u8; 4]>::try_from(payload) else {
-                let (what, found) = ("a command's length", length.to_string());
-                let expected = format!("4 for command {number:#x}");
-                return Err(WireError::Unexpected { what, offset, expected, found }.into());
-            };
-            let len = u32::from_be_bytes(len);
-            if len > MAX_JSON {
-                let what = "a command's payload";
-                let (found, max) = (len.into(), MAX_JSON.into());
-                return Err(WireError::TooLarge { what, offset, found, max }.into());
-            }
-            payload = read_bytes(&mut self.input, len, "a command's payload")?;
-        }
-        let name = command_name(number);
-        let command = CommandPart { offset, number, name, payload };
+        let command = RawCommand::read(&mut self.input)?;
         visitor.command(&command)?;
-        self.report.parts.push(Part::Command(command));
+        self.report.parts.push(Part::Command(CommandPart { offset, command }));
         Ok(())
     }
 }
@@ -298,26 +278,4 @@ fn find_footer(ahead: &[u8], id: u32) -> Option<usize> {
         let rest = ahead.get(at.saturating_add(footer.len())..)?;
         (window == footer && follows(rest)).then_some(at)
     })
-}
-
-/// QEMU's commands, and our own.
-fn command_name(number: u16) -> &'static str {
-    match number {
-        1 => "open-return-path",
-        2 => "ping",
-        3 => "postcopy-advise",
-        4 => "postcopy-listen",
-        5 => "postcopy-run",
-        6 => "postcopy-ram-discard",
-        7 => "packaged",
-        8 => "recv-bitmap",
-        9 => "postcopy-resume",
-        10 => "enable-colo",
-        11 => "switchover-start",
-        0x4d01 => "manifest (mini-vmm)",
-        0x4d02 => "verify (mini-vmm)",
-        0x4d03 => "commit (mini-vmm)",
-        0x4d04 => "abort (mini-vmm)",
-        _ => "unknown",
-    }
 }

@@ -60,6 +60,7 @@ pub use read::{Decoder, SliceSource, check_version, from_source};
 pub use section::{Audience, ByteSource, Migratable, Section, SectionId, VmState};
 pub use ser::{Encoder, to_bytes};
 pub use types::{Counted, FixedVec, Pad, Str8, Timer};
+pub use walk::SUBSECTION;
 
 /// The serde name that marks a struct as a set of subsections.
 pub const SUBSECTIONS: &str = "@subsections";

@@ -15,7 +15,7 @@ use super::{SUBSECTIONS, StateError};
 pub(super) const MAX_DEPTH: usize = 32;
 
 /// The byte in front of a subsection.
-pub(super) const SUBSECTION: u8 = 0x05;
+pub const SUBSECTION: u8 = 0x05;
 
 /// A value that is not made of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

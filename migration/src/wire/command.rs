@@ -7,9 +7,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::limits::{MAX_PROBE, MAX_SHORT_PAYLOAD};
+use super::limits::{MAX_JSON, MAX_PROBE, MAX_SHORT_PAYLOAD};
 use super::section::PartType;
-use super::{WireError, read_json, read_u16, read_u32, skip, write_json};
+use super::{WireError, read_bytes, read_json, read_u16, read_u32, skip, write_json};
 use crate::manifest::{Manifest, RamDigests};
 use crate::vmstate::ByteSource;
 
@@ -157,6 +157,85 @@ impl Command {
     }
 }
 
+/// A command as it stands in a stream, whoever's it is: for those who only look.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawCommand {
+    /// Its number.
+    pub number: u16,
+    /// What it carries.
+    pub payload: Vec<u8>,
+}
+
+impl RawCommand {
+    /// Our own carry a length of four bytes, and so many bytes behind it.
+    fn is_long(number: u16) -> bool {
+        matches!(number, MANIFEST | VERIFY | COMMIT | ABORT | PROBE)
+    }
+
+    /// Reads a command, after its type byte.
+    pub fn read(source: &mut dyn ByteSource) -> Result<Self, WireError> {
+        let offset = source.offset();
+        let number = read_u16(source, "a command")?;
+        let length = read_u16(source, "a command's length")?;
+        if !Self::is_long(number) {
+            let payload = read_bytes(source, length.into(), "a command's payload")?;
+            return Ok(Self { number, payload });
+        }
+        if length != 4 {
+            return Err(WireError::Unexpected {
+                what: "a command's length",
+                offset,
+                expected: format!("4 for command {number:#x}"),
+                found: length.to_string(),
+            });
+        }
+        let found = read_u32(source, "a command's payload")?;
+        let max = MAX_JSON.max(MAX_PROBE);
+        if found > max {
+            let (what, found, max) = ("a command's payload", found.into(), max.into());
+            return Err(WireError::TooLarge { what, offset, found, max });
+        }
+        Ok(Self { number, payload: read_bytes(source, found, "a command's payload")? })
+    }
+
+    /// Writes the command as it was read, type byte included.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.push(PartType::Command as u8);
+        out.extend_from_slice(&self.number.to_be_bytes());
+        let len = self.payload.len();
+        if Self::is_long(self.number) {
+            out.extend_from_slice(&4_u16.to_be_bytes());
+            out.extend_from_slice(&(len as u32).to_be_bytes());
+        } else {
+            out.extend_from_slice(&(len as u16).to_be_bytes());
+        }
+        out.extend_from_slice(&self.payload);
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> &'static str {
+        match self.number {
+            OPEN_RETURN_PATH => "open-return-path",
+            PING => "ping",
+            3 => "postcopy-advise",
+            4 => "postcopy-listen",
+            5 => "postcopy-run",
+            6 => "postcopy-ram-discard",
+            7 => "packaged",
+            8 => "recv-bitmap",
+            9 => "postcopy-resume",
+            COLO => "enable-colo",
+            SWITCHOVER_START => "switchover-start",
+            MANIFEST => "manifest (mini-vmm)",
+            VERIFY => "verify (mini-vmm)",
+            COMMIT => "commit (mini-vmm)",
+            ABORT => "abort (mini-vmm)",
+            PROBE => "probe (mini-vmm)",
+            _ => "unknown",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,7 +294,15 @@ mod tests {
             let mut source = SliceSource::new(&out[1..]);
             assert_eq!(Command::read(&mut source).unwrap(), command);
             assert!(source.rest().is_empty());
+            // And for whoever only looks.
+            let mut source = SliceSource::new(&out[1..]);
+            let raw = RawCommand::read(&mut source).unwrap();
+            assert!(source.rest().is_empty() && raw.name() != "unknown", "{command:?}");
+            let mut again = Vec::new();
+            raw.write(&mut again);
+            assert_eq!(again, out);
             for cut in 1..out.len() {
+                assert!(RawCommand::read(&mut SliceSource::new(&out[1..cut])).is_err());
                 assert!(Command::read(&mut SliceSource::new(&out[1..cut])).is_err());
             }
         }

@@ -7,7 +7,7 @@
 
 use super::limits::{MAX_CAPABILITIES, MAX_MACHINE_NAME};
 use super::{WireError, read_array, read_bytes, read_str8, read_u8, read_u32, text, write_str8};
-use crate::vmstate::ByteSource;
+use crate::vmstate::{ByteSource, SUBSECTION};
 
 /// "QEVM", the first four bytes of a migration stream.
 pub const MAGIC: u32 = 0x5145_564d;
@@ -15,7 +15,6 @@ pub const MAGIC: u32 = 0x5145_564d;
 pub const VERSION: u32 = 3;
 
 const CONFIGURATION: u8 = 0x07;
-const SUBSECTION: u8 = 0x05;
 
 /// The configuration section.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -38,7 +38,7 @@ pub const COMPRESS: u64 = 0x100;
 pub const MULTIFD_FLUSH: u64 = 0x200;
 
 /// The bits of a header that are flags.
-const FLAGS: u64 = PAGE_SIZE - 1;
+pub const FLAGS: u64 = PAGE_SIZE - 1;
 
 /// The first eight bytes of a record, taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,8 +95,27 @@ impl RecordHeader {
     }
 }
 
+/// A block as a source lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedBlock {
+    /// Name and length.
+    pub block: RamBlock,
+    /// Its guest address, which stands in the list when memory is shared (`x-ignore-shared`).
+    pub address: Option<u64>,
+}
+
 /// Reads the list of blocks whose lengths add up to `total`.
 pub fn read_blocks(source: &mut dyn ByteSource, total: u64) -> Result<Vec<RamBlock>, WireError> {
+    let listed = read_block_list(source, total, false)?;
+    Ok(listed.into_iter().map(|listed| listed.block).collect())
+}
+
+/// The same; each block's length is followed by its address where there are `addresses`.
+pub fn read_block_list(
+    source: &mut dyn ByteSource,
+    total: u64,
+    addresses: bool,
+) -> Result<Vec<ListedBlock>, WireError> {
     let mut blocks = Vec::new();
     let mut left = total;
     while left > 0 {
@@ -120,18 +139,28 @@ pub fn read_blocks(source: &mut dyn ByteSource, total: u64) -> Result<Vec<RamBlo
             });
         }
         left = left.saturating_sub(len);
-        blocks.push(RamBlock { name, len });
+        let address = addresses.then(|| read_u64(source, "a RAM block's address")).transpose()?;
+        blocks.push(ListedBlock { block: RamBlock { name, len }, address });
     }
     Ok(blocks)
 }
 
 /// Writes the list of blocks.
 pub fn write_blocks(out: &mut Vec<u8>, blocks: &[RamBlock]) {
-    let total = blocks.iter().fold(0u64, |sum, b| sum.saturating_add(b.len));
+    let listed = |block: &RamBlock| ListedBlock { block: block.clone(), address: None };
+    write_block_list(out, &blocks.iter().map(listed).collect::<Vec<_>>());
+}
+
+/// The same, with their addresses where they have one.
+pub fn write_block_list(out: &mut Vec<u8>, blocks: &[ListedBlock]) {
+    let total = blocks.iter().fold(0u64, |sum, b| sum.saturating_add(b.block.len));
     out.extend_from_slice(&(total | MEM_SIZE).to_be_bytes());
-    for block in blocks {
+    for ListedBlock { block, address } in blocks {
         write_str8(out, &block.name);
         out.extend_from_slice(&block.len.to_be_bytes());
+        if let Some(address) = address {
+            out.extend_from_slice(&address.to_be_bytes());
+        }
     }
 }
 

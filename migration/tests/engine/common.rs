@@ -136,6 +136,18 @@ pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// Waits until the source's write is stuck: nothing has gone out for a while.
+pub(crate) fn wait_until_stuck(control: &Control) {
+    let (mut before, mut since) = (0, Instant::now());
+    wait_for("the way out to be full", || {
+        let now = control.report().transferred_bytes;
+        if now != before {
+            (before, since) = (now, Instant::now());
+        }
+        now > 0 && since.elapsed() > Duration::from_millis(200)
+    });
+}
+
 /// The source kept its guest, which runs, and says `words`.
 pub(crate) fn assert_kept(ended: &Ended, words: &str) {
     let Outcome::Kept { error } = &ended.outcome else {

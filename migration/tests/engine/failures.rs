@@ -300,13 +300,7 @@ fn a_cancel_frees_a_write_that_nobody_reads() {
     let here = std::thread::spawn(move || {
         migration::source::run(&mut source, Connection::from_unix(a, "unix:a".into()), &theirs)
     });
-    // The write is stuck when nothing more goes out.
-    let mut before = u64::MAX;
-    wait_for("the socket to be full", || {
-        let now = control.report().transferred_bytes;
-        std::thread::sleep(Duration::from_millis(100));
-        now > 0 && std::mem::replace(&mut before, now) == now
-    });
+    wait_until_stuck(&control);
     let begin = Instant::now();
     control.cancel().unwrap();
     let outcome = join(here);

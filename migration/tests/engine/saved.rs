@@ -3,12 +3,10 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::common::*;
 use migration::destination::{self, Failure};
 use migration::guest::Machine;
-use migration::phase::Phase;
 use migration::source::{self, Outcome};
 use migration::transport::{Sink, Supply};
 use migration::vmstate::Audience;
@@ -120,8 +118,7 @@ fn a_cancel_ends_a_command_that_takes_nothing() {
         let sink = Sink::command("sleep 1000").unwrap();
         (source::save(&mut source, sink, &theirs), source)
     });
-    wait_for("the first pass", || control.stats().phase() == Phase::Active);
-    std::thread::sleep(Duration::from_millis(100));
+    wait_until_stuck(&control);
     control.cancel().unwrap();
     let (outcome, source) = join(thread);
     assert!(matches!(outcome, Outcome::Kept { error: source::SourceError::Cancelled }));

@@ -6,8 +6,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use migration::guest::{PAGE_SIZE, RamBlock};
+use migration::guest::PAGE_SIZE;
 use migration::inspect::{PageContent, PageRecord, Visitor};
+use migration::wire::ram::ListedBlock;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// How many differing pages are told by their offset.
@@ -82,8 +83,8 @@ impl ImageFile {
 }
 
 impl Visitor for ImageFile {
-    fn blocks(&mut self, first: usize, blocks: &[(RamBlock, Option<u64>)]) -> io::Result<()> {
-        for (index, (block, _)) in (first..).zip(blocks) {
+    fn blocks(&mut self, first: usize, blocks: &[ListedBlock]) -> io::Result<()> {
+        for (index, ListedBlock { block, .. }) in (first..).zip(blocks) {
             self.known.push(block.name.clone());
             if block.name == self.wanted
                 && let Some(file) = self.file.take()
@@ -117,8 +118,8 @@ pub(super) struct PageDifference {
 }
 
 impl Visitor for Images {
-    fn blocks(&mut self, _: usize, blocks: &[(RamBlock, Option<u64>)]) -> io::Result<()> {
-        for (block, _) in blocks {
+    fn blocks(&mut self, _: usize, blocks: &[ListedBlock]) -> io::Result<()> {
+        for ListedBlock { block, .. } in blocks {
             let made = Block::new(tempfile::tempfile()?, block.len)?;
             self.0.insert(block.name.clone(), made);
         }

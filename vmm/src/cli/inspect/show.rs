@@ -3,7 +3,9 @@
 use std::io::Write;
 
 use indicatif::HumanBytes;
-use migration::inspect::{Broken, DeviceSection, Difference, Pages, Part, Report, Value};
+use migration::inspect::{
+    Broken, CommandPart, DeviceSection, Difference, Pages, Part, Report, Value,
+};
 use serde_json::Value as Json;
 
 use super::image::PageDifference;
@@ -82,9 +84,9 @@ fn one(part: &Part) -> String {
             }
             text
         }
-        Part::Command(command) => {
-            let name = format!("command {}", command.name);
-            format!("{:#012x} {name:44} {:>10} bytes", command.offset, command.payload.len())
+        Part::Command(CommandPart { offset, command }) => {
+            let name = format!("command {}", command.name());
+            format!("{offset:#012x} {name:44} {:>10} bytes", command.payload.len())
         }
         Part::End(offset) => format!("{offset:#012x} end"),
         Part::Description(part) => {

@@ -110,6 +110,11 @@ impl DirtyBitmap {
     }
 }
 
+/// Whether a bit is set; one behind the end is not.
+pub fn has(bits: &[u64], at: u64) -> bool {
+    bits.get((at / 64) as usize).is_some_and(|word| word >> (at % 64) & 1 == 1)
+}
+
 /// The runs of set bits in `bits`, as ranges of pages counted from `first_page`.
 pub fn runs(first_page: u64, bits: &[u64]) -> impl Iterator<Item = Range<u64>> + '_ {
     let end = bits.len() as u64 * 64;

@@ -121,6 +121,14 @@ pub trait GuestRam: Send + Sync {
     /// Changes no content. Only a hint: where it can't be followed, nothing is lost.
     fn populate(&self, block: usize, offset: u64, len: u64);
 
+    /// Which pages of `len` bytes from `offset` on (both whole pages) the host has no memory for, so
+    /// that they read as zero and need not be looked at: bit `i` of word `n` is page `64 * n + i` of
+    /// them. May be raced by the guest as [`is_zero`](Self::is_zero). `None` where that is not known.
+    fn absent(&self, block: usize, offset: u64, len: u64) -> Option<Vec<u64>> {
+        let _ = (block, offset, len);
+        None
+    }
+
     /// Whether the page at `offset` is all zero. May be raced by the guest: a page that changes
     /// afterwards is dirty and comes again.
     fn is_zero(&self, block: usize, offset: u64) -> bool;

@@ -29,6 +29,16 @@ pub struct Hello {
 /// follow its verdict.
 pub const PREFLIGHT: &str = "preflight";
 
+/// A [`Hello::abilities`]: [runs of pages](crate::wire::ram::RUN) in one record.
+pub const RUNS: &str = "runs";
+
+impl Hello {
+    /// Whether the destination has said that it can do this.
+    pub fn can(&self, ability: &str) -> bool {
+        self.abilities.iter().any(|known| known == ability)
+    }
+}
+
 /// What a VM is and what it needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {

@@ -17,6 +17,7 @@ pub mod kvm;
 pub mod kvm_state;
 pub mod machine;
 pub mod memory;
+mod pagemap;
 pub mod migrate;
 pub mod power;
 pub mod qemu_line;

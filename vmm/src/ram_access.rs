@@ -10,9 +10,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use devices::virtio::PageDiscard;
+use migration::dirty::has;
 use migration::guest::{GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart};
 
 use crate::memory::Ram;
+use crate::pagemap;
 use crate::rom::RomList;
 
 /// The name of the board's RAM on the wire.
@@ -20,6 +22,8 @@ pub const PC_RAM: &str = "pc.ram";
 
 /// The most parts that one call may have (Linux, UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
+/// What is filled at once, in bytes; no mapping's border lies inside.
+const FILL: u64 = 2 << 20;
 
 fn out_of_range(offset: u64, len: u64) -> io::Error {
     io::Error::new(
@@ -184,18 +188,43 @@ impl GuestRam for Ram {
         let end = offset.checked_add(len).ok_or_else(|| out_of_range(offset, len))?;
         let mut at = offset;
         while at < end {
-            let n = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
-            // A page that was never touched reads as zero; writing zero would allocate it.
-            let skip = byte == 0 && at.is_multiple_of(PAGE_SIZE) && self.is_zero(block, at);
-            if !skip {
-                self.stretches(&roms(self, block), block, at, n, |p, n| {
-                    // SAFETY: the stretch is writable memory of `n` bytes.
-                    unsafe { ptr::write_bytes(p, byte, n) }
-                })?;
+            let stretch = at..(at / FILL + 1).saturating_mul(FILL).min(end);
+            // A page that was never touched reads as zero. Writing zero would allocate it, and even a
+            // look would make the host map something there.
+            let whole = at.is_multiple_of(PAGE_SIZE) && end.is_multiple_of(PAGE_SIZE);
+            let len = stretch.end - stretch.start;
+            let absent = if byte == 0 && whole { self.absent(block, at, len) } else { None };
+            while at < stretch.end {
+                let n = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
+                let skip = byte == 0
+                    && n == PAGE_SIZE
+                    && (absent
+                        .as_ref()
+                        .is_some_and(|absent| has(absent, (at - stretch.start) / PAGE_SIZE))
+                        || self.is_zero(block, at));
+                if !skip {
+                    self.stretches(&roms(self, block), block, at, n, |p, n| {
+                        // SAFETY: the stretch is writable memory of `n` bytes.
+                        unsafe { ptr::write_bytes(p, byte, n) }
+                    })?;
+                }
+                at += n;
             }
-            at += n;
         }
         Ok(())
+    }
+
+    fn absent(&self, block: usize, offset: u64, len: u64) -> Option<Vec<u64>> {
+        let mut stretch = None;
+        let mut several = false;
+        let found = self.stretches(&roms(self, block), block, offset, len, |p, _| {
+            several = stretch.replace(p as u64).is_some();
+        });
+        // Over the PCI hole the two stretches are asked for one after the other by whoever goes on.
+        if found.is_err() || several {
+            return None;
+        }
+        pagemap::absent(stretch?, len / PAGE_SIZE)
     }
 
     fn populate(&self, block: usize, offset: u64, len: u64) {
@@ -300,6 +329,32 @@ mod tests {
         ram.copy_out(0, 0x10_0000, &mut page).unwrap();
         assert_eq!((n, &head, &page), (6, b"xy", b"PAGE\0"));
         a.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
+    #[test]
+    fn zeroes_go_where_something_was_and_allocate_nothing_else() {
+        let ram = ram();
+        let all = |ram: &Ram| ram.absent(0, 0, 4 << 20).expect("the host tells");
+        let present = |ram: &Ram| {
+            let absent: u32 = all(ram).iter().map(|word| word.count_ones()).sum();
+            1024 - absent
+        };
+        assert_eq!(present(&ram), 0);
+        ram.fill(0, 0, 4 << 20, 0).unwrap();
+        assert_eq!(present(&ram), 0, "zero was zero");
+        ram.copy_in(0, 0x20_1000, &[7; 4096]).unwrap();
+        // One page, or a huge one.
+        let touched = present(&ram);
+        assert!((1..=512).contains(&touched), "{touched}");
+        assert!(!has(&all(&ram), 0x201));
+        ram.fill(0, 0, 4 << 20, 0).unwrap();
+        assert!(ram.is_zero(0, 0x20_1000));
+        assert_eq!(present(&ram), touched);
+        ram.fill(0, 0x1ffe, 4, 9).unwrap();
+        let mut bytes = [1; 6];
+        ram.copy_out(0, 0x1ffd, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 9, 9, 9, 9, 0]);
+        assert!(!has(&all(&ram), 1) && ram.fill(0, 4 << 20, 1, 0).is_err());
     }
 
     #[test]

@@ -83,8 +83,24 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// A page has come for `offset` of `block`, which is `len` bytes long.
-    pub(super) fn page(&mut self, ram: &Arc<dyn GuestRam>, block: usize, offset: u64, len: u64) {
+    /// Pages come for `bytes` of `block` from `offset` on, which is `len` bytes long.
+    pub(super) fn pages(
+        &mut self,
+        ram: &Arc<dyn GuestRam>,
+        block: usize,
+        offset: u64,
+        bytes: u64,
+        len: u64,
+    ) {
+        let last = offset.saturating_add(bytes).min(len).saturating_sub(1);
+        let mut at = offset;
+        while at <= last {
+            self.page(ram, block, at, len);
+            at = (at / CHUNK).saturating_add(1).saturating_mul(CHUNK);
+        }
+    }
+
+    fn page(&mut self, ram: &Arc<dyn GuestRam>, block: usize, offset: u64, len: u64) {
         let Some(range) = self.run.page(block, offset, len) else { return };
         if self.worker.is_none() && !self.without {
             match Worker::start(ram.clone()) {

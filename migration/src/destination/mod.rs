@@ -42,7 +42,9 @@ use crate::control::Control;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
-use crate::manifest::{Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RamDigests};
+use crate::manifest::{
+    Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RUNS, RamDigests,
+};
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::source::PROGRAM;
@@ -316,7 +318,7 @@ impl<'a> Arrival<'a> {
                     self.answer.send(&Message::Hello(Hello {
                         program: PROGRAM.to_owned(),
                         protocols: PROTOCOL_VERSIONS.to_vec(),
-                        abilities: vec![PREFLIGHT.to_owned()],
+                        abilities: [PREFLIGHT, RUNS].map(str::to_owned).to_vec(),
                     }))?;
                 }
                 self.answer.pong(value)?;

@@ -8,9 +8,15 @@ use crate::guest::{DestinationVm, GuestRam, PAGE_SIZE, RamBlock};
 use crate::stats::{MigrationStats, Moved};
 use crate::transport::StreamReader;
 use crate::vmstate::ByteSource;
-use crate::wire::ram::{RecordHeader, read_blocks, read_fill};
+use crate::wire::ram::{RecordHeader, read_blocks, read_fill, read_run};
 use crate::wire::read_str8;
 
+/// The header of a page's record.
+const PAGE_AHEAD: usize = 8;
+/// The header of a run's record.
+const RUN_AHEAD: usize = 12;
+/// Bytes of a run that are read before it is told how many have come.
+const STEP: u64 = 1 << 20;
 /// Pages after which the statistics are brought up to date.
 const REPORT_PAGES: u64 = 4096;
 
@@ -60,12 +66,23 @@ impl RamLoader {
             match RecordHeader::read(reader)? {
                 RecordHeader::Page { offset, same_block } => {
                     let block = self.target(reader, same_block, offset)?;
-                    self.read_page(reader, block, offset)?;
+                    self.read_pages(reader, block, offset, PAGE_SIZE, PAGE_AHEAD)?;
                 }
                 RecordHeader::Zero { offset, same_block } => {
                     let block = self.target(reader, same_block, offset)?;
                     let byte = read_fill(reader)?;
-                    self.fill_page(block, offset, byte)?;
+                    self.fill_pages(block, offset, PAGE_SIZE, byte)?;
+                }
+                RecordHeader::PageRun { offset, same_block } => {
+                    let block = self.target(reader, same_block, offset)?;
+                    let len = self.run(reader, block, offset)?;
+                    self.read_pages(reader, block, offset, len, RUN_AHEAD)?;
+                }
+                RecordHeader::ZeroRun { offset, same_block } => {
+                    let block = self.target(reader, same_block, offset)?;
+                    let len = self.run(reader, block, offset)?;
+                    let byte = read_fill(reader)?;
+                    self.fill_pages(block, offset, len, byte)?;
                 }
                 RecordHeader::MemSize(total) => {
                     // The verdict on a manifest may have added some.
@@ -145,35 +162,72 @@ impl RamLoader {
         Ok(index)
     }
 
-    fn read_page(
+    /// The length in bytes of a run that begins at `offset`, which is inside its block.
+    fn run(
+        &self,
+        reader: &mut StreamReader,
+        block: usize,
+        offset: u64,
+    ) -> Result<u64, DestinationError> {
+        let run = u64::from(read_run(reader)?).saturating_mul(PAGE_SIZE);
+        let (name, len) = self.blocks.get(block).map_or(("", 0), |b| (b.name.as_str(), b.len));
+        match offset.checked_add(run) {
+            Some(end) if end <= len => Ok(run),
+            _ => {
+                let offset = offset.saturating_add(run);
+                Err(DestinationError::Offset { name: name.to_owned(), offset, len })
+            }
+        }
+    }
+
+    /// Reads pages that follow each other; behind them a header of `next` bytes is expected.
+    fn read_pages(
         &mut self,
         reader: &mut StreamReader,
         block: usize,
         offset: u64,
+        len: u64,
+        next: usize,
     ) -> Result<(), DestinationError> {
         self.flush_fill()?;
-        let len = self.blocks.get(block).map_or(0, |b| b.len);
-        self.ahead.page(&self.ram, block, offset, len);
-        let at = reader.offset();
-        self.moved.normal_pages = self.moved.normal_pages.saturating_add(1);
-        reader
-            .read_ram(&*self.ram, block, offset, PAGE_SIZE as usize)
-            .map_err(|source| DestinationError::Page { offset: at, source })
+        let block_len = self.blocks.get(block).map_or(0, |b| b.len);
+        self.ahead.pages(&self.ram, block, offset, len, block_len);
+        let mut done = 0u64;
+        // In steps, so that what has come is told.
+        while done < len {
+            let step = len.saturating_sub(done).min(STEP);
+            let at = reader.offset();
+            let to = offset.saturating_add(done);
+            let last = step == len.saturating_sub(done);
+            reader
+                .read_ram(&*self.ram, block, to, step as usize, if last { next } else { 0 })
+                .map_err(|source| DestinationError::Page { offset: at, source })?;
+            let pages = step / PAGE_SIZE;
+            self.moved.normal_pages = self.moved.normal_pages.saturating_add(pages);
+            done = done.saturating_add(step);
+        }
+        Ok(())
     }
 
-    /// Notes a page of one byte; neighbours are filled together.
-    fn fill_page(&mut self, block: usize, offset: u64, byte: u8) -> Result<(), DestinationError> {
-        self.moved.zero_pages = self.moved.zero_pages.saturating_add(1);
+    /// Notes pages of one byte; neighbours are filled together.
+    fn fill_pages(
+        &mut self,
+        block: usize,
+        offset: u64,
+        len: u64,
+        byte: u8,
+    ) -> Result<(), DestinationError> {
+        self.moved.zero_pages = self.moved.zero_pages.saturating_add(len / PAGE_SIZE);
         if let Some(fill) = &mut self.fill
             && fill.block == block
             && fill.byte == byte
             && fill.offset.checked_add(fill.len) == Some(offset)
         {
-            fill.len = fill.len.saturating_add(PAGE_SIZE);
+            fill.len = fill.len.saturating_add(len);
             return Ok(());
         }
         self.flush_fill()?;
-        self.fill = Some(Fill { block, offset, len: PAGE_SIZE, byte });
+        self.fill = Some(Fill { block, offset, len, byte });
         Ok(())
     }
 

@@ -1,12 +1,12 @@
 //! The RAM sections: counted, and handed on page by page.
 
-use super::visit::{PageContent, PageRecord, Visitor};
+use super::visit::{PageContent, PageRecord, Place, Visitor};
 use super::walk::Stop;
 use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::vmstate::ByteSource;
 use crate::wire::ram::{
-    COMPRESS, CONTINUE, EOS, FLAGS, MEM_SIZE, MULTIFD_FLUSH, PAGE, XBZRLE, ZERO, read_block_list,
-    read_fill,
+    COMPRESS, CONTINUE, EOS, FLAGS, MEM_SIZE, MULTIFD_FLUSH, PAGE, RUN, XBZRLE, ZERO,
+    read_block_list, read_fill, read_run,
 };
 use crate::wire::{
     WireError, read_array, read_bytes, read_str8, read_u8, read_u16, read_u32, read_u64,
@@ -54,6 +54,17 @@ pub struct BlockReport {
     pub pages: Pages,
 }
 
+/// The beginning of a record of many pages.
+struct Run {
+    index: usize,
+    same_block: bool,
+    offset: u64,
+    /// The flag that says what the pages are.
+    kind: u64,
+    /// Where the record stands.
+    at: u64,
+}
+
 /// Reads RAM sections.
 #[derive(Debug, Default)]
 pub(super) struct RamReader {
@@ -89,6 +100,11 @@ impl RamReader {
             }
             let same_block = flags & CONTINUE != 0;
             let index = self.target(from, same_block, offset, at)?;
+            if flags & RUN != 0 {
+                let run = Run { index, same_block, offset, kind: flags & !CONTINUE & !RUN, at };
+                self.run(from, &run, visitor, counted)?;
+                continue;
+            }
             let mut one = Pages::default();
             let (page, bytes);
             let content = match flags & !CONTINUE {
@@ -119,23 +135,64 @@ impl RamReader {
                     bytes = compressed(from)?;
                     PageContent::Compressed(&bytes)
                 }
-                other => {
-                    return Err(WireError::Unexpected {
-                        what: "the flags of a RAM record",
-                        offset: at,
-                        expected: "a known combination".into(),
-                        found: format!("{other:#x}"),
-                    }
-                    .into());
-                }
+                _ => return Err(unknown(flags, at).into()),
             };
             counted.add(&one);
             if let Some(block) = self.blocks.get_mut(index) {
                 block.pages.add(&one);
-                let record = PageRecord { index, block: &block.block, same_block, offset };
+                let place = Place::Alone;
+                let record =
+                    PageRecord { index, block: &block.block, same_block, offset, place };
                 visitor.page(record, content)?;
             }
         }
+    }
+
+    /// Pages that follow each other.
+    fn run(
+        &mut self,
+        from: &mut dyn ByteSource,
+        run: &Run,
+        visitor: &mut dyn Visitor,
+        counted: &mut Pages,
+    ) -> Result<(), Stop> {
+        let Run { index, offset, at, .. } = *run;
+        let Some(block) = self.blocks.get_mut(index) else { return Ok(()) };
+        let count = read_run(from)?;
+        let len = u64::from(count).saturating_mul(PAGE_SIZE);
+        if len > block.block.len.saturating_sub(offset) {
+            let what = "the number of pages in a run";
+            let max = block.block.len.saturating_sub(offset) / PAGE_SIZE;
+            let found = count.into();
+            return Err(WireError::TooLarge { what, offset: at, found, max }.into());
+        }
+        let fill = match run.kind {
+            PAGE => None,
+            ZERO => Some(read_fill(from)?),
+            other => return Err(unknown(other | RUN, at).into()),
+        };
+        let mut pages = Pages::default();
+        let kind = match fill {
+            None => &mut pages.normal,
+            Some(0) => &mut pages.zero,
+            Some(_) => &mut pages.filled,
+        };
+        *kind = count.into();
+        counted.add(&pages);
+        block.pages.add(&pages);
+        for n in 0..count {
+            let place = if n == 0 { Place::First(count) } else { Place::Behind };
+            let offset = offset.saturating_add(u64::from(n).saturating_mul(PAGE_SIZE));
+            let same_block = run.same_block || n > 0;
+            let record = PageRecord { index, block: &block.block, same_block, offset, place };
+            match fill {
+                Some(byte) => visitor.page(record, PageContent::Filled(byte))?,
+                None => {
+                    visitor.page(record, PageContent::Bytes(&read_array(from, "a page")?))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn list(
@@ -185,6 +242,15 @@ impl RamReader {
             return unexpected("a RAM record", expected, format!("{offset:#x}"));
         }
         Ok(index)
+    }
+}
+
+fn unknown(flags: u64, offset: u64) -> WireError {
+    WireError::Unexpected {
+        what: "the flags of a RAM record",
+        offset,
+        expected: "a known combination".into(),
+        found: format!("{flags:#x}"),
     }
 }
 

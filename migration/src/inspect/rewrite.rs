@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use super::report::DeviceSection;
-use super::visit::{PageContent, PageRecord, Visitor};
+use super::visit::{PageContent, PageRecord, Place, Visitor};
 use crate::wire::command::RawCommand;
 use crate::wire::header::{self, Configuration};
 use crate::wire::ram::{self, ListedBlock};
@@ -62,15 +62,24 @@ impl<W: Write> Visitor for Rewriter<W> {
         if !self.pages {
             return Ok(());
         }
-        let PageRecord { block, same_block, offset, .. } = record;
+        let PageRecord { block, same_block, offset, place, .. } = record;
         let name = (!same_block).then_some(block.name.as_str());
+        let begin = |out: &mut Vec<u8>, kind| match place {
+            Place::Alone => ram::write_record(out, name, offset, kind),
+            Place::First(pages) => {
+                ram::write_record(out, name, offset, kind | ram::RUN);
+                ram::write_run(out, pages);
+            }
+            Place::Behind => {}
+        };
         self.write(|out| match content {
+            PageContent::Filled(_) if place == Place::Behind => {}
             PageContent::Filled(byte) => {
-                ram::write_record(out, name, offset, ram::ZERO);
+                begin(out, ram::ZERO);
                 out.push(byte);
             }
             PageContent::Bytes(page) => {
-                ram::write_page_header(out, name, offset);
+                begin(out, ram::PAGE);
                 out.extend_from_slice(page);
             }
             PageContent::Xbzrle { encoding, bytes } => {

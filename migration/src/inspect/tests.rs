@@ -134,6 +134,35 @@ fn everything_is_found_and_every_field_has_its_value() {
 }
 
 #[test]
+fn runs_of_pages_are_as_many_pages_and_are_written_as_they_were() {
+    let mut bytes = stream(DESCRIPTION);
+    // In front of the last record of pages.
+    let mut end = Vec::new();
+    write_part_header(&mut end, PartType::End, 2);
+    let at = end.len() + bytes.windows(end.len()).position(|w| w == end).unwrap();
+    let mut runs = Vec::new();
+    ram::write_record(&mut runs, Some("toy.ram"), 0x1000, ram::PAGE | ram::RUN);
+    ram::write_run(&mut runs, 3);
+    runs.extend_from_slice(&[5; 3 * 4096]);
+    ram::write_record(&mut runs, None, 0, ram::ZERO | ram::RUN);
+    ram::write_run(&mut runs, 4);
+    runs.push(0);
+    bytes.splice(at..at, runs);
+    let report = report(&bytes);
+    assert!(report.broken.is_none(), "{:?}", report.broken);
+    assert_eq!(report.blocks[0].pages, Pages { normal: 5, zero: 6, ..Pages::default() });
+    let mut rewriter = Rewriter::new(Vec::new());
+    read(&*bytes, &mut rewriter, &mut |_| {}).unwrap();
+    assert_eq!(rewriter.into_inner(), bytes);
+    // One page more than the block has.
+    let count = at + 8 + 1 + 7;
+    assert_eq!(bytes[count..count + 4], [0, 0, 0, 3]);
+    bytes[count + 3] = 4;
+    let words = broken(&bytes).what;
+    assert!(words.contains("pages in a run"), "{words}");
+}
+
+#[test]
 fn what_was_understood_is_written_as_it_was() {
     let stream = stream(DESCRIPTION);
     let mut rewriter = Rewriter::new(Vec::new());

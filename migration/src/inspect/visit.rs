@@ -27,6 +27,17 @@ pub enum PageContent<'a> {
     Compressed(&'a [u8]),
 }
 
+/// A page among those of its record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The only one.
+    Alone,
+    /// The first of so many.
+    First(u32),
+    /// Behind the first.
+    Behind,
+}
+
 /// Where a page belongs.
 #[derive(Debug, Clone, Copy)]
 pub struct PageRecord<'a> {
@@ -38,6 +49,8 @@ pub struct PageRecord<'a> {
     pub same_block: bool,
     /// Offset in the block, in bytes.
     pub offset: u64,
+    /// Among the pages of its record.
+    pub place: Place,
 }
 
 /// Is shown every part of a stream, in order. An error ends the reading.

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
 use crate::handover::Peer;
-use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, SectionManifest, Verdict};
+use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict};
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::return_path::Message;
@@ -39,6 +39,9 @@ impl Migration<'_> {
                 }
                 if !verdict.problems.is_empty() {
                     return Err(SourceError::Refused { problems: verdict.problems });
+                }
+                if hello.can(RUNS) {
+                    self.out.allow_runs();
                 }
                 Ok(Peer::MiniVmm)
             }

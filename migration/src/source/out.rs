@@ -12,13 +12,15 @@ use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
 use crate::stats::Moved;
 use crate::transport::{Connection, Settled, Sink, is_stall};
 use crate::wire::command::Command;
-use crate::wire::ram::{write_eos, write_page_header, write_zero};
+use crate::wire::ram::{PAGE, RUN, ZERO, write_eos, write_record, write_run};
 use crate::wire::section::{self, PartType};
 
 /// Parts in one vectored write: `IOV_MAX`.
 const MAX_PARTS: usize = 1024;
 /// Bytes in one write: enough to make its cost small, little enough to cancel and pace by.
 const MAX_BYTES: usize = 1 << 20;
+/// Pages in one write, most of which are zero then: so that progress is told and a cancel heeded.
+const MAX_PAGES: u64 = 16 << 10;
 /// The `ram` section's id; any number will do.
 pub(super) const RAM_SECTION_ID: u32 = 2;
 /// How long a last word may take to be written.
@@ -27,6 +29,17 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 enum Part {
     Bytes(Range<usize>),
     Ram { block: usize, offset: u64, len: usize },
+}
+
+/// A record of many pages, at the end of what has been collected.
+struct Run {
+    kind: u64,
+    block: usize,
+    /// Offset of the page that would continue it.
+    next: u64,
+    pages: u32,
+    /// Where their number stands in the collected bytes.
+    count_at: usize,
 }
 
 /// What the stream goes through.
@@ -48,6 +61,12 @@ pub(super) struct Out<'a> {
     moved: Moved,
     /// The block of the last page record.
     block: Option<usize>,
+    /// Pages that follow each other go in one record.
+    runs: bool,
+    /// The record of many pages that is being put together.
+    run: Option<Run>,
+    /// Pages that have been collected.
+    pages: u64,
     /// A `ram` section is open.
     in_ram: bool,
     /// The same for what has been written so far.
@@ -73,6 +92,9 @@ impl<'a> Out<'a> {
             len: 0,
             moved: Moved::default(),
             block: None,
+            runs: false,
+            run: None,
+            pages: 0,
             in_ram: false,
             written_in_ram: false,
             broken: false,
@@ -82,8 +104,14 @@ impl<'a> Out<'a> {
         }
     }
 
+    /// The destination reads records of many pages.
+    pub(super) fn allow_runs(&mut self) {
+        self.runs = true;
+    }
+
     /// Adds bytes that `write` appends.
     pub(super) fn put(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.run = None;
         let start = self.bytes.len();
         write(&mut self.bytes);
         let end = self.bytes.len();
@@ -111,20 +139,59 @@ impl<'a> Out<'a> {
         self.in_ram = false;
     }
 
-    /// Adds a page of `block`, whose name is `name`.
-    pub(super) fn page(&mut self, block: usize, name: &str, offset: u64) {
-        let named = (self.block != Some(block)).then_some(name);
-        self.block = Some(block);
-        if self.ram.is_zero(block, offset) {
-            self.put(|out| write_zero(out, named, offset));
-            self.moved.zero_pages += 1;
-        } else {
-            self.put(|out| write_page_header(out, named, offset));
-            let len = PAGE_SIZE as usize;
-            self.parts.push(Part::Ram { block, offset, len });
-            self.len += len;
-            self.moved.normal_pages += 1;
+    /// Adds a page of `block`, whose name is `name`. It is known to be zero where `zero` says so, and
+    /// is looked at otherwise.
+    pub(super) fn page(&mut self, block: usize, name: &str, offset: u64, zero: bool) {
+        let zero = zero || self.ram.is_zero(block, offset);
+        let kind = if zero { ZERO } else { PAGE };
+        self.pages += 1;
+        *(if zero { &mut self.moved.zero_pages } else { &mut self.moved.normal_pages }) += 1;
+        if !self.is_next_of_run(block, offset, kind) {
+            let named = (self.block != Some(block)).then_some(name);
+            self.block = Some(block);
+            let runs = self.runs;
+            let mut count_at = 0;
+            self.put(|out| {
+                write_record(out, named, offset, if runs { kind | RUN } else { kind });
+                if runs {
+                    count_at = out.len();
+                    write_run(out, 1);
+                }
+                if zero {
+                    out.push(0);
+                }
+            });
+            let next = offset + PAGE_SIZE;
+            self.run = runs.then_some(Run { kind, block, next, pages: 1, count_at });
         }
+        if !zero {
+            let page = PAGE_SIZE as usize;
+            match self.parts.last_mut() {
+                Some(Part::Ram { len, .. }) => *len += page,
+                _ => self.parts.push(Part::Ram { block, offset, len: page }),
+            }
+            self.len += page;
+        }
+    }
+
+    /// Which of these pages the host has no memory for; none where it doesn't say.
+    pub(super) fn absent(&self, block: usize, pages: Range<u64>) -> Option<Vec<u64>> {
+        self.ram.absent(block, pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE)
+    }
+
+    /// Adds a page to the run that it continues, if it does; what comes next begins another
+    /// otherwise.
+    fn is_next_of_run(&mut self, block: usize, offset: u64, kind: u64) -> bool {
+        let next =
+            self.run.as_mut().filter(|r| (r.block, r.next, r.kind) == (block, offset, kind));
+        let Some(run) = next else { return false };
+        run.pages += 1;
+        run.next += PAGE_SIZE;
+        let end = run.count_at + size_of::<u32>();
+        if let Some(count) = self.bytes.get_mut(run.count_at..end) {
+            count.copy_from_slice(&run.pages.to_be_bytes());
+        }
+        true
     }
 
     /// Whether enough has been collected for a write. Under a bandwidth limit (bytes per second; 0
@@ -134,7 +201,7 @@ impl<'a> Out<'a> {
             0 => MAX_BYTES,
             limit => usize::try_from(limit / 10).unwrap_or(MAX_BYTES).min(MAX_BYTES),
         };
-        self.parts.len() + 2 > MAX_PARTS || self.len >= most
+        self.parts.len() + 2 > MAX_PARTS || self.len >= most || self.pages >= MAX_PAGES
     }
 
     /// Writes what has been collected.
@@ -176,6 +243,8 @@ impl<'a> Out<'a> {
         self.bytes.clear();
         self.parts.clear();
         self.len = 0;
+        self.run = None;
+        self.pages = 0;
         self.written_in_ram = self.in_ram;
         result.map_err(|source| {
             self.broken = true;

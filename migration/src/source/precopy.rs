@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
-use crate::dirty::{DirtyBitmap, runs};
+use crate::dirty::{DirtyBitmap, has, runs};
 use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::params::OnTimeout;
 use crate::phase::Phase;
@@ -38,6 +38,8 @@ const SAMPLE: Duration = Duration::from_millis(100);
 pub(super) struct Passes {
     blocks: Vec<RamBlock>,
     dirty: DirtyBitmap,
+    /// No page has been sent before.
+    first: bool,
     rate: Rate,
     started: Instant,
     sample_since: Instant,
@@ -66,6 +68,7 @@ impl Passes {
         Self {
             blocks,
             dirty,
+            first: true,
             rate: Rate::default(),
             started: now,
             sample_since: now,
@@ -112,6 +115,7 @@ impl Migration<'_> {
             }
             let begin = Instant::now();
             let end = self.send_pass(&mut passes, PartType::Part)?;
+            passes.first = false;
             if end == PassEnd::Whole {
                 self.settle()?;
             }
@@ -195,9 +199,12 @@ impl Migration<'_> {
                         .clear(block, first, &bits)
                         .map_err(SourceError::vm("clearing the dirty log"))?;
                 }
+                // Only the first pass comes to pages that nobody has written to.
+                let absent = if passes.first { self.out.absent(block, first..end) } else { None };
                 for page in runs(first, &bits).flatten() {
                     let name = passes.blocks.get(block).map_or("", |b| b.name.as_str());
-                    self.out.page(block, name, page * PAGE_SIZE);
+                    let zero = absent.as_ref().is_some_and(|absent| has(absent, page - first));
+                    self.out.page(block, name, page * PAGE_SIZE, zero);
                     passes.pages += 1;
                     let limit = if running { passes.pace_limit } else { 0 };
                     if self.out.is_full(limit) {

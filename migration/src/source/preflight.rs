@@ -104,7 +104,7 @@ impl Migration<'_> {
             First::Pong => return Err(SourceError::NotToBeAsked { program: None }),
             First::Nobody => return Err(SourceError::Closed { during: "a question was put" }),
         };
-        if !hello.abilities.iter().any(|ability| ability == PREFLIGHT) {
+        if !hello.can(PREFLIGHT) {
             return Err(SourceError::NotToBeAsked { program: Some(hello.program) });
         }
         let Verdict { problems: fatal, warnings, left_out } = self.verdict(&hello, true)?;

@@ -18,8 +18,6 @@ use crate::vmstate::ByteSource;
 /// Capacity of the buffer. Small records (zero pages, device fields) come by the thousand in one
 /// read; it must hold the 512 bytes that [`ByteSource::peek`] promises.
 const CAPACITY: usize = 64 << 10;
-/// How much is read into the buffer behind a page: one record header.
-const AHEAD: usize = 8;
 
 /// What a stream is read from.
 #[derive(Debug)]
@@ -158,13 +156,15 @@ impl StreamReader {
         }
     }
 
-    /// Reads `len` bytes into guest memory.
+    /// Reads `len` bytes into guest memory. Together with them up to `ahead` bytes are read that stand
+    /// behind them: as much as is needed to know what comes next, and no page that would be copied.
     pub fn read_ram(
         &mut self,
         ram: &dyn GuestRam,
         block: usize,
         offset: u64,
         len: usize,
+        ahead: usize,
     ) -> io::Result<()> {
         let have = self.buffered();
         let have = have.get(..len).unwrap_or(have);
@@ -177,9 +177,9 @@ impl StreamReader {
             // The buffer is empty: the rest comes directly, the next header behind it.
             (self.start, self.end) = (0, 0);
             let rest = len.saturating_sub(done);
-            let Some(ahead) = self.buffer.get_mut(..AHEAD) else { break };
+            let Some(behind) = self.buffer.get_mut(..ahead) else { break };
             let to = ReadPart::Ram { block, offset: offset.saturating_add(done as u64), len: rest };
-            let mut parts = [to, ReadPart::Bytes(ahead)];
+            let mut parts = [to, ReadPart::Bytes(behind)];
             let n = self.input.read_parts(ram, &mut parts)?;
             if n == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -187,7 +187,7 @@ impl StreamReader {
             let direct = n.min(rest);
             done = done.saturating_add(direct);
             self.taken = self.taken.saturating_add(direct as u64);
-            self.end = n.saturating_sub(direct).min(AHEAD);
+            self.end = n.saturating_sub(direct).min(ahead);
         }
         Ok(())
     }

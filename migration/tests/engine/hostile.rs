@@ -58,6 +58,12 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
     out.extend_from_slice(&[7; 4096]);
     ram::write_page_header(&mut out, Some("pc.bios"), 0x2000);
     out.extend_from_slice(&[8; 4096]);
+    ram::write_record(&mut out, None, 0, ram::PAGE | ram::RUN);
+    ram::write_run(&mut out, 2);
+    out.extend_from_slice(&[9; 8192]);
+    ram::write_record(&mut out, Some("pc.ram"), 0x2000, ram::ZERO | ram::RUN);
+    ram::write_run(&mut out, 14);
+    out.push(0);
     ram::write_eos(&mut out);
     section::write_footer(&mut out, 2);
     for (section, id) in vm.sections().iter().zip(3..) {
@@ -100,6 +106,28 @@ fn the_stream_as_it_is_gets_as_far_as_the_disks() {
     let (source, _, _) = two_vms(16);
     let words = feed(stream(&source)).unwrap_err();
     assert!(words.contains("disk0.raw is locked by source"), "{words}");
+}
+
+#[test]
+fn a_run_that_leaves_its_block_is_refused() {
+    let (source, _, _) = two_vms(16);
+    let bytes = stream(&source);
+    for (kind, pages) in [(ram::ZERO, 14_u32), (ram::PAGE, 2)] {
+        let mut run = Vec::new();
+        match kind {
+            ram::ZERO => ram::write_record(&mut run, Some("pc.ram"), 0x2000, kind | ram::RUN),
+            _ => ram::write_record(&mut run, None, 0, kind | ram::RUN),
+        }
+        let at = run.len() + bytes.windows(run.len()).position(|w| w == run).unwrap();
+        assert_eq!(bytes[at..at + 4], pages.to_be_bytes());
+        for pages in [pages + 1 + 16 * u32::from(kind == ram::PAGE), u32::MAX, 0] {
+            let mut changed = bytes.clone();
+            changed[at..at + 4].copy_from_slice(&pages.to_be_bytes());
+            let words = feed(changed).unwrap_err();
+            let known = ["Illegal RAM offset", "pages in a run"];
+            assert!(known.iter().any(|known| words.contains(known)), "{words}");
+        }
+    }
 }
 
 proptest! {

@@ -309,6 +309,7 @@ fn qemu_destination(stream: UnixStream, vm: &FakeVm, end: End) -> Vec<String> {
                         }
                         RecordHeader::Zero { offset, same_block }
                         | RecordHeader::Page { offset, same_block } => (offset, same_block),
+                        run => panic!("a QEMU knows no {run:?}"),
                     };
                     if !same {
                         let name = migration::wire::read_str8(&mut reader, "name").unwrap();
@@ -318,7 +319,7 @@ fn qemu_destination(stream: UnixStream, vm: &FakeVm, end: End) -> Vec<String> {
                         let byte = ram::read_fill(&mut reader).unwrap();
                         vm.ram.fill(block, offset, PAGE_SIZE, byte).unwrap();
                     } else {
-                        reader.read_ram(&*vm.ram, block, offset, PAGE_SIZE as usize).unwrap();
+                        reader.read_ram(&*vm.ram, block, offset, PAGE_SIZE as usize, 8).unwrap();
                     }
                 }
                 section::read_footer(&mut reader, &SectionId::new("ram", 0), id).unwrap();

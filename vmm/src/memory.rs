@@ -5,8 +5,11 @@
 //! (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`), and then first touch of a destination's
 //! memory is ten times slower.
 
+use std::io;
+use std::num::NonZero;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 
 use devices::memory::GuestRamRef;
 use vm_memory::bitmap::AtomicBitmap;
@@ -51,6 +54,18 @@ pub enum MemoryError {
         size: u64,
         /// All that the host has.
         total: u64,
+    },
+    /// The host has not as much as it said.
+    #[error(
+        "the host could not give the VM its {size} bytes of memory at once: free memory there, give the VM \
+         less with --memory, or leave out --prealloc"
+    )]
+    Allocate {
+        /// Wanted.
+        size: u64,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
     },
     /// Not a size that the board can have.
     #[error(transparent)]
@@ -147,6 +162,24 @@ impl Ram {
         })
     }
 
+    /// Has the host give all of it its memory now, cleared by as many threads as the host has processors.
+    pub fn allocate(&self) -> Result<(), MemoryError> {
+        let threads = thread::available_parallelism().map_or(1, NonZero::get) as u64;
+        for slot in self.slots.iter() {
+            let part = slot.len.div_ceil(threads).next_multiple_of(HUGE_PAGE as u64);
+            thread::scope(|scope| {
+                let starts = (0..slot.len).step_by(part as usize);
+                let work = |at: u64| allocate(slot.host_address + at, part.min(slot.len - at));
+                let workers: Vec<_> = starts.map(|at| scope.spawn(move || work(at))).collect();
+                workers.into_iter().try_for_each(|worker| {
+                    let done = worker.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
+                    done.map_err(|source| MemoryError::Allocate { size: self.size, source })
+                })
+            })?;
+        }
+        Ok(())
+    }
+
     /// The memory as devices see it.
     pub fn guest(&self) -> &GuestRamRef {
         &self.guest
@@ -210,6 +243,16 @@ fn map(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegion
     Ok(region)
 }
 
+/// Has the host give memory to a range of one of RAM's mappings.
+fn allocate(address: u64, len: u64) -> io::Result<()> {
+    // SAFETY: the range lies inside a mapping of `Ram`, which is alive; the content stays as it is.
+    let done = unsafe { libc::madvise(address as *mut _, len as usize, libc::MADV_POPULATE_WRITE) };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -236,6 +279,17 @@ mod tests {
         );
         put("a", "2000", "9999");
         assert_eq!(leaves("a/b/c"), Some(0));
+    }
+
+    #[test]
+    fn memory_that_is_allocated_ahead_is_there() {
+        use migration::guest::GuestRam;
+        let ram = Ram::new(67 << 20, 40).unwrap();
+        let absent = || ram.absent(0, 0, 67 << 20).expect("the host tells");
+        assert!(absent().iter().any(|word| *word != 0));
+        ram.allocate().unwrap();
+        assert!(absent().iter().all(|word| *word == 0));
+        assert!(ram.is_zero(0, 66 << 20));
     }
 
     #[test]

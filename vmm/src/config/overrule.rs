@@ -49,6 +49,7 @@ impl Settings {
             console: flags.console.or(self.console),
             serial: flags.serial.or(self.serial),
             qmp: flags.qmp.or(self.qmp),
+            prealloc: flags.prealloc.or(self.prealloc),
             paused: flags.paused.or(self.paused),
             migrate_listen: flags.migrate_listen.or(self.migrate_listen),
         }

@@ -88,6 +88,8 @@ pub struct Config {
     pub serial: CharBackend,
     /// A control socket beside the usual one.
     pub qmp: Option<QmpSocket>,
+    /// Whether the host gives all of RAM its memory before anything runs.
+    pub prealloc: bool,
     /// Whether to wait for `cont`.
     pub paused: bool,
     /// Where a migration is expected, if one is.
@@ -191,6 +193,7 @@ impl Config {
             balloon,
             serial: settings.serial.unwrap_or(CharBackend::Stdio),
             qmp: settings.qmp,
+            prealloc: settings.prealloc.is_some_and(|OnOff(on)| on),
             paused: settings.paused.is_some_and(|OnOff(on)| on),
             migrate_listen: settings.migrate_listen,
         };

@@ -342,6 +342,14 @@ pub struct Settings {
     #[arg(long, short = 'm', value_name = "SIZE")]
     pub memory: Option<ByteSize>,
 
+    /// Have the host give all of RAM its memory at the start
+    ///
+    /// The host clears memory when it is first written to, which on a destination takes longer than the
+    /// network. With this it is done while the destination waits; it then holds all of the VM's
+    /// memory, also what the guest never uses.
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub prealloc: Option<OnOff>,
+
     /// Kernel to boot: a bzImage, or an ELF file with a PVH entry
     #[arg(long, value_name = "FILE", group = "boot")]
     pub kernel: Option<PathBuf>,

@@ -41,7 +41,7 @@ fn every_default_is_written_out() {
         "rng": {"id": "rng0", "addr": "07.0", "virtio": "transitional"},
         "console": {"backend": "pty", "id": "console0", "addr": "08.0", "virtio": "transitional"},
         "balloon": {"id": "balloon0", "addr": "02.0", "virtio": "transitional"},
-        "serial": "stdio", "qmp": null, "paused": false, "migrate-listen": null,
+        "serial": "stdio", "qmp": null, "prealloc": false, "paused": false, "migrate-listen": null,
     });
     assert_eq!(json, want);
 
@@ -76,6 +76,7 @@ fn flags_and_file_have_the_same_words() {
         "--net",
         "tap=tap0",
         "--paused",
+        "--prealloc=on",
     ])
     .unwrap();
     let file = resolve(
@@ -85,6 +86,7 @@ fn flags_and_file_have_the_same_words() {
         memory = "1G"
         rng = true
         paused = true
+        prealloc = true
         [balloon]
         addr = "02.0"
         [console]

@@ -101,6 +101,9 @@ impl Machine {
         let xsave = XsaveLayout::new(&host_cpu);
         host.setup_vm(&vm)?;
         let ram = Ram::new(config.memory.0, cpu.phys_bits())?;
+        if config.prealloc {
+            ram.allocate()?;
+        }
         // SAFETY: the machine keeps `ram` longer than anything that holds the VM's descriptor.
         let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots().to_vec()) }?;
 

@@ -101,6 +101,7 @@ impl Reader {
             "qmp" | "qmp-pretty" => self.qmps.push(value),
             "mon" => self.monitors.push(value),
             "incoming" => self.incoming(&value),
+            "mem-prealloc" => self.settings.prealloc = Some(OnOff(true)),
             "S" => self.settings.paused = Some(OnOff(true)),
             "object" => self.object(&value),
             // The table says that it is read, and nobody reads it.

@@ -87,7 +87,7 @@ const OPTIONS: &[(&str, bool, Class)] = &[
     ("runas", true, Host),
     ("sandbox", true, Host),
     ("msg", true, Host),
-    ("mem-prealloc", false, Host),
+    ("mem-prealloc", false, Read),
     ("mem-path", true, Host),
     ("overcommit", true, Host),
     ("audiodev", true, Host),

@@ -69,6 +69,9 @@ impl QemuLine {
             line.chardev("qmp0", &CharBackend::Unix(qmp.0.clone()))?;
             line.option("-qmp", "chardev:qmp0");
         }
+        if config.prealloc {
+            line.options.push(vec!["-mem-prealloc".to_string()]);
+        }
         if config.paused {
             line.options.push(vec!["-S".to_string()]);
         }

@@ -26,12 +26,14 @@ use std::error::Error;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::dirty::DirtyBitmap;
 use crate::handover::Arbiter;
 use crate::manifest::Problem;
+use crate::transport::Connection;
 use crate::vmstate::{FieldError, Section, SectionId};
 
 /// The size of the pages that travel, in bytes: x86's small page, whatever backs the memory.
@@ -194,6 +196,9 @@ pub trait Machine: Send {
     /// The number of vCPUs.
     fn vcpus(&self) -> u32;
 
+    /// Its UUID; zero where it has none.
+    fn uuid(&self) -> [u8; 16];
+
     /// Its memory.
     fn ram(&self) -> Arc<dyn GuestRam>;
 
@@ -285,6 +290,13 @@ pub trait DestinationVm: Machine {
     /// ROMs and ACPI tables as blocks of their own. `true` when this machine can keep it; from
     /// then on it is the last of its blocks, zeroed, and written to like any other.
     fn accept_block(&mut self, block: &RamBlock) -> bool;
+
+    /// A further connection of the source's, which waits to be taken or comes within `timeout`; none where
+    /// only one can come.
+    fn next_connection(&mut self, timeout: Duration) -> Result<Option<Connection>, VmError> {
+        let _ = timeout;
+        Ok(None)
+    }
 
     /// Called after each RAM section of a source that is no mini-vmm. An error ends the migration: what
     /// such a source sends beside this stream is nothing that the VM could do without.

@@ -32,6 +32,9 @@ pub const PREFLIGHT: &str = "preflight";
 /// A [`Hello::abilities`]: [runs of pages](crate::wire::ram::RUN) in one record.
 pub const RUNS: &str = "runs";
 
+/// A [`Hello::abilities`]: pages on [further connections](crate::wire::multifd), if the manifest says so.
+pub const CHANNELS: &str = "channels";
+
 impl Hello {
     /// Whether the destination has said that it can do this.
     pub fn can(&self, ability: &str) -> bool {
@@ -61,6 +64,10 @@ pub struct Manifest {
     /// measurement. Said only to a destination that can [do that](PREFLIGHT).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub only_asking: bool,
+    /// The connections that pages will come through, if it is not this one. Said only to a destination
+    /// that knows [them](CHANNELS).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channels: Option<Channels>,
     /// The source's wall clock when it wrote this, in ms since 1970; 0 if it does not say.
     #[serde(default)]
     pub sent_at_ms: u64,
@@ -68,6 +75,15 @@ pub struct Manifest {
     /// [`Machine::details`](crate::guest::Machine::details).
     #[serde(default)]
     pub details: serde_json::Value,
+}
+
+/// Further connections that will bring the pages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Channels {
+    /// How many.
+    pub count: u8,
+    /// What each of them begins with, in hexadecimal: 32 bytes that only this migration's have.
+    pub token: String,
 }
 
 /// One device section that will come.

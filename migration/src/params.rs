@@ -9,6 +9,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::wire::multifd::MAX_CHANNELS;
+
 /// What happens when a migration's time is over and it has not converged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -28,7 +30,9 @@ pub struct Parameters {
     pub max_bandwidth: u64,
     /// `downtime-limit`: how long the guest may stand still for the last pages. 300 ms.
     pub downtime_limit: Duration,
-    /// `multifd-channels`: connections for pages, once there are several. 2.
+    /// `multifd` (a capability): pages on connections of their own.
+    pub multifd: bool,
+    /// `multifd-channels`: how many, from 1 to [`MAX_CHANNELS`]. 2.
     pub multifd_channels: u8,
     /// `x-timeout`, in ms: how long the guest may be migrated before `x-on-timeout` happens; 0, the
     /// default, is for ever.
@@ -54,6 +58,7 @@ impl Default for Parameters {
         Self {
             max_bandwidth: 0,
             downtime_limit: Duration::from_millis(300),
+            multifd: false,
             multifd_channels: 2,
             timeout: None,
             on_timeout: OnTimeout::Cancel,
@@ -87,7 +92,7 @@ const INTEGERS: &[Integer] = &[
     integer("max-bandwidth", 0, 0, i64::MAX as u64, false),
     // QEMU takes up to 2000 s.
     integer("downtime-limit", 300, 0, 2_000_000, false),
-    integer("multifd-channels", 2, 1, 255, false),
+    integer("multifd-channels", 2, 1, MAX_CHANNELS as u64, false),
     integer("x-timeout", 0, 0, 30 * DAY_MS, false),
     integer("x-stall-timeout", 30_000, 100, DAY_MS, false),
     integer("announce-initial", 50, 0, 100_000, true),
@@ -223,6 +228,7 @@ impl Parameters {
         match name {
             "events" => self.events = state,
             "pause-before-switchover" => self.pause_before_switchover = state,
+            "multifd" => self.multifd = state,
             _ => {
                 let fixed = FIXED.iter().find(|c| c.name == name);
                 let Some(c) = fixed else {
@@ -240,6 +246,7 @@ impl Parameters {
     pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
         let mut all: Vec<_> = FIXED.iter().map(|c| (c.name, c.state)).collect();
         all.push(("events", self.events));
+        all.push(("multifd", self.multifd));
         all.push(("pause-before-switchover", self.pause_before_switchover));
         all.sort_unstable();
         all
@@ -274,7 +281,6 @@ const FIXED: &[Fixed] = &[
     off("compress"),
     off("dirty-bitmaps"),
     off("late-block-activate"),
-    off("multifd"),
     off("postcopy-blocktime"),
     off("postcopy-preempt"),
     off("postcopy-ram"),
@@ -310,7 +316,7 @@ mod tests {
             ("downtime-limit", json!(-1)),
             ("downtime-limit", json!("300")),
             ("multifd-channels", json!(0)),
-            ("multifd-channels", json!(256)),
+            ("multifd-channels", json!(17)),
             ("max-bandwidth", json!(1.5)),
             ("x-on-timeout", json!("explode")),
             ("x-verify", json!(1)),

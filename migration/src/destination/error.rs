@@ -199,6 +199,28 @@ pub enum DestinationError {
         #[source]
         source: io::Error,
     },
+    /// One of the connections that pages come through.
+    #[error(
+        "connection {channel} of those that bring pages (multifd) {}",
+        if crate::transport::is_stall(source) { "stands still" } else { "is lost" }
+    )]
+    Channel {
+        /// Its number, from 0 on.
+        channel: usize,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Not all connections have come.
+    #[error(
+        "the source sends pages over {expected} further connections (multifd), and {found} have come"
+    )]
+    ChannelsMissing {
+        /// How many were announced.
+        expected: usize,
+        /// How many there are.
+        found: usize,
+    },
     /// The comparison of RAM found a difference.
     #[error("the comparison at the switch-over failed")]
     RamDiffers {

@@ -37,10 +37,14 @@ impl Arrival<'_> {
         for warning in &verdict.warnings {
             tracing::warn!("{}: {warning}", warning.code);
         }
+        let announced = self.announced_channels(&manifest)?;
         self.manifest = Some(manifest);
-        match verdict.problems {
-            problems if problems.is_empty() => Ok(()),
-            problems => Err(DestinationError::Refused { problems }),
+        if !verdict.problems.is_empty() {
+            return Err(DestinationError::Refused { problems: verdict.problems });
+        }
+        match announced {
+            Some((count, token)) => self.take_channels(count, Some(token)),
+            None => Ok(()),
         }
     }
 

@@ -29,6 +29,7 @@
 
 mod ahead;
 mod answer;
+mod channels;
 mod compare;
 mod error;
 mod judge;
@@ -38,12 +39,14 @@ mod ram;
 pub use compare::compare;
 pub use error::{DestinationError, Failure};
 
+use std::time::Duration;
+
 use crate::control::Control;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
 use crate::manifest::{
-    Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RUNS, RamDigests,
+    CHANNELS, Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RUNS, RamDigests,
 };
 use crate::params::Parameters;
 use crate::phase::Phase;
@@ -61,10 +64,13 @@ use crate::wire::return_path::Message;
 use crate::wire::section::{self, PartType};
 
 use answer::ReturnPath;
+use channels::Channels;
 use judge::Asked;
 use load::Loader;
 use ram::RamLoader;
 
+/// How long a source's last word is waited for, which it says before it closes anything.
+const LAST_WORD: Duration = Duration::from_millis(500);
 /// x86's page size as a power of two.
 const PAGE_BITS: u32 = 12;
 
@@ -135,6 +141,7 @@ struct Arrival<'a> {
     digests: Option<RamDigests>,
     loader: Loader,
     ram: RamLoader,
+    channels: Channels,
     ram_id: Option<u32>,
     stopped: bool,
     accepted: bool,
@@ -161,6 +168,7 @@ impl<'a> Arrival<'a> {
             digests: None,
             loader,
             ram,
+            channels: Channels::default(),
             ram_id: None,
             stopped: false,
             accepted: false,
@@ -318,7 +326,7 @@ impl<'a> Arrival<'a> {
                     self.answer.send(&Message::Hello(Hello {
                         program: PROGRAM.to_owned(),
                         protocols: PROTOCOL_VERSIONS.to_vec(),
-                        abilities: [PREFLIGHT, RUNS].map(str::to_owned).to_vec(),
+                        abilities: [PREFLIGHT, RUNS, CHANNELS].map(str::to_owned).to_vec(),
                     }))?;
                 }
                 self.answer.pong(value)?;
@@ -392,6 +400,12 @@ impl<'a> Arrival<'a> {
         if self.ram_id.replace(header.id).is_some() {
             return Err(self.out_of_turn("a second START of the RAM section"));
         }
+        if self.answer.peer() != Peer::MiniVmm && self.parameters.multifd {
+            self.take_channels(self.parameters.multifd_channels, None)?;
+        }
+        // From here on pages may be written.
+        self.touched = true;
+        self.channels.start(&self.vm.ram())?;
         self.ram_records(header.id)
     }
 
@@ -407,8 +421,11 @@ impl<'a> Arrival<'a> {
     }
 
     fn ram_records(&mut self, id: u32) -> Result<(), DestinationError> {
-        self.touched = true;
         self.ram.read_section(&mut self.reader, self.vm, self.control.stats())?;
+        let stall = self.parameters.stall_timeout;
+        if let Err(error) = self.channels.sync(stall, self.control.stats()) {
+            return Err(self.reason_behind(id).unwrap_or(error));
+        }
         self.look_beside()?;
         let footer = section::read_footer(&mut self.reader, &SectionId::new(SECTION, 0), id);
         if footer.is_err() {
@@ -418,8 +435,23 @@ impl<'a> Arrival<'a> {
         Ok(footer?)
     }
 
+    /// A source that gives up closes its other connections, and says why on this one.
+    fn reason_behind(&mut self, id: u32) -> Option<DestinationError> {
+        self.answer.set_stall_timeout(LAST_WORD).ok()?;
+        section::read_footer(&mut self.reader, &SectionId::new(SECTION, 0), id).ok()?;
+        match section::read_part_type(&mut self.reader).ok()? {
+            PartType::Command => match Command::read(&mut self.reader).ok()? {
+                Command::Abort(abort) => {
+                    Some(DestinationError::SourceGaveUp { reason: abort.reason })
+                }
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     fn look_beside(&mut self) -> Result<(), DestinationError> {
-        if self.answer.peer() == Peer::MiniVmm {
+        if self.answer.peer() == Peer::MiniVmm || !self.channels.is_empty() {
             return Ok(());
         }
         self.vm

@@ -141,8 +141,7 @@ impl RamReader {
             if let Some(block) = self.blocks.get_mut(index) {
                 block.pages.add(&one);
                 let place = Place::Alone;
-                let record =
-                    PageRecord { index, block: &block.block, same_block, offset, place };
+                let record = PageRecord { index, block: &block.block, same_block, offset, place };
                 visitor.page(record, content)?;
             }
         }

@@ -1,11 +1,15 @@
 //! The first words: who is there, and would it work.
 
+use std::hash::{BuildHasher, RandomState};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::channels::introduce;
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
 use crate::handover::Peer;
-use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict};
+use crate::manifest::{
+    CHANNELS, Channels, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict,
+};
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::return_path::Message;
@@ -40,6 +44,12 @@ impl Migration<'_> {
                 if !verdict.problems.is_empty() {
                     return Err(SourceError::Refused { problems: verdict.problems });
                 }
+                if hello.can(CHANNELS) {
+                    self.open_channels()?;
+                } else if !self.links.is_empty() {
+                    tracing::warn!("the destination takes one connection only");
+                    self.links.clear();
+                }
                 if hello.can(RUNS) {
                     self.out.allow_runs();
                 }
@@ -49,6 +59,7 @@ impl Migration<'_> {
                 self.vm
                     .prepare_for_qemu()
                     .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
+                self.open_channels()?;
                 Ok(Peer::Qemu)
             }
             First::Nobody => {
@@ -63,6 +74,16 @@ impl Migration<'_> {
         }
     }
 
+    /// From here on pages go through connections of their own, if there are any.
+    fn open_channels(&mut self) -> Result<(), SourceError> {
+        if !self.links.is_empty() {
+            let links = std::mem::take(&mut self.links);
+            let stall = self.parameters.stall_timeout;
+            self.channels = Some(super::channels::Channels::open(links, self.vm.ram(), stall)?);
+        }
+        Ok(())
+    }
+
     /// The first words, and who answers them.
     pub(super) fn introduce(&mut self) -> Result<First, SourceError> {
         let configuration =
@@ -71,6 +92,10 @@ impl Migration<'_> {
         if self.out.is_one_way() {
             return Ok(First::Nobody);
         }
+        // A QEMU that has been told to expect several reads none before all are there.
+        let token = new_token();
+        introduce(&self.links, self.vm.uuid(), token)?;
+        self.token = token;
         self.out.command(&Command::OpenReturnPath);
         self.out.command(&Command::Ping(PING_MAGIC));
         self.send("the header")?;
@@ -96,7 +121,10 @@ impl Migration<'_> {
                 ours: PROTOCOL_VERSIONS,
             });
         };
-        let manifest = Manifest { only_asking, ..self.manifest(protocol) };
+        let count = u8::try_from(self.links.len()).unwrap_or_default();
+        let token = self.token.iter().map(|byte| format!("{byte:02x}")).collect();
+        let channels = (count > 0 && hello.can(CHANNELS)).then_some(Channels { count, token });
+        let manifest = Manifest { only_asking, channels, ..self.manifest(protocol) };
         self.out.command(&Command::Manifest(Box::new(manifest)));
         self.send("the manifest")?;
         match self.await_message("its verdict on the VM was awaited", true)? {
@@ -128,6 +156,7 @@ impl Migration<'_> {
                 .collect(),
             verify: self.parameters.verify,
             only_asking: false,
+            channels: None,
             sent_at_ms: wall_clock_ms(),
             details: self.vm.details(),
         }
@@ -151,6 +180,17 @@ impl Migration<'_> {
             NoMessage::Cancelled => SourceError::Cancelled,
         })
     }
+}
+
+/// Bytes that no other migration has.
+fn new_token() -> [u8; 32] {
+    let mut token = [0; 32];
+    for part in token.chunks_mut(size_of::<u64>()) {
+        // The keys come from the operating system, and differ for each of them.
+        let random = RandomState::new().hash_one(0);
+        part.copy_from_slice(&random.to_ne_bytes());
+    }
+    token
 }
 
 /// The host's wall clock; 0, which says nothing, where it is before 1970.

@@ -14,6 +14,7 @@
 //! without anybody to ask: no return path, no thread, one pass after the other. [`preflight`] goes as
 //! far as the verdict, and measures how the rest would go.
 
+mod channels;
 mod doubt;
 mod error;
 mod greet;
@@ -36,10 +37,11 @@ use crate::handover::source::State;
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
-use crate::transport::{Connection, Sink};
+use crate::transport::{Connection, Links, Sink};
 use crate::wire::bounded_reason;
 use crate::wire::command::{Abort, Command};
 
+use channels::Channels;
 use inbox::Inbox;
 use out::{Channel, Out};
 
@@ -70,14 +72,17 @@ pub enum Outcome {
     },
 }
 
-/// Migrates `vm` over `connection`, on the calling thread, until it is known how it ended.
-pub fn run(vm: &mut dyn SourceVm, connection: Connection, control: &Control) -> Outcome {
+/// Migrates `vm` over these connections, on the calling thread, until it is known how it ended.
+pub fn run(vm: &mut dyn SourceVm, links: impl Into<Links>, control: &Control) -> Outcome {
+    let Links { main: connection, pages } = links.into();
     let parameters = control.parameters();
     control.attach(connection.abort_handle());
     control.begin(vm.ram().blocks().iter().map(|b| b.len).sum());
     let outcome = with_return_path(&connection, control, |inbox| {
         let channel = Channel::Connection(&connection);
-        Migration::new(vm, channel, control, inbox, parameters).run()
+        let mut migration = Migration::new(vm, channel, control, inbox, parameters);
+        migration.links = pages;
+        migration.run()
     })
     .unwrap_or_else(|error| Outcome::Kept { error });
     conclude(control, &outcome);
@@ -147,6 +152,12 @@ struct Migration<'a> {
     /// The parameters at the start; those that may change are asked for anew.
     parameters: Parameters,
     tracker: Option<Box<dyn DirtyTracker>>,
+    /// Connections for pages that nobody uses yet.
+    links: Vec<Connection>,
+    /// What each of them began with.
+    token: [u8; 32],
+    /// Those that are in use.
+    channels: Option<Channels>,
 }
 
 impl<'a> Migration<'a> {
@@ -158,7 +169,17 @@ impl<'a> Migration<'a> {
         parameters: Parameters,
     ) -> Self {
         let out = Out::new(channel, vm.ram(), control);
-        Self { vm, control, inbox, out, parameters, tracker: None }
+        Self {
+            vm,
+            control,
+            inbox,
+            out,
+            parameters,
+            tracker: None,
+            links: Vec::new(),
+            token: [0; 32],
+            channels: None,
+        }
     }
 
     fn run(mut self) -> Outcome {

@@ -139,10 +139,8 @@ impl<'a> Out<'a> {
         self.in_ram = false;
     }
 
-    /// Adds a page of `block`, whose name is `name`. It is known to be zero where `zero` says so, and
-    /// is looked at otherwise.
+    /// Adds a page of `block`, whose name is `name`, and which is all zero or not.
     pub(super) fn page(&mut self, block: usize, name: &str, offset: u64, zero: bool) {
-        let zero = zero || self.ram.is_zero(block, offset);
         let kind = if zero { ZERO } else { PAGE };
         self.pages += 1;
         *(if zero { &mut self.moved.zero_pages } else { &mut self.moved.normal_pages }) += 1;
@@ -179,11 +177,15 @@ impl<'a> Out<'a> {
         self.ram.absent(block, pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE)
     }
 
+    /// Whether a page is all zero.
+    pub(super) fn is_zero(&self, block: usize, offset: u64) -> bool {
+        self.ram.is_zero(block, offset)
+    }
+
     /// Adds a page to the run that it continues, if it does; what comes next begins another
     /// otherwise.
     fn is_next_of_run(&mut self, block: usize, offset: u64, kind: u64) -> bool {
-        let next =
-            self.run.as_mut().filter(|r| (r.block, r.next, r.kind) == (block, offset, kind));
+        let next = self.run.as_mut().filter(|r| (r.block, r.next, r.kind) == (block, offset, kind));
         let Some(run) = next else { return false };
         run.pages += 1;
         run.next += PAGE_SIZE;

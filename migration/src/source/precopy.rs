@@ -9,6 +9,7 @@
 //!                       for each 2 MiB: clear the log's bits, then read and send the pages
 //! ```
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Migration, SourceError};
@@ -31,12 +32,15 @@ const CHUNK_PAGES: u64 = 512;
 const SETTLE_PING: u32 = 1;
 /// Bytes after which a PART section is ended and the next one begun.
 const PART_BYTES: u64 = 64 << 20;
+/// The same where pages have connections of their own, all of which stop at a section's end.
+const CHANNELS_PART_BYTES: u64 = 1 << 30;
 /// How often the rate is measured within a pass.
 const SAMPLE: Duration = Duration::from_millis(100);
 
 /// What is left of RAM, and how fast it goes.
 pub(super) struct Passes {
     blocks: Vec<RamBlock>,
+    names: Vec<Arc<str>>,
     dirty: DirtyBitmap,
     /// No page has been sent before.
     first: bool,
@@ -65,8 +69,10 @@ impl Passes {
         let mut dirty = DirtyBitmap::new(&blocks);
         dirty.set_all();
         let now = Instant::now();
+        let names = blocks.iter().map(|block| block.name.as_str().into()).collect();
         Self {
             blocks,
+            names,
             dirty,
             first: true,
             rate: Rate::default(),
@@ -104,9 +110,8 @@ impl Migration<'_> {
         self.out.put(|out| {
             section::write_header(out, PartType::Start, &header);
             ram::write_blocks(out, &passes.blocks);
-            ram::write_eos(out);
-            section::write_footer(out, RAM_SECTION_ID);
         });
+        self.end_ram()?;
         self.send("the list of RAM blocks")?;
 
         loop {
@@ -187,7 +192,8 @@ impl Migration<'_> {
         if running && passes.dirty.count() == 0 {
             return Ok(PassEnd::Whole);
         }
-        let mut part_since = self.out.sent;
+        let mut part_since = self.sent();
+        let part_bytes = if self.channels.is_some() { CHANNELS_PART_BYTES } else { PART_BYTES };
         self.out.begin_ram(kind);
         for block in 0..passes.blocks.len() {
             let pages = passes.dirty.pages(block);
@@ -199,13 +205,21 @@ impl Migration<'_> {
                         .clear(block, first, &bits)
                         .map_err(SourceError::vm("clearing the dirty log"))?;
                 }
+                // Pages for other connections.
+                let mut chunk = Vec::new();
                 // Only the first pass comes to pages that nobody has written to.
                 let absent = if passes.first { self.out.absent(block, first..end) } else { None };
                 for page in runs(first, &bits).flatten() {
                     let name = passes.blocks.get(block).map_or("", |b| b.name.as_str());
                     let zero = absent.as_ref().is_some_and(|absent| has(absent, page - first));
-                    self.out.page(block, name, page * PAGE_SIZE, zero);
+                    let offset = page * PAGE_SIZE;
                     passes.pages += 1;
+                    let zero = zero || self.out.is_zero(block, offset);
+                    if self.channels.is_some() && !zero {
+                        chunk.push(offset);
+                        continue;
+                    }
+                    self.out.page(block, name, offset, zero);
                     let limit = if running { passes.pace_limit } else { 0 };
                     if self.out.is_full(limit) {
                         self.send("RAM")?;
@@ -216,22 +230,25 @@ impl Migration<'_> {
                         }
                     }
                 }
+                self.submit(passes, block, chunk)?;
                 if !running {
                     continue;
                 }
+                self.sample(passes, SAMPLE);
+                self.pace(passes);
                 if self.time_is_over(passes)? {
-                    self.out.end_ram();
+                    self.end_ram()?;
                     self.send("RAM")?;
                     return Ok(PassEnd::TimeOver);
                 }
-                if self.out.sent - part_since > PART_BYTES {
-                    part_since = self.out.sent;
-                    self.out.end_ram();
+                if self.sent() - part_since > part_bytes {
+                    part_since = self.sent();
+                    self.end_ram()?;
                     self.out.begin_ram(kind);
                 }
             }
         }
-        self.out.end_ram();
+        self.end_ram()?;
         self.send("RAM")?;
         self.check()?;
         if running {
@@ -240,13 +257,43 @@ impl Migration<'_> {
         Ok(PassEnd::Whole)
     }
 
+    /// Gives a chunk's pages to the connections that they go through.
+    fn submit(
+        &mut self,
+        passes: &Passes,
+        block: usize,
+        chunk: Vec<u64>,
+    ) -> Result<(), SourceError> {
+        let Some(channels) = self.channels.as_mut().filter(|_| !chunk.is_empty()) else {
+            return Ok(());
+        };
+        let Some(name) = passes.names.get(block) else { return Ok(()) };
+        let done = channels.submit(block, name, chunk, self.control);
+        done.map_err(|e| self.write_failed(e))?;
+        self.check()
+    }
+
+    /// Ends a section of RAM here and on the other connections.
+    fn end_ram(&mut self) -> Result<(), SourceError> {
+        if let Some(channels) = &mut self.channels {
+            channels.sync(self.control).map_err(|e| self.write_failed(e))?;
+        }
+        self.out.end_ram();
+        Ok(())
+    }
+
+    /// Bytes that have gone out, on whichever connection.
+    fn sent(&self) -> u64 {
+        self.out.sent + self.channels.as_ref().map_or(0, |channels| channels.submitted)
+    }
+
     /// Measures the rate, if `least` has passed since it was last measured.
     fn sample(&self, passes: &mut Passes, least: Duration) {
         let elapsed = passes.sample_since.elapsed();
         if elapsed < least || elapsed.is_zero() {
             return;
         }
-        let sent = self.out.sent - passes.sample_sent;
+        let sent = self.sent() - passes.sample_sent;
         if sent == 0 {
             return;
         }
@@ -254,7 +301,7 @@ impl Migration<'_> {
         let pages = (passes.pages - passes.sample_pages) as f64 / elapsed.as_secs_f64();
         self.control.stats().rates(passes.rate.bytes_per_s().unwrap_or_default(), pages);
         passes.sample_since = Instant::now();
-        passes.sample_sent = self.out.sent;
+        passes.sample_sent = self.sent();
         passes.sample_pages = passes.pages;
     }
 
@@ -265,9 +312,9 @@ impl Migration<'_> {
             if limit != passes.pace_limit {
                 passes.pace_limit = limit;
                 passes.pace_since = Instant::now();
-                passes.pace_sent = self.out.sent;
+                passes.pace_sent = self.sent();
             }
-            let sent = self.out.sent - passes.pace_sent;
+            let sent = self.sent() - passes.pace_sent;
             if limit == 0 || self.check().is_err() {
                 return;
             }

@@ -125,6 +125,21 @@ pub struct Connection {
     peer: String,
 }
 
+/// The connections of one migration on its source.
+#[derive(Debug)]
+pub struct Links {
+    /// The one that is spoken on.
+    pub main: Connection,
+    /// Those that only pages go through; may be none.
+    pub pages: Vec<Connection>,
+}
+
+impl From<Connection> for Links {
+    fn from(main: Connection) -> Self {
+        Self { main, pages: Vec::new() }
+    }
+}
+
 /// Ends whatever waits for a connection or a pipe.
 #[derive(Debug, Clone)]
 pub enum Abort {
@@ -219,6 +234,14 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// Lets a read wait for as long as the peer lives.
+    pub fn set_patient(&self) -> io::Result<()> {
+        match &*self.socket {
+            Socket::Tcp(s) => s.set_read_timeout(None),
+            Socket::Unix(s) => s.set_read_timeout(None),
+        }
     }
 
     /// A handle that ends blocked calls from another thread.

@@ -258,6 +258,7 @@ mod tests {
             }],
             verify: true,
             only_asking: true,
+            channels: None,
             sent_at_ms: 7,
             details: serde_json::json!({ "slots": [2, 3] }),
         }

@@ -36,6 +36,7 @@
 pub mod command;
 pub mod header;
 pub mod limits;
+pub mod multifd;
 pub mod ram;
 pub mod return_path;
 pub mod section;

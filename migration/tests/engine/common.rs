@@ -17,7 +17,7 @@ use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::source::{self, Outcome};
 use migration::stats::Report;
-use migration::transport::Connection;
+use migration::transport::{Connection, Links};
 
 pub(crate) use guest::FakeState;
 pub(crate) use memory::FakeRam;
@@ -82,7 +82,7 @@ pub(crate) struct Ended {
 pub(crate) fn migrate(
     source: FakeVm,
     destination: FakeVm,
-    connections: (Connection, Connection),
+    connections: (impl Into<Links>, Connection),
     controls: (Arc<Control>, Arc<Control>),
 ) -> Ended {
     let ended = start(source, destination, connections, controls);
@@ -97,7 +97,7 @@ pub(crate) struct Started {
 pub(crate) fn start(
     mut source: FakeVm,
     mut destination: FakeVm,
-    (a, b): (Connection, Connection),
+    (a, b): (impl Into<Links>, Connection),
     controls: (Arc<Control>, Arc<Control>),
 ) -> Started {
     let (source_control, destination_control) = controls;
@@ -105,6 +105,7 @@ pub(crate) fn start(
         let result = destination::run(&mut destination, b, &destination_control);
         (result, destination)
     });
+    let a = a.into();
     let here = thread::spawn(move || {
         let outcome = source::run(&mut source, a, &source_control);
         (outcome, source)

@@ -43,6 +43,7 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
             .collect(),
         verify: false,
         only_asking: false,
+        channels: None,
         sent_at_ms: 0,
         details: vm.details(),
     };

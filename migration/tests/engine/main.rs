@@ -1,6 +1,7 @@
 //! The engine without KVM: two sides in one process, over real sockets, with a guest that is a
 //! thread and faults wherever there is a message.
 
+mod channels;
 mod common;
 mod cut;
 mod failures;

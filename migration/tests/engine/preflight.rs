@@ -267,6 +267,7 @@ fn manifest(vm: &FakeVm, only_asking: bool) -> Manifest {
         sections: Vec::new(),
         verify: false,
         only_asking,
+        channels: None,
         sent_at_ms: 0,
         details: vm.details(),
     }

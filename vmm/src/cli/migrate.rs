@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use migration::params::Parameters;
+use migration::wire::multifd::MAX_CHANNELS;
 use serde_json::{Map, Value, json};
 use signal_hook::consts::SIGINT;
 
@@ -43,6 +44,9 @@ pub(super) struct MigrateArgs {
     /// still meanwhile)
     #[arg(long)]
     verify: bool,
+    /// Connections that memory goes through, 1 to 16: several where one doesn't fill the network [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CHANNELS as i64))]
+    channels: Option<u8>,
     /// Start it, and do not wait for its end
     #[arg(long)]
     detach: bool,
@@ -85,6 +89,9 @@ impl MigrateArgs {
             Some(OnTimeout::Force) => put("x-on-timeout", "force".into()),
             None => {}
         }
+        if let Some(channels) = self.channels {
+            put("multifd-channels", channels.into());
+        }
         if self.verify {
             put("x-verify", true.into());
         }
@@ -100,6 +107,11 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     let mut client = args.vm.connect()?;
     let parameters = args.parameters(client.is_mini_vmm());
     client.execute("migrate-set-parameters", parameters)?;
+    if client.is_mini_vmm() || args.channels.is_some() {
+        let several = args.channels.is_some_and(|channels| channels > 1);
+        let multifd = json!([{ "capability": "multifd", "state": several }]);
+        client.execute("migrate-set-capabilities", json!({ "capabilities": multifd }))?;
+    }
     signal_hook::flag::register(SIGINT, interrupted.clone())
         .map_err(CliError::io("cannot watch for Ctrl-C"))?;
     let uri = hand_over(&mut client, &grants, uri)?;

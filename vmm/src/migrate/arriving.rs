@@ -1,10 +1,12 @@
 //! This machine as the engine's destination sees it.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
 use migration::manifest::Problem;
-use migration::transport::Listener;
+use migration::transport::{Connection, Listener};
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 
@@ -39,6 +41,9 @@ impl Machine for Arriving<'_> {
     fn vcpus(&self) -> u32 {
         self.vm.config().smp
     }
+    fn uuid(&self) -> [u8; 16] {
+        self.vm.config().uuid.into_bytes()
+    }
     fn ram(&self) -> Arc<dyn GuestRam> {
         Arc::new(self.vm.machine.ram.clone())
     }
@@ -65,13 +70,24 @@ impl DestinationVm for Arriving<'_> {
         }
     }
 
+    fn next_connection(&mut self, timeout: Duration) -> Result<Option<Connection>, VmError> {
+        let Some(listener) = self.listener else {
+            // A socket that was handed over is the only one.
+            thread::sleep(timeout);
+            return Ok(None);
+        };
+        let failed = |e| VmError::with("the listener could not be looked at", e);
+        listener.accept(timeout).map_err(failed)
+    }
+
     fn between_sections(&mut self) -> Result<(), VmError> {
         // Nothing in the first connection says so, and its pages would be missing.
         let others = self.listener.map_or(Ok(false), |l| l.waiting_with(MULTIFD_MAGIC));
         if others.map_err(|e| VmError::with("the listener could not be looked at", e))? {
             return Err(VmError::new(
-                "the source sends its pages over several connections, which is not understood here: \
-                 switch its capability 'multifd' off",
+                "the source sends its pages over several connections, and none were expected: switch \
+                 the capability 'multifd' on here before 'migrate-incoming', with as many \
+                 'multifd-channels' as there, or off there",
             ));
         }
         Ok(())

@@ -60,8 +60,8 @@ impl Vm {
         // Nothing else is even opened: a file would be written to, and a descriptor can be used once.
         let MigrationUri::Socket(_) = uri else { return Err(nobody()) };
         let (control, _asking) = self.begin_asking(parameters)?;
-        let connection = match WayOut::open(uri, &self.migration.grants)? {
-            WayOut::Connection(connection) => connection,
+        let connection = match WayOut::open(uri, 0, &self.migration.grants)? {
+            WayOut::Connection(links) => links.main,
             WayOut::Sink(_) => return Err(nobody()),
         };
         let mut leaving = Leaving::new(self.clone());

@@ -43,6 +43,9 @@ impl Machine for Leaving {
     fn vcpus(&self) -> u32 {
         self.vm.config().smp
     }
+    fn uuid(&self) -> [u8; 16] {
+        self.vm.config().uuid.into_bytes()
+    }
     fn ram(&self) -> Arc<dyn GuestRam> {
         Arc::new(self.vm.machine.ram.clone())
     }

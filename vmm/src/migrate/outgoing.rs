@@ -63,7 +63,11 @@ impl MigrationDesk {
 impl Vm {
     /// Opens `uri` and starts to migrate there. The caller has made sure that none runs.
     pub(crate) fn begin_outgoing(self: &Arc<Self>, uri: &MigrationUri) -> Result<(), MigrateError> {
-        let way = WayOut::open(uri, &self.migration.grants)?;
+        let channels = {
+            let desk = self.migration.lock();
+            if desk.parameters.multifd { desk.parameters.multifd_channels } else { 0 }
+        };
+        let way = WayOut::open(uri, channels, &self.migration.grants)?;
         let control = self.migration.control(self);
         let (vm, shared) = (self.clone(), control.clone());
         // A client may ask how it goes as soon as this returns.
@@ -84,7 +88,7 @@ impl Vm {
     fn go(self: &Arc<Self>, way: WayOut, control: &Control) {
         let mut leaving = Leaving::new(self.clone());
         let outcome = match way {
-            WayOut::Connection(connection) => source::run(&mut leaving, connection, control),
+            WayOut::Connection(links) => source::run(&mut leaving, links, control),
             WayOut::Sink(sink) => source::save(&mut leaving, sink, control),
         };
         match outcome {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use migration::transport::descriptor::{self, Kind};
 use migration::transport::{
-    Address, Connection, Listener, Sink, StreamError, Supply, TransportError,
+    Address, Connection, Links, Listener, Sink, StreamError, Supply, TransportError,
 };
 
 use crate::config::{MigrationUri, SocketUri};
@@ -23,6 +23,12 @@ pub enum WayError {
     /// No file, pipe or command.
     #[error(transparent)]
     Stream(#[from] StreamError),
+    /// Pages can't have connections of their own.
+    #[error(
+        "further connections (--channels, the capability 'multifd') can only be made to tcp:HOST:PORT and \
+         unix:PATH"
+    )]
+    OneConnection,
     /// Commands are off.
     #[error(
         "exec: runs a command as the user that the VM runs as, and that is off: start the VM with \
@@ -43,7 +49,7 @@ pub enum WayError {
 /// A way out.
 pub(super) enum WayOut {
     /// To another VMM.
-    Connection(Connection),
+    Connection(Links),
     /// To where nobody answers.
     Sink(Sink),
 }
@@ -81,10 +87,21 @@ fn descriptor(name: &str, grants: &Grants) -> Result<(OwnedFd, Kind, String), Wa
 }
 
 impl WayOut {
-    pub(super) fn open(uri: &MigrationUri, grants: &Grants) -> Result<Self, WayError> {
+    /// With as many further connections as `channels` says.
+    pub(super) fn open(
+        uri: &MigrationUri,
+        channels: u8,
+        grants: &Grants,
+    ) -> Result<Self, WayError> {
+        if channels > 0 && !matches!(uri, MigrationUri::Socket(_)) {
+            return Err(WayError::OneConnection);
+        }
         Ok(match uri {
             MigrationUri::Socket(uri) => {
-                Self::Connection(Connection::connect(&address(uri), CONNECT_TIMEOUT)?)
+                let connect = || Connection::connect(&address(uri), CONNECT_TIMEOUT);
+                let main = connect()?;
+                let pages = (0..channels).map(|_| connect()).collect::<Result<_, _>>()?;
+                Self::Connection(Links { main, pages })
             }
             MigrationUri::File { path, offset } => Self::Sink(Sink::file(path, *offset)?),
             MigrationUri::Command(command) => {
@@ -92,7 +109,9 @@ impl WayOut {
                 Self::Sink(Sink::command(command)?)
             }
             MigrationUri::Descriptor(name) => match descriptor(name, grants)? {
-                (fd, Kind::Socket, name) => Self::Connection(descriptor::connection(fd, name)?),
+                (fd, Kind::Socket, name) => {
+                    Self::Connection(descriptor::connection(fd, name)?.into())
+                }
                 (fd, _, name) => Self::Sink(Sink::descriptor(fd, name)?),
             },
         })

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use migration::guest::{
     DestinationVm, DirtyTracker, GuestRam, Holder, Machine, PAGE_SIZE, RamBlock, SourceVm,
@@ -9,6 +10,7 @@ use migration::guest::{
 };
 use migration::handover::Arbiter;
 use migration::manifest::Problem;
+use migration::transport::Connection;
 use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
 
 use super::guest::{FakeDevice, FakeState, Guest, OtherDevice};
@@ -105,6 +107,8 @@ pub(crate) struct FakeVm {
     pub(crate) keeps: Vec<String>,
     /// The first device's layout is one that nobody else knows.
     pub(crate) other_layout: bool,
+    /// Further connections that wait to be taken.
+    pub(crate) beside: Vec<Connection>,
     guest: Option<Guest>,
 }
 
@@ -128,6 +132,7 @@ impl FakeVm {
             arbiter: Arbiter::DiskLocks,
             keeps: Vec::new(),
             other_layout: false,
+            beside: Vec::new(),
             guest: None,
         }
     }
@@ -178,6 +183,9 @@ impl Machine for FakeVm {
     }
     fn vcpus(&self) -> u32 {
         self.vcpus
+    }
+    fn uuid(&self) -> [u8; 16] {
+        [0; 16]
     }
     fn ram(&self) -> Arc<dyn GuestRam> {
         self.ram.clone()
@@ -285,6 +293,13 @@ impl DestinationVm for FakeVm {
         problem.code = "slots".into();
         problem.fatal = fatal;
         vec![problem]
+    }
+    fn next_connection(&mut self, timeout: Duration) -> Result<Option<Connection>, VmError> {
+        if self.beside.is_empty() {
+            std::thread::sleep(timeout);
+            return Ok(None);
+        }
+        Ok(Some(self.beside.remove(0)))
     }
     fn accept_block(&mut self, block: &RamBlock) -> bool {
         let has = self.ram.blocks().iter().any(|b| b.name == block.name);

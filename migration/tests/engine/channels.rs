@@ -1,0 +1,278 @@
+//! Pages on connections of their own.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use crate::common::*;
+use migration::destination;
+use migration::guest::{GuestRam, PAGE_SIZE};
+use migration::transport::{Connection, Links};
+use migration::vmstate::SectionId;
+use migration::wire::header::{self, Configuration};
+use migration::wire::multifd::{Initial, Packet};
+use migration::wire::ram;
+use migration::wire::section::{self, PartType, SectionHeader};
+
+/// A connection of the source's and so many beside it; the destination has the other ends.
+fn links(count: usize, destination: &mut FakeVm) -> (Links, Connection) {
+    let (main, there) = pair();
+    let mut pages = Vec::new();
+    for _ in 0..count {
+        let (a, b) = pair();
+        pages.push(a);
+        destination.beside.push(b);
+    }
+    (Links { main, pages }, there)
+}
+
+#[test]
+fn a_guest_that_writes_without_pause_arrives_over_any_number_of_connections() {
+    for count in [1, 2, 4, 16] {
+        let (mut source, mut destination, _) = two_vms(4096);
+        source.dirty(700, 20);
+        let connections = links(count, &mut destination);
+        let control = control_with(|p| p.verify = true);
+        let other = crate::common::control();
+        let ended = migrate(source, destination, connections, (control.clone(), other.clone()));
+        assert_moved(&ended);
+        let (here, there) = (control.report(), other.report());
+        assert_eq!(here.verified_ram_bytes, (4096 + 3) * PAGE_SIZE);
+        assert!(here.passes >= 2 && here.zero_pages > 1000 && here.normal_pages > 2000);
+        // Both sides count all connections.
+        assert_eq!((here.normal_pages, here.zero_pages), (there.normal_pages, there.zero_pages));
+        assert!(here.transferred_bytes > here.normal_pages * PAGE_SIZE);
+        assert!(there.transferred_bytes > there.normal_pages * PAGE_SIZE);
+    }
+}
+
+#[test]
+fn a_limit_holds_for_all_connections_together() {
+    let (source, mut destination, _) = two_vms(1024);
+    let connections = links(4, &mut destination);
+    let control = control_with(|p| p.max_bandwidth = 8 << 20);
+    let ended =
+        migrate(source, destination, connections, (control.clone(), crate::common::control()));
+    assert_moved(&ended);
+    // Two thirds of 4 MiB at 8 MiB/s, but for what may be ahead at the end.
+    let total = control.report().total;
+    assert!(total > Duration::from_millis(200), "{total:?}");
+}
+
+#[test]
+fn a_destination_that_was_not_told_of_a_connection_waits_no_longer_than_allowed() {
+    let (source, mut destination, _) = two_vms(64);
+    let connections = links(3, &mut destination);
+    let kept = destination.beside.pop();
+    let other = control_with(|p| p.stall_timeout = Duration::from_millis(300));
+    let ended = migrate(source, destination, connections, (control(), other));
+    assert_kept(&ended, "3 further connections (multifd), and 2 have come");
+    drop(kept);
+}
+
+#[test]
+fn whoever_else_connects_is_no_channel() {
+    let (source, mut destination, _) = two_vms(512);
+    let connections = links(2, &mut destination);
+    let (stranger, end) = pair();
+    let mut first = Vec::new();
+    Initial { uuid: [0; 16], channel: 1, token: [1; 32] }.write(&mut first);
+    (&stranger).write_all(&first).unwrap();
+    let (silent, other_end) = pair();
+    destination.beside.insert(0, end);
+    destination.beside.insert(1, other_end);
+    let ended = migrate(source, destination, connections, (control(), control()));
+    assert_moved(&ended);
+    drop((stranger, silent));
+}
+
+#[test]
+fn a_connection_that_is_lost_is_named_on_both_sides_and_the_guest_stays() {
+    let (mut source, mut destination, _) = two_vms(4096);
+    source.dirty(2000, 20);
+    let connections = links(3, &mut destination);
+    let lost = destination.beside[1].clone();
+    let control = control_with(|p| {
+        p.downtime_limit = Duration::ZERO;
+        p.max_bandwidth = 64 << 20;
+    });
+    let started =
+        start(source, destination, connections, (control.clone(), crate::common::control()));
+    wait_for("pages", || control.report().normal_pages > 300);
+    lost.shutdown(std::net::Shutdown::Both);
+    let ended = started.join();
+    assert_kept(&ended, "");
+    let Err(failure) = ended.arrived else { panic!("it arrived") };
+    let words = failure.error.chain();
+    assert!(
+        words.contains("connection 1 of those that bring pages")
+            || words.contains("further connection"),
+        "{words}"
+    );
+}
+
+#[test]
+fn a_connection_that_stands_still_ends_the_migration_in_time() {
+    let (mut source, mut destination, _) = two_vms(4096);
+    source.dirty(2000, 20);
+    let (mut here, there) = links(2, &mut destination);
+    // What the source writes to one of them ends in a process that passes on the first packet only.
+    let (a, b) = pair();
+    let swallowed = std::mem::replace(&mut here.pages[1], a);
+    let passing = thread::spawn(move || {
+        let mut first = [0; Initial::LEN];
+        (&b).read_exact(&mut first).unwrap();
+        (&swallowed).write_all(&first).unwrap();
+        let mut rest = [0; 4096];
+        while (&b).read(&mut rest).is_ok_and(|n| n > 0) {}
+        swallowed
+    });
+    let other = control_with(|p| p.stall_timeout = Duration::from_millis(500));
+    let ended = migrate(source, destination, (here, there), (control(), other));
+    assert_kept(&ended, "connection 1 of those that bring pages (multifd) stands still");
+    drop(join(passing));
+}
+
+#[test]
+fn a_cancel_reaches_a_source_whose_connections_are_stuck() {
+    let (source, mut destination, _) = two_vms(8192);
+    let (mut here, there) = links(2, &mut destination);
+    // What is written to one of them is not read behind the first packet.
+    let (a, b) = pair();
+    let unread = std::mem::replace(&mut here.pages[0], a);
+    let passing = thread::spawn(move || {
+        let mut first = [0; Initial::LEN];
+        (&b).read_exact(&mut first).unwrap();
+        (&unread).write_all(&first).unwrap();
+        (b, unread)
+    });
+    let control = control();
+    let other = control_with(|p| p.stall_timeout = Duration::from_secs(1));
+    let started = start(source, destination, (here, there), (control.clone(), other));
+    wait_until_stuck(&control);
+    control.cancel().unwrap();
+    let ended = started.join();
+    assert_kept(&ended, "cancelled");
+    let words = ended.arrived.unwrap_err().error.chain();
+    assert!(words.contains("the source gave up"), "{words}");
+    drop(join(passing));
+}
+
+fn page(number: u64, sync: bool, at: Option<(u64, u8)>) -> Vec<u8> {
+    let mut out = Vec::new();
+    let offsets = at.iter().map(|(offset, _)| *offset).collect();
+    Packet { sync, number, block: "pc.ram".into(), offsets }.write(&mut out);
+    if let Some((_, byte)) = at {
+        out.extend_from_slice(&[byte; PAGE_SIZE as usize]);
+    }
+    out
+}
+
+#[test]
+fn an_older_page_never_lies_over_a_newer_one() {
+    let (_, mut destination, _) = two_vms(16);
+    let ram = destination.ram.clone();
+    let mut ends = Vec::new();
+    let mut open = |channel| {
+        let (mut mine, its) = UnixStream::pair().unwrap();
+        let mut first = Vec::new();
+        Initial { uuid: [0; 16], channel, token: [0; 32] }.write(&mut first);
+        mine.write_all(&first).unwrap();
+        ends.push(Connection::from_unix(its, "unix:channel".into()));
+        mine
+    };
+    let (mut slow, mut quick) = (open(0), open(1));
+    destination.beside = ends;
+    let (mut main, there) = UnixStream::pair().unwrap();
+
+    // As a QEMU speaks: nothing of ours, and two connections that were announced on this side.
+    let mut out = Vec::new();
+    let machine = MACHINE.to_owned();
+    header::write(&mut out, &Configuration { machine, ..Configuration::default() });
+    let key = SectionId::new("ram", 0);
+    section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
+    ram::write_blocks(&mut out, &ram.blocks());
+    ram::write_eos(&mut out);
+    section::write_footer(&mut out, 2);
+    for _ in 0..2 {
+        section::write_part_header(&mut out, PartType::Part, 2);
+        ram::write_eos(&mut out);
+        section::write_footer(&mut out, 2);
+    }
+    main.write_all(&out).unwrap();
+    // The quick one is a section ahead: the new page, and one that tells that it has been read.
+    quick.write_all(&page(0, true, None)).unwrap();
+    quick.write_all(&page(1, true, None)).unwrap();
+    quick.write_all(&page(4, true, Some((0x3000, 2)))).unwrap();
+    slow.write_all(&page(2, true, None)).unwrap();
+
+    let there = Connection::from_unix(there, "unix:main".into());
+    let control = control_with(|p| {
+        p.multifd = true;
+        p.stall_timeout = Duration::from_secs(20);
+    });
+    let watch = ram.clone();
+    let receiving = thread::spawn(move || {
+        let result = destination::run(&mut destination, there, &control);
+        result.map(drop).map_err(|failure| failure.error.chain())
+    });
+    let byte = |offset: u64| {
+        let mut byte = [0];
+        watch.copy_out(0, offset, &mut byte).unwrap();
+        byte[0]
+    };
+    // Time enough for one that did not wait to write the new page before the old one comes.
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(byte(0x3000), 0, "read before the section in front of it had ended");
+    slow.write_all(&page(3, true, Some((0x3000, 1)))).unwrap();
+    slow.write_all(&page(5, true, None)).unwrap();
+    wait_for("the newer page", || byte(0x3000) == 2);
+    drop((main, slow, quick));
+    let words = join(receiving).unwrap_err();
+    assert!(words.contains("broke off"), "{words}");
+    assert_eq!(byte(0x3000), 2);
+}
+
+#[test]
+fn a_packet_is_checked_before_anything_is_written() {
+    for (what, packet) in [
+        ("Unknown ramblock", {
+            let mut out = Vec::new();
+            let offsets = vec![0];
+            Packet { sync: false, number: 0, block: "nvram".into(), offsets }.write(&mut out);
+            out
+        }),
+        ("Illegal RAM offset 0x10000", page(0, false, Some((0x10000, 1)))),
+        ("Illegal RAM offset 0xfff", page(0, false, Some((0xfff, 1)))),
+        ("Illegal RAM offset 0xffff", page(0, false, Some((u64::MAX & !0xfff, 1)))),
+        ("magic", vec![7; 4096]),
+    ] {
+        let (_, mut destination, _) = two_vms(16);
+        let (mut channel, end) = UnixStream::pair().unwrap();
+        let mut first = Vec::new();
+        Initial { uuid: [0; 16], channel: 0, token: [0; 32] }.write(&mut first);
+        channel.write_all(&first).unwrap();
+        channel.write_all(&packet).unwrap();
+        destination.beside.push(Connection::from_unix(end, "unix:channel".into()));
+        let (mut main, there) = UnixStream::pair().unwrap();
+        let mut out = Vec::new();
+        let machine = MACHINE.to_owned();
+        header::write(&mut out, &Configuration { machine, ..Configuration::default() });
+        let key = SectionId::new("ram", 0);
+        section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
+        ram::write_blocks(&mut out, &destination.ram.blocks());
+        ram::write_eos(&mut out);
+        main.write_all(&out).unwrap();
+        let control = control_with(|p| (p.multifd, p.multifd_channels) = (true, 1));
+        let there = Connection::from_unix(there, "unix:main".into());
+        let receiving = thread::spawn(move || {
+            let result = destination::run(&mut destination, there, &control);
+            (result.map(drop).map_err(|failure| failure.error.chain()), destination)
+        });
+        let (result, destination) = join(receiving);
+        let words = result.unwrap_err();
+        assert!(words.contains(what), "no '{what}' in {words}");
+        assert!(destination.ram.contents().iter().flatten().all(|byte| *byte == 0));
+    }
+}

@@ -1,0 +1,116 @@
+//! Memory goes through connections of its own: between mini-vmms, and from and to a QEMU with its
+//! capability `multifd`.
+
+use serde_json::json;
+use system_tests::guest::Guest;
+use system_tests::qemu::QemuArgs;
+use system_tests::serial::SerialLine;
+use system_tests::vm::VmArgs;
+use system_tests::wait;
+
+const PARAMS: &str = "set=16M,rate=0,verify=20000";
+
+#[test]
+fn a_busy_guest_moves_over_many_connections_and_both_sides_compare_equal() {
+    let mut here = Guest::ready("256M", 2, "vcpus=2,set=32M,rate=0,spread=1,verify=20000");
+    for channels in ["4", "2", "16"] {
+        let mut there = Guest::incoming("256M", 2);
+        let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
+        let out = command.args(["--verify", "--channels", channels, "--json"]).output();
+        let out = out.expect("mini-vmm migrate starts");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+        here.nothing_is_left();
+        there.is_whole();
+        here = there;
+    }
+}
+
+#[test]
+fn a_destination_that_dies_half_way_leaves_the_guest_and_the_next_takes_it() {
+    let mut here = Guest::ready("256M", 1, PARAMS);
+    let mut there = Guest::incoming("256M", 1);
+    let mut qmp = here.vm.qmp();
+    let multifd = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+    qmp.execute("migrate-set-capabilities", multifd).expect("a capability");
+    let slow = json!({ "multifd-channels": 4, "max-bandwidth": 32 << 20 });
+    let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+    wait::until(
+        "pages",
+        60,
+        || (qmp.ask("query-migrate")["ram"]["normal"].as_u64() > Some(2000)).then_some(()),
+        || "",
+    );
+    there.vm.signal(nix::sys::signal::Signal::SIGKILL);
+    let end = qmp.wait_migrated(60);
+    assert_eq!(end["status"], "failed", "{end}");
+    here.is_whole();
+    there.vm.wait_exit(20);
+    let fast = json!({ "max-bandwidth": 0 });
+    qmp.execute("migrate-set-parameters", fast).expect("parameters");
+    drop(qmp);
+    here.moves_after_all("256M", 1, "");
+}
+
+#[test]
+fn what_has_one_connection_only_and_numbers_that_nobody_has_are_refused() {
+    let here = Guest::ready("64M", 1, PARAMS);
+    let run = |args: &[&str]| {
+        let out = here.vm.migrate_command(args[0]).args(&args[1..]).output().expect("it starts");
+        (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    for count in ["0", "17", "many"] {
+        assert_eq!(run(&["tcp:127.0.0.1:1", "--channels", count]).0, Some(2), "{count}");
+    }
+    let file = here.vm.dir().join("vm.mig");
+    let (code, said) = run(&[&format!("file:{}", file.display()), "--channels", "4"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("further connections") && said.contains("tcp:HOST:PORT"), "{said}");
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_qemu_and_a_mini_vmm_exchange_a_guest_over_several_connections() {
+    let mut here = Guest::ready("64M", 1, PARAMS);
+    let several = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+    let count = json!({ "multifd-channels": 3, "max-bandwidth": 1u64 << 40 });
+
+    // It shows that MSR to a guest where it is not told not to, and cannot set it on every host.
+    let qemu = QemuArgs::new("-accel kvm -cpu host,-arch-capabilities -m 64 -smp 1")
+        .args("-incoming defer")
+        .start();
+    {
+        let mut qmp = qemu.qmp();
+        qmp.execute("migrate-set-capabilities", several.clone()).expect("a capability");
+        qmp.execute("migrate-set-parameters", count.clone()).expect("parameters");
+        qmp.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" })).expect("it listens");
+    }
+    let to = qemu.migrate_uri();
+    let out = here.vm.migrate_command(&to).args(["--channels", "3"]).output().expect("it starts");
+    assert!(out.status.success(), "{}\n{}", String::from_utf8_lossy(&out.stderr), qemu.log());
+    assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+    let mut line = SerialLine::attach(&qemu.path("serial"));
+    let from = line.text().len();
+    line.send(b"v");
+    line.wait_line_from(from, "verified all pages=", 120, |line| {
+        assert!(!line.contains("FAIL"), "the guest found a difference: {line}");
+        line.contains("verified all pages=").then_some(())
+    });
+
+    // And back, where QEMU's number of connections must be known here, as between two QEMUs.
+    let mut there = Guest::start(VmArgs::default().args("--memory 64M --migrate-listen defer"));
+    let mut qmp = there.vm.qmp();
+    qmp.execute("migrate-set-capabilities", several.clone()).expect("a capability");
+    qmp.execute("migrate-set-parameters", count.clone()).expect("parameters");
+    qmp.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" })).expect("it listens");
+    drop(qmp);
+    {
+        let mut qmp = qemu.qmp();
+        qmp.execute("migrate-set-capabilities", several).expect("a capability");
+        qmp.execute("migrate-set-parameters", count).expect("parameters");
+    }
+    let end = qemu.migrate(&there.vm.migrate_uri(), true);
+    assert_eq!(end["status"], "completed", "{end}\n{}", there.vm.stderr());
+    drop(qemu);
+    there.is_whole();
+}

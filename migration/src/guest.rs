@@ -298,7 +298,7 @@ pub trait DestinationVm: Machine {
         Ok(None)
     }
 
-    /// Called after each RAM section of a source that is no mini-vmm. An error ends the migration: what
+    /// Called after each RAM section of a source that is no mini-vmm, and before [`prepare`](Self::prepare). An error ends the migration: what
     /// such a source sends beside this stream is nothing that the VM could do without.
     fn between_sections(&mut self) -> Result<(), VmError> {
         Ok(())

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 use crate::serial::SerialLine;
-use crate::vm::{Vm, VmArgs};
+use crate::vm::{Vm, VmArgs, channels};
 
 /// A VM with the self-checking guest, or one that waits for it, and its serial line.
 pub struct Guest {
@@ -107,6 +107,13 @@ impl Guest {
     /// Starts a migration with these parameters in QMP's words, and gives the control socket.
     pub fn begin(&self, uri: &str, parameters: &Value) -> Qmp {
         let mut qmp = self.vm.qmp();
+        if let Some(channels) = channels() {
+            let multifd = json!([{ "capability": "multifd", "state": channels > 1 }]);
+            qmp.execute("migrate-set-capabilities", json!({ "capabilities": multifd }))
+                .expect("a capability");
+            qmp.execute("migrate-set-parameters", json!({ "multifd-channels": channels }))
+                .expect("a number");
+        }
         qmp.execute("migrate-set-parameters", parameters.clone()).expect("parameters");
         qmp.execute("migrate", json!({ "uri": uri })).expect("the migration starts");
         qmp

@@ -28,6 +28,13 @@ pub fn mini_vmm() -> PathBuf {
     path
 }
 
+/// How many connections every migration shall have, if `$MINI_VMM_TEST_CHANNELS` says so: the tests of what
+/// must hold over any number of them are run once more with several.
+pub fn channels() -> Option<u8> {
+    let said = std::env::var("MINI_VMM_TEST_CHANNELS").ok()?;
+    Some(said.parse().expect("MINI_VMM_TEST_CHANNELS is a number"))
+}
+
 /// A `mini-vmm` command whose runtime files go to `runtime`.
 pub fn command(runtime: &Path) -> Command {
     let mut command = Command::new(mini_vmm());
@@ -224,6 +231,9 @@ impl Vm {
     pub fn migrate_command(&self, uri: &str) -> Command {
         let mut c = command(self.dir.path());
         c.args(["migrate", "--vm", &self.name, uri]);
+        if let Some(channels) = channels() {
+            c.args(["--channels", &channels.to_string()]);
+        }
         c
     }
 }

@@ -339,7 +339,8 @@ fn nobody_migrates_to_himself_and_nobody_twice_at_once() {
     let mut other = second.begin(&own, &json!({ "x-stall-timeout": 1000 }));
     stays(&mut second, &mut other, "failed", "stands still: nothing for 1s");
     qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 })).unwrap();
-    assert_eq!(qmp.wait_migrated(60)["status"], "completed");
+    let end = qmp.wait_migrated(60);
+    assert_eq!(end["status"], "completed", "{end}\n{}", waits.vm.stderr());
     drop(here);
 
     // Its listener is gone with its arrival, so there is nobody to move to.

@@ -75,6 +75,15 @@ pub fn run(native_only: bool) -> Result<()> {
     step("system tests on this machine", &mut || {
         cargo(&["test", "--package", "system-tests", "--", "--test-threads", "1"], &[])
     })?;
+    step("the same over four connections, where it makes a difference", &mut || {
+        let programs = ["native_moves", "native_sizes", "native_failures"];
+        let named = programs.iter().flat_map(|name| ["--test", name]);
+        let mut args = vec!["test", "--package", "system-tests"];
+        args.extend(named);
+        // A proxy is for one connection.
+        args.extend(["--", "--test-threads", "1", "--skip", "_cut_", "--skip", "_is_cut_"]);
+        cargo(&args, &[("MINI_VMM_TEST_CHANNELS", "4")])
+    })?;
     // Its figures mean nothing: this is not the release build, and once is never.
     step("the benchmark, one short round", &mut || {
         let options = bench::Options {

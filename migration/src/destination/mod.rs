@@ -497,6 +497,7 @@ impl<'a> Arrival<'a> {
         }
         let answer = &mut self.answer;
         self.loader.apply(|| answer.alive())?;
+        self.look_beside()?;
         self.vm
             .prepare()
             .map_err(|source| DestinationError::Vm { during: "preparing the VM", source })?;

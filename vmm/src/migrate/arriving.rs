@@ -94,7 +94,6 @@ impl DestinationVm for Arriving<'_> {
     }
 
     fn prepare(&mut self) -> Result<(), VmError> {
-        self.between_sections()?;
         self.vm
             .kvm_state
             .install(&self.vm.machine)

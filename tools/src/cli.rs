@@ -191,6 +191,12 @@ struct BenchArgs {
     /// What the guest does: idle, dirty, hot (repeatable; idle and dirty when not given)
     #[arg(long = "scenario", value_name = "NAME")]
     scenarios: Vec<String>,
+    /// Measure both with so many connections as well, 2 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(2..=16))]
+    channels: Option<u8>,
+    /// Let destinations allocate the guest's memory as it comes, and not before
+    #[arg(long)]
+    fresh_memory: bool,
     /// One more program to measure, another mini-vmm or another QEMU (repeatable)
     #[arg(long = "rival", value_name = "NAME=PATH", value_parser = bench::rival::parse)]
     rivals: Vec<(String, PathBuf)>,
@@ -331,6 +337,8 @@ impl BenchArgs {
             program: xtask::suite::build_vmm(&["--release"])?,
             rivals: self.rivals,
             scenarios,
+            channels: self.channels,
+            prealloc: !self.fresh_memory,
             rounds: self.rounds,
             memory_mib: self.memory,
             iperf_seconds: 2,

@@ -90,6 +90,8 @@ pub fn run(native_only: bool) -> Result<()> {
             program: build_vmm(&[])?,
             rivals: Vec::new(),
             scenarios: vec!["dirty".into()],
+            channels: Some(2),
+            prealloc: true,
             rounds: 1,
             memory_mib: 128,
             iperf_seconds: 1,

@@ -25,7 +25,7 @@ use crate::{process, setup};
 use figures::{Metric, Samples, Summary};
 use host::Machine;
 use report::{Program, Results};
-use rival::{Rival, Role};
+use rival::{Rival, Role, Way};
 use scenario::Scenario;
 use vm::Vm;
 
@@ -52,6 +52,11 @@ pub struct Options {
     pub rivals: Vec<(String, PathBuf)>,
     /// Names of scenarios.
     pub scenarios: Vec<String>,
+    /// Measure both programs with so many connections as well.
+    pub channels: Option<u8>,
+    /// Destinations allocate the guest's memory at their start, as every VMM can be told to: else it is
+    /// mostly the host's clearing of memory that is measured.
+    pub prealloc: bool,
     /// Rounds, at least 1.
     pub rounds: u32,
     /// Guest memory in MiB.
@@ -96,10 +101,15 @@ pub fn run(options: &Options, report: &Report) -> Result<()> {
 
 fn measure(options: &Options) -> Result<Results> {
     setup::measuring()?;
-    let mut rivals =
-        vec![Rival::new(OURS, &options.program)?, Rival::new(THEIRS, Path::new(QEMU))?];
-    for (name, path) in &options.rivals {
-        rivals.push(Rival::new(name, path)?);
+    let mut rivals = Vec::new();
+    let alone = Way { channels: None, prealloc: options.prealloc };
+    let several = options.channels.map(|_| Way { channels: options.channels, ..alone });
+    for way in [alone].into_iter().chain(several) {
+        rivals.push(Rival::new(OURS, &options.program, way)?);
+        rivals.push(Rival::new(THEIRS, Path::new(QEMU), way)?);
+        for (name, path) in &options.rivals {
+            rivals.push(Rival::new(name, path, way)?);
+        }
     }
     let scenarios: Vec<Scenario> = options
         .scenarios
@@ -146,6 +156,7 @@ fn measure(options: &Options) -> Result<Results> {
     Ok(Results {
         machine: Machine::this()?,
         memory_mib: options.memory_mib,
+        prealloc: options.prealloc,
         rounds: options.rounds.max(1),
         scenarios: scenarios.iter().map(|s| (s.name.to_owned(), s.guest.clone())).collect(),
         programs: rivals.iter().map(|rival| bench.program(rival, &scenarios)).collect(),
@@ -225,11 +236,14 @@ impl Bench<'_> {
         let port = host::free_port()?;
         let mut destination = self.start(rival, &Role::Destination(port))?;
         destination.connect()?;
+        for (command, arguments) in rival.listen(port) {
+            destination.ask(command, arguments)?;
+        }
         // From here on the guest's longest gap counts; its answer says that it has heard.
         source.say(b'r')?;
         let from = source.say(b's')?;
         source.line(from, "up_ms=")?;
-        for (command, arguments) in orders(&port.to_string()) {
+        for (command, arguments) in rival.several().into_iter().chain(orders(&port.to_string())) {
             source.ask(command, arguments)?;
         }
         let info = source.migrated()?;

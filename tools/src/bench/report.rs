@@ -10,6 +10,8 @@ use super::figures::{Metric, Row, Summary};
 use super::host::Machine;
 use crate::error::{Doing, Error, Result};
 
+/// An idle guest's memory goes through one connection at least so fast as this part of `iperf3`'s stream.
+const MIN_OF_IPERF: f64 = 0.85;
 /// VMM memory beside guest RAM may be at most this, in MiB.
 const MAX_MEMORY_MIB: f64 = 12.0;
 /// The guest's first word may come at most this long after exec, in ms.
@@ -33,6 +35,9 @@ pub struct Results {
     pub machine: Machine,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// Whether destinations had allocated it when the move began.
+    #[serde(default)]
+    pub prealloc: bool,
     /// Rounds.
     pub rounds: u32,
     /// Name and guest parameters of each scenario.
@@ -79,8 +84,15 @@ impl Results {
         let mut text = format!(
             "machine   {cpu}, {cpus} processors, {memory_mib} MiB, Linux {kernel}\n\
              guest     {} MiB of memory, 1 vCPU, no page zero\n\
+             memory    of destinations: {}\n\
              rounds    {}, interleaved; median (least .. most)\n",
-            self.memory_mib, self.rounds
+            self.memory_mib,
+            if self.prealloc {
+                "allocated at their start"
+            } else {
+                "allocated as it is written to"
+            },
+            self.rounds
         );
         for Program { name, version, commands } in &self.programs {
             let _ = writeln!(text, "{name:9} {version}");
@@ -167,6 +179,17 @@ impl Results {
             check(Metric::MemorySource, Some(MAX_MEMORY_MIB));
             check(Metric::MemoryDestination, Some(MAX_MEMORY_MIB));
             check(Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
+            // The socket's speed.
+            if let Some(of_iperf) = self.find(scenario, ours, Metric::OfIperf)
+                && self.prealloc
+                && scenario == "idle"
+                && of_iperf.median < MIN_OF_IPERF
+            {
+                let found = of_iperf.median;
+                missed.push(format!(
+                    "{scenario}: {found:.2} of what iperf3 sends, {MIN_OF_IPERF} is wanted"
+                ));
+            }
         }
         missed
     }
@@ -193,6 +216,7 @@ mod tests {
         Results {
             machine: Machine { cpu: "c".into(), cpus: 1, memory_mib: 1, kernel: "k".into() },
             memory_mib: 64,
+            prealloc: true,
             rounds: 1,
             scenarios: vec![("idle".into(), "set=0".into())],
             programs: vec![program("ours"), program("theirs")],

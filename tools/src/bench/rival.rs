@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde_json::{Value, json};
+
 use super::scenario::Scenario;
 use crate::error::{Error, Result};
 use crate::process;
@@ -27,6 +29,17 @@ pub struct Rival {
     pub kind: Kind,
     /// What it says to `--version`, first line.
     pub version: String,
+    /// How its VMs are moved.
+    pub way: Way,
+}
+
+/// How a VM is moved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Way {
+    /// Connections for pages, if they have their own.
+    pub channels: Option<u8>,
+    /// The destination has allocated the guest's memory when it begins.
+    pub prealloc: bool,
 }
 
 /// What a VM is to do.
@@ -42,14 +55,43 @@ impl Rival {
     ///
     /// # Errors
     /// If it can't be run, or is neither a mini-vmm nor a QEMU.
-    pub fn new(name: &str, program: &Path) -> Result<Rival> {
+    pub fn new(name: &str, program: &Path, way: Way) -> Result<Rival> {
         let said = process::output(Command::new(program).arg("--version"))?;
         let version = said.lines().next().unwrap_or_default().to_owned();
         let kind = kind_of(&version).ok_or_else(|| Error::Bench {
             what: format!("{} is neither a mini-vmm nor a QEMU", program.display()),
             found: format!("to --version it says: {version}"),
         })?;
-        Ok(Rival { name: name.to_owned(), program: program.to_owned(), kind, version })
+        let name = match way.channels {
+            Some(channels) => format!("{name}×{channels}"),
+            None => name.to_owned(),
+        };
+        Ok(Rival { name, program: program.to_owned(), kind, version, way })
+    }
+
+    /// What the control socket of a destination is told before it listens, where its command line can't
+    /// say it.
+    pub fn listen(&self, port: u16) -> Vec<(&'static str, Value)> {
+        let mut orders = self.several();
+        if self.waits() {
+            orders.push(("migrate-incoming", json!({ "uri": format!("tcp:127.0.0.1:{port}") })));
+        }
+        orders
+    }
+
+    /// What both control sockets are told of connections.
+    pub fn several(&self) -> Vec<(&'static str, Value)> {
+        let Some(channels) = self.way.channels else { return Vec::new() };
+        let multifd = json!([{ "capability": "multifd", "state": true }]);
+        vec![
+            ("migrate-set-capabilities", json!({ "capabilities": multifd })),
+            ("migrate-set-parameters", json!({ "multifd-channels": channels })),
+        ]
+    }
+
+    /// Whether a destination must be told more before it listens: a QEMU, how many will connect.
+    fn waits(&self) -> bool {
+        self.kind == Kind::Qemu && self.way.channels.is_some()
     }
 
     /// The command that starts a VM with its serial port at standard input and output and its
@@ -71,6 +113,7 @@ impl Rival {
                         command.args(["--kernel", &image, "--append", &scenario.guest])
                     }
                     Role::Destination(port) => {
+                        command.args(self.way.prealloc.then_some("--prealloc"));
                         command.args(["--migrate-listen", &format!("tcp:127.0.0.1:{port}")])
                     }
                 };
@@ -85,7 +128,13 @@ impl Rival {
                 match role {
                     Role::Source(scenario) => command.args(["-append", &scenario.guest]),
                     Role::Destination(port) => {
-                        command.args(["-incoming", &format!("tcp:127.0.0.1:{port}")])
+                        command.args(self.way.prealloc.then_some("-mem-prealloc"));
+                        let from = if self.waits() {
+                            "defer".to_owned()
+                        } else {
+                            format!("tcp:127.0.0.1:{port}")
+                        };
+                        command.args(["-incoming", &from])
                     }
                 };
             }

@@ -250,13 +250,18 @@ pub trait SourceVm: Machine {
     /// fails some may be held and some not, and [`reacquire_disks`](Self::reacquire_disks) is called.
     fn release_disks(&mut self) -> Result<(), VmError>;
 
+    /// How [`release_disks`](Self::release_disks) has left the disks: what the destination must find
+    /// ([`DestinationVm::take_disks`]), or the order to run the VM is no longer good.
+    fn left_disks(&self) -> serde_json::Value;
+
     /// What tells who may run the VM when nobody answers: the locks on its disks, if it writes to
     /// any whose locks every host sees that may run it.
     fn arbiter(&self) -> Arbiter;
 
     /// Takes back the locks that [`release_disks`](Self::release_disks) gave up; those that are held
-    /// stay so. When someone else
-    /// holds one, or it fails, none is held and the VM must not run.
+    /// stay so. When someone else holds one, or it fails, none is held and the VM must not run. Disks
+    /// that are found as they were left are changed such that
+    /// [`left_disks`](Self::left_disks) is true of them no more.
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError>;
 
     /// Looks who holds the locks that [`release_disks`](Self::release_disks) gave up, and takes
@@ -289,8 +294,9 @@ pub trait DestinationVm: Machine {
     /// disk is written.
     fn prepare(&mut self) -> Result<(), VmError>;
 
-    /// Locks the disks' images and opens them for writing. When it fails none is locked.
-    fn take_disks(&mut self) -> Result<(), VmError>;
+    /// Locks the disks' images and opens them for writing; fails if they are not as the source has left
+    /// them ([`SourceVm::left_disks`]; null where it does not say). When it fails none is locked.
+    fn take_disks(&mut self, left: &serde_json::Value) -> Result<(), VmError>;
 
     /// Gives the locks back, after a failed start.
     fn release_disks(&mut self);

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::fate::MigrationId;
 use crate::guest::RamBlock;
 pub use crate::problem::Problem;
 use crate::wire::limits::MAX_PROBLEMS;
@@ -51,6 +52,12 @@ pub struct Manifest {
     /// measurement. Said only to a destination that can [do that](PREFLIGHT).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub only_asking: bool,
+    /// What this attempt is called if its outcome is to be asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<MigrationId>,
+    /// How long after PREPARED the source will say COMMIT at the latest, in ms; 0 if it does not say.
+    #[serde(default)]
+    pub commit_within_ms: u64,
     /// The source's wall clock when it wrote this, in ms since 1970; 0 if it does not say.
     #[serde(default)]
     pub sent_at_ms: u64,
@@ -87,13 +94,17 @@ pub struct Verdict {
     /// How many more there are than a verdict has room for.
     #[serde(default)]
     pub left_out: u64,
+    /// How long the destination waits for COMMIT after PREPARED, in ms: the shorter of what either
+    /// side proposes. 0 if it does not say.
+    #[serde(default)]
+    pub prepared_for_ms: u64,
 }
 
 impl Verdict {
     /// The verdict that consists of these, in their order.
     pub fn new(all: Vec<Problem>) -> Self {
         let (problems, warnings) = all.into_iter().partition(|problem| problem.fatal);
-        Self { problems, warnings, left_out: 0 }.bounded()
+        Self { problems, warnings, left_out: 0, prepared_for_ms: 0 }.bounded()
     }
 
     /// The same, no longer than a peer takes: of a hostile one anything may come.

@@ -27,6 +27,7 @@
     )
 )]
 
+mod afterwards;
 mod ahead;
 mod answer;
 mod compare;
@@ -35,23 +36,27 @@ mod judge;
 mod load;
 mod ram;
 
+pub use afterwards::answer;
 pub use compare::compare;
 pub use error::{DestinationError, Failure};
 
+use std::time::{Duration, Instant};
+
 use crate::control::Control;
+use crate::fate::Fate;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
-use crate::manifest::{Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RamDigests};
+use crate::manifest::{Manifest, PROTOCOL_VERSIONS, Prepared, RamDigests};
 use crate::params::Parameters;
 use crate::phase::Phase;
-use crate::source::PROGRAM;
 use crate::stats::{Report, Step};
 use crate::supplement::{self, Supplement};
-use crate::transport::{Connection, Input, StreamError, StreamReader, Supply};
+use crate::transport::{Connection, Input, StreamError, StreamReader, Supply, is_stall};
 use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
-use crate::wire::command::{Command, PING_MAGIC};
+use crate::wire::WireError;
+use crate::wire::command::{Command, Commit, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::ram::{SECTION, VERSION};
@@ -100,11 +105,11 @@ fn take(
     match arrival.run() {
         Ok(()) => {
             control.enter(Phase::Completed);
-            arrival.answer.linger(&mut arrival.reader);
+            arrival.leave_word(Fate::Runs);
             Ok(Box::new(control.report()))
         }
         Err(error) => {
-            if arrival.asked.is_some() {
+            if arrival.asked.is_some() || matches!(error, DestinationError::AskedAfter { .. }) {
                 // Nothing was to come, so nothing has failed.
                 tracing::info!(error = %error.chain(), "the end of a question");
                 return Err(Failure { error, vm_untouched: true });
@@ -137,6 +142,12 @@ struct Arrival<'a> {
     stopped: bool,
     accepted: bool,
     touched: bool,
+    /// PREPARED has been said: the source may believe that the guest runs here.
+    prepared: bool,
+    /// How long COMMIT may take after that.
+    agreed: Duration,
+    /// How the source has left the disks.
+    left: serde_json::Value,
 }
 
 impl<'a> Arrival<'a> {
@@ -148,11 +159,15 @@ impl<'a> Arrival<'a> {
     ) -> Self {
         let loader = Loader::new(vm.sections());
         let ram = RamLoader::new(vm.ram());
+        let parameters = control.parameters();
         Self {
             control,
+            prepared: false,
+            agreed: parameters.stall_timeout,
+            left: serde_json::Value::Null,
             reader: StreamReader::new(input),
             answer: ReturnPath::new(answers),
-            parameters: control.parameters(),
+            parameters,
             configuration: Configuration::default(),
             manifest: None,
             asked: None,
@@ -204,7 +219,13 @@ impl<'a> Arrival<'a> {
                     }
                     let error = error.unwrap_or(DestinationError::Cancelled);
                     self.answer.refuse(&error);
-                    self.answer.linger(&mut self.reader);
+                    match &error {
+                        // It knows.
+                        DestinationError::SourceGaveUp { .. } => {
+                            self.answer.linger(&mut self.reader);
+                        }
+                        _ => self.leave_word(Fate::NeverHere),
+                    }
                     return Err(error);
                 }
             };
@@ -313,11 +334,7 @@ impl<'a> Arrival<'a> {
             Command::OpenReturnPath => self.answer.open(),
             Command::Ping(value) => {
                 if value == PING_MAGIC && self.answer.recognise() {
-                    self.answer.send(&Message::Hello(Hello {
-                        program: PROGRAM.to_owned(),
-                        protocols: PROTOCOL_VERSIONS.to_vec(),
-                        abilities: vec![PREFLIGHT.to_owned()],
-                    }))?;
+                    self.answer.send(&Message::Hello(afterwards::hello()))?;
                 }
                 self.answer.pong(value)?;
             }
@@ -329,7 +346,13 @@ impl<'a> Arrival<'a> {
                 }
                 self.digests = Some(digests);
             }
-            Command::Commit => return Err(self.out_of_turn("COMMIT before PREPARED")),
+            Command::Commit(_) => return Err(self.out_of_turn("COMMIT before PREPARED")),
+            Command::Ask(question) if self.manifest.is_none() && self.asked.is_none() => {
+                return Err(self.never_heard_of(&question));
+            }
+            Command::Ask(_) | Command::Settled => {
+                return Err(self.out_of_turn("a question in the middle of a migration"));
+            }
             Command::Probe(len) => self.probed(len)?,
             Command::Abort(abort) => {
                 return Err(match self.asked {
@@ -472,6 +495,7 @@ impl<'a> Arrival<'a> {
         let (ram, sections) = (prepared.verified_ram_bytes, prepared.verified_sections);
         self.control.stats().verified(ram, sections);
         if self.answer.peer() == Peer::MiniVmm {
+            self.prepared = true;
             self.answer.send(&Message::Prepared(prepared))?;
         }
         Ok(())
@@ -480,15 +504,18 @@ impl<'a> Arrival<'a> {
     /// PREPARED has been said; the source has the next word.
     fn await_commit(&mut self) -> Result<(), DestinationError> {
         self.control.stats().step(Step::Commit);
+        let until = Instant::now().checked_add(self.agreed);
         loop {
-            match section::read_part_type(&mut self.reader)? {
-                PartType::Command => {}
-                _ => return Err(self.out_of_turn("a section after the end")),
-            }
-            match Command::read(&mut self.reader)? {
+            let left = until.map_or(self.agreed, |t| t.saturating_duration_since(Instant::now()));
+            let in_time = !left.is_zero() && self.answer.set_stall_timeout(left).is_ok();
+            let next = if in_time { self.next_command() } else { Err(self.no_order()) };
+            match next? {
                 // An abort of this side that came first wins.
-                Command::Commit if self.control.commit() => return Ok(()),
-                Command::Commit => return Err(DestinationError::Cancelled),
+                Command::Commit(Commit { disks }) if self.control.commit() => {
+                    self.left = disks;
+                    return Ok(());
+                }
+                Command::Commit(_) => return Err(DestinationError::Cancelled),
                 Command::Ping(value) => self.answer.pong(value)?,
                 Command::Abort(abort) => {
                     return Err(DestinationError::SourceGaveUp { reason: abort.reason });
@@ -498,6 +525,25 @@ impl<'a> Arrival<'a> {
         }
     }
 
+    /// The next command after everything has come.
+    fn next_command(&mut self) -> Result<Command, DestinationError> {
+        let stalled = |error: &WireError| error.io().is_some_and(is_stall);
+        match section::read_part_type(&mut self.reader) {
+            Ok(PartType::Command) => {}
+            Ok(_) => return Err(self.out_of_turn("a section after the end")),
+            Err(error) if stalled(&error) => return Err(self.no_order()),
+            Err(error) => return Err(error.into()),
+        }
+        Command::read(&mut self.reader).map_err(|error| match stalled(&error) {
+            true => self.no_order(),
+            false => error.into(),
+        })
+    }
+
+    fn no_order(&self) -> DestinationError {
+        DestinationError::NoOrder { agreed: self.agreed }
+    }
+
     fn take_disks(&mut self) -> Result<Event, DestinationError> {
         if self.answer.peer() == Peer::Qemu {
             self.control.stats().step(Step::Commit);
@@ -505,7 +551,7 @@ impl<'a> Arrival<'a> {
                 return Err(DestinationError::Disks { source: aborted() });
             }
         }
-        self.vm.take_disks().map_err(|source| DestinationError::Disks { source })?;
+        self.vm.take_disks(&self.left).map_err(|source| DestinationError::Disks { source })?;
         Ok(Event::DisksTaken)
     }
 

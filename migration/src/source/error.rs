@@ -89,6 +89,23 @@ pub enum SourceError {
         /// How long.
         timeout: Duration,
     },
+    /// The disks could not be given up in time.
+    #[error(
+        "giving up the disks took {waited:?}; the destination waits only {agreed:?} for its order, as was \
+         agreed, and was not given it"
+    )]
+    TooLate {
+        /// How long the destination waits after PREPARED.
+        agreed: Duration,
+        /// How long it took.
+        waited: Duration,
+    },
+    /// Whoever was asked what became of a migration can't be understood.
+    #[error("the question what became of the migration was answered with '{found}'")]
+    NoAnswer {
+        /// What came.
+        found: &'static str,
+    },
     /// A write failed.
     #[error("sending {what} failed")]
     Send {

@@ -1,9 +1,10 @@
 //! The first words: who is there, and would it work.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
+use crate::fate::{FATE, MigrationId};
 use crate::handover::Peer;
 use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, SectionManifest, Verdict};
 use crate::wire::command::{Command, PING_MAGIC};
@@ -40,6 +41,8 @@ impl Migration<'_> {
                 if !verdict.problems.is_empty() {
                     return Err(SourceError::Refused { problems: verdict.problems });
                 }
+                self.agreed =
+                    Some(verdict.prepared_for_ms).filter(|ms| *ms > 0).map(Duration::from_millis);
                 Ok(Peer::MiniVmm)
             }
             First::Pong => {
@@ -93,6 +96,8 @@ impl Migration<'_> {
                 ours: PROTOCOL_VERSIONS,
             });
         };
+        let can_be_asked = hello.abilities.iter().any(|ability| ability == FATE);
+        self.id = (can_be_asked && !only_asking).then(MigrationId::random);
         let manifest = Manifest { only_asking, ..self.manifest(protocol) };
         self.out.command(&Command::Manifest(Box::new(manifest)));
         self.send("the manifest")?;
@@ -125,6 +130,8 @@ impl Migration<'_> {
                 .collect(),
             verify: self.parameters.verify,
             only_asking: false,
+            id: self.id,
+            commit_within_ms: u64::try_from(self.parameters.stall_timeout.as_millis()).unwrap_or(0),
             sent_at_ms: wall_clock_ms(),
             details: self.vm.details(),
         }

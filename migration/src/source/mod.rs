@@ -14,6 +14,7 @@
 //! without anybody to ask: no return path, no thread, one pass after the other. [`preflight`] goes as
 //! far as the verdict, and measures how the rest would go.
 
+mod ask;
 mod doubt;
 mod error;
 mod greet;
@@ -23,14 +24,17 @@ mod precopy;
 mod preflight;
 mod switchover;
 
+pub use ask::{Asked, ask};
 pub use doubt::{Doubt, Objection, Settled, Wish};
 pub use error::SourceError;
 pub(crate) use greet::PROGRAM;
 pub use preflight::{Preflight, Questions, preflight};
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::control::Control;
+use crate::fate::MigrationId;
 use crate::guest::{DirtyTracker, SourceVm, VmError};
 use crate::handover::source::State;
 use crate::params::Parameters;
@@ -147,6 +151,12 @@ struct Migration<'a> {
     /// The parameters at the start; those that may change are asked for anew.
     parameters: Parameters,
     tracker: Option<Box<dyn DirtyTracker>>,
+    /// What the destination knows this attempt by, if it can be asked for it.
+    id: Option<MigrationId>,
+    /// How long the destination waits for COMMIT after PREPARED.
+    agreed: Option<Duration>,
+    /// When it said PREPARED.
+    prepared: Option<Instant>,
 }
 
 impl<'a> Migration<'a> {
@@ -158,12 +168,16 @@ impl<'a> Migration<'a> {
         parameters: Parameters,
     ) -> Self {
         let out = Out::new(channel, vm.ram(), control);
-        Self { vm, control, inbox, out, parameters, tracker: None }
+        let (id, agreed, prepared) = (None, None, None);
+        Self { vm, control, inbox, out, parameters, tracker: None, id, agreed, prepared }
     }
 
     fn run(mut self) -> Outcome {
         let mut handover = match self.greet() {
-            Ok(peer) => crate::handover::source::Source::new(peer, self.vm.arbiter()),
+            Ok(peer) => {
+                let machine = crate::handover::source::Source::new(peer, self.vm.arbiter());
+                if self.id.is_some() { machine.fenced() } else { machine }
+            }
             Err(error) => {
                 self.farewell(&error.chain());
                 return Outcome::Kept { error };
@@ -186,7 +200,7 @@ impl<'a> Migration<'a> {
             }
             (State::InDoubt, e) => {
                 let error = e.error();
-                let doubt = Doubt::new(handover, &error);
+                let doubt = Doubt::new(handover, &error, self.id);
                 Outcome::InDoubt { error, doubt }
             }
             (State::KeptStopped, e) => {

@@ -107,7 +107,7 @@ impl Migration<'_> {
         if !hello.abilities.iter().any(|ability| ability == PREFLIGHT) {
             return Err(SourceError::NotToBeAsked { program: Some(hello.program) });
         }
-        let Verdict { problems: fatal, warnings, left_out } = self.verdict(&hello, true)?;
+        let Verdict { problems: fatal, warnings, left_out, .. } = self.verdict(&hello, true)?;
         problems.extend(fatal);
         let mut forecast = None;
         if !questions.sample.is_zero() {

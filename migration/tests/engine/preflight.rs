@@ -267,6 +267,8 @@ fn manifest(vm: &FakeVm, only_asking: bool) -> Manifest {
         sections: Vec::new(),
         verify: false,
         only_asking,
+        id: None,
+        commit_within_ms: 0,
         sent_at_ms: 0,
         details: vm.details(),
     }

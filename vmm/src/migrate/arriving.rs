@@ -8,7 +8,7 @@ use migration::transport::Listener;
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 
-use super::{details, fit};
+use super::{details, disks, fit};
 use crate::announce::Rounds;
 use crate::control::RunState;
 use crate::vm::Vm;
@@ -87,12 +87,18 @@ impl DestinationVm for Arriving<'_> {
         Ok(())
     }
 
-    fn take_disks(&mut self) -> Result<(), VmError> {
-        self.vm
-            .machine
-            .board
-            .open_backends()
-            .map_err(|e| VmError::with("a disk could not be taken", e))
+    fn take_disks(&mut self, left: &Value) -> Result<(), VmError> {
+        let board = &self.vm.machine.board;
+        board.open_backends().map_err(|e| VmError::with("a disk could not be taken", e))?;
+        let unlike = disks::unlike(&board.images, left)
+            .map_err(|e| VmError::with("a disk can't be compared with how it was left", e));
+        let error = match unlike {
+            Ok(None) => return Ok(()),
+            Ok(Some(what)) => VmError::new(what),
+            Err(error) => error,
+        };
+        self.release_disks();
+        Err(error)
     }
 
     fn release_disks(&mut self) {

@@ -122,6 +122,10 @@ impl SourceVm for Leaving {
         closed.map_err(|e| VmError::with("a disk could not be given up", e))
     }
 
+    fn left_disks(&self) -> serde_json::Value {
+        self.left.to_json()
+    }
+
     fn arbiter(&self) -> Arbiter {
         match self.vm.machine.board.images.iter().any(DiskImage::arbitrates) {
             true => Arbiter::DiskLocks,
@@ -132,7 +136,15 @@ impl SourceVm for Leaving {
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError> {
         let board = &self.vm.machine.board;
         match board.open_backends() {
-            Ok(()) => Ok(self.left.changed().map_or(TakenBack::AsLeft, TakenBack::Changed)),
+            Ok(()) => Ok(self.left.changed().map_or_else(
+                || {
+                    if let Err(e) = self.left.touch() {
+                        tracing::warn!("a disk image's time can't be set: {e}");
+                    }
+                    TakenBack::AsLeft
+                },
+                TakenBack::Changed,
+            )),
             Err(e) if disks::is_held(&e) => Ok(TakenBack::Held(crate::error_chain(&e))),
             Err(e) => Err(VmError::with("a disk could not be taken back", e)),
         }

@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use migration::control::Control;
+use devices::virtio::DiskImage;
+use migration::control::{Control, Owed};
 use migration::destination::{self, DestinationError, Failure};
 use migration::guest::GuestRam;
 use migration::source::{self, Outcome};
-use migration::transport::{Listener, TransportError};
+use migration::transport::{Address, Listener, TransportError};
 
 use super::arriving::Arriving;
 use super::leaving::Leaving;
+use super::settle::{Asker, Whom};
 use super::way::{WayError, WayIn, WayOut};
 use super::{MigrationDesk, Tell};
 use crate::config::MigrationUri;
@@ -21,6 +23,13 @@ use crate::vm::Vm;
 
 /// How often a thread that waits for a source looks whether the process is ending.
 const ACCEPT_STEP: Duration = Duration::from_millis(100);
+/// How long one that asks may be silent.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
+/// How much longer a destination that has failed answers than the source may take to find out that it
+/// does not know.
+const STAY: Duration = Duration::from_secs(3);
+/// ... and how long at most, whatever a source proposes.
+const LONGEST_STAY: Duration = Duration::from_secs(60);
 
 /// Why a migration was not started.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +73,11 @@ impl Vm {
     /// Opens `uri` and starts to migrate there. The caller has made sure that none runs.
     pub(crate) fn begin_outgoing(self: &Arc<Self>, uri: &MigrationUri) -> Result<(), MigrateError> {
         let way = WayOut::open(uri, &self.migration.grants)?;
+        // Where it can be asked again.
+        let address = match uri {
+            MigrationUri::Socket(uri) => Some(super::way::address(uri)),
+            _ => None,
+        };
         let control = self.migration.control(self);
         let (vm, shared) = (self.clone(), control.clone());
         // A client may ask how it goes as soon as this returns.
@@ -75,13 +89,13 @@ impl Vm {
         }
         let thread = thread::Builder::new()
             .name("migration-out".into())
-            .spawn(move || vm.go(way, &shared))
+            .spawn(move || vm.go(way, address, &shared))
             .map_err(MigrateError::Thread)?;
         desk.begin(control, thread);
         Ok(())
     }
 
-    fn go(self: &Arc<Self>, way: WayOut, control: &Control) {
+    fn go(self: &Arc<Self>, way: WayOut, address: Option<Address>, control: &Control) {
         let mut leaving = Leaving::new(self.clone());
         let outcome = match way {
             WayOut::Connection(connection) => source::run(&mut leaving, connection, control),
@@ -106,7 +120,12 @@ impl Vm {
                      there before doing anything else: 'mini-vmm recover' says what is known here",
                     error.chain()
                 );
-                self.migration.stand(doubt, leaving);
+                let asker = Arc::new(Asker::default());
+                let whom = address.zip(doubt.id()).map(|(address, id)| Whom { address, id });
+                self.migration.stand(doubt, leaving, asker.clone());
+                if let Some(whom) = whom.filter(|_| control.parameters().settle) {
+                    self.begin_asking_after(whom, &asker);
+                }
             }
         }
     }
@@ -125,7 +144,7 @@ impl Vm {
             .name("migration-in".into())
             .spawn(move || {
                 let received = match way {
-                    WayIn::Listener(listener) => vm.receive(&listener, shared),
+                    WayIn::Listener(listener) => vm.receive(listener, shared),
                     only => vm.receive_only(only, &shared),
                 };
                 if let Err(e) = received {
@@ -141,7 +160,7 @@ impl Vm {
     /// no source, or one whose VM does not fit, is sent away, and the next may come.
     fn receive(
         self: &Arc<Self>,
-        listener: &Listener,
+        listener: Listener,
         mut control: Arc<Control>,
     ) -> Result<(), IncomingError> {
         loop {
@@ -156,10 +175,13 @@ impl Vm {
                 }
             };
             let peer = connection.peer().to_string();
-            let mut arriving = Arriving::new(self.clone(), Some(listener));
+            let mut arriving = Arriving::new(self.clone(), Some(&listener));
             match destination::run(&mut arriving, connection, &control) {
                 Ok(_) => {
                     self.migration.lock().listening = None;
+                    if let Some(owed) = control.owed() {
+                        self.answer_later(listener, owed);
+                    }
                     return Ok(());
                 }
                 Err(failure) if failure.vm_untouched && !self.migration.lock().closing => {
@@ -176,7 +198,52 @@ impl Vm {
                 }
                 Err(failure) => {
                     self.life().state = RunState::InternalError;
+                    // Where there are disks, they tell the source, and this process can go.
+                    let disks = self.machine.board.images.iter().any(DiskImage::arbitrates);
+                    if let Some(owed) = control.owed().filter(|_| !disks) {
+                        let until = Instant::now() + owed.patience.min(LONGEST_STAY) + STAY;
+                        tracing::warn!(
+                            "{}; the source may not know that: it is answered here for a while",
+                            crate::error_chain(&failure)
+                        );
+                        self.answer(&listener, &owed, Some(until));
+                    }
                     return Err(failure.into());
+                }
+            }
+        }
+    }
+
+    /// The guest runs here, and the source may not know: tells it, whenever it asks.
+    fn answer_later(self: &Arc<Self>, listener: Listener, owed: Owed) {
+        tracing::warn!(
+            "the source may not know that the guest runs here, and is answered if it asks"
+        );
+        let vm = self.clone();
+        let thread = thread::Builder::new()
+            .name("migration-answer".into())
+            .spawn(move || vm.answer(&listener, &owed, None));
+        match thread {
+            Ok(thread) => self.migration.lock().helps(thread),
+            Err(e) => tracing::error!("cannot start the thread that answers the source: {e}"),
+        }
+    }
+
+    /// Answers until the source has heard, the time is over, or the process ends.
+    fn answer(&self, listener: &Listener, owed: &Owed, until: Option<Instant>) {
+        while !self.migration.lock().closing && until.is_none_or(|until| Instant::now() < until) {
+            match listener.accept(ACCEPT_STEP) {
+                Ok(Some(connection)) => {
+                    if destination::answer(connection, owed, ANSWER_PATIENCE) {
+                        tracing::info!("the source knows now what became of the guest");
+                        return;
+                    }
+                }
+                Ok(None) => {}
+                // One that could not be set up; the next may.
+                Err(e) => {
+                    tracing::warn!("{}", crate::error_chain(&e));
+                    thread::sleep(ACCEPT_STEP);
                 }
             }
         }
@@ -189,7 +256,7 @@ impl Vm {
             WayIn::Supply(supply) => destination::restore(&mut arriving, supply, control),
             WayIn::Connection(connection) => destination::run(&mut arriving, connection, control),
             WayIn::Listener(listener) => {
-                return self.receive(&listener, self.migration.control(self));
+                return self.receive(listener, self.migration.control(self));
             }
         };
         match result {

@@ -22,6 +22,8 @@ pub(crate) struct World {
     disks: Mutex<Option<&'static str>>,
     /// Somebody has written to the disks since the source gave them up.
     pub(crate) disks_written: AtomicBool,
+    /// Changes whenever they are taken back.
+    pub(crate) stamp: AtomicU64,
     pub(crate) history: Mutex<Vec<String>>,
     /// Set when the rule was broken, so that a panic on another thread is not overlooked.
     pub(crate) broken: AtomicBool,
@@ -243,6 +245,9 @@ impl SourceVm for FakeVm {
         self.world.drop_disks(self.who);
         Ok(())
     }
+    fn left_disks(&self) -> serde_json::Value {
+        self.world.stamp.load(Ordering::Relaxed).into()
+    }
     fn arbiter(&self) -> Arbiter {
         self.arbiter
     }
@@ -253,7 +258,10 @@ impl SourceVm for FakeVm {
         }
         Ok(match self.world.disks_changed() {
             true => TakenBack::Changed("disk0.raw was written to".into()),
-            false => TakenBack::AsLeft,
+            false => {
+                self.world.stamp.fetch_add(1, Ordering::Relaxed);
+                TakenBack::AsLeft
+            }
         })
     }
     fn probe_disks(&mut self) -> Result<Holder, VmError> {
@@ -297,8 +305,11 @@ impl DestinationVm for FakeVm {
     fn prepare(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Prepare)
     }
-    fn take_disks(&mut self) -> Result<(), VmError> {
+    fn take_disks(&mut self, left: &serde_json::Value) -> Result<(), VmError> {
         self.fault(Fault::TakeDisks)?;
+        if !left.is_null() && *left != self.world.stamp.load(Ordering::Relaxed) {
+            return Err(VmError::new("disk0.raw is not as the source left it"));
+        }
         self.world.take_disks(self.who)
     }
     fn release_disks(&mut self) {

@@ -235,7 +235,7 @@ impl Vm {
             match listener.accept(ACCEPT_STEP) {
                 Ok(Some(connection)) => {
                     if destination::answer(connection, owed, ANSWER_PATIENCE) {
-                        tracing::info!("the source knows now what became of the guest");
+                        tracing::warn!("the source knows now what became of the guest");
                         return;
                     }
                 }

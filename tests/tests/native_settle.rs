@@ -322,6 +322,31 @@ fn another_process_at_the_destinations_address_decides_nothing() {
     pair.there.is_whole();
 }
 
+#[test]
+fn a_guest_that_has_run_and_ended_elsewhere_is_not_taken_back() {
+    let disk = Disk::new();
+    let mut pair = cut(|_| Cut::TheLastWord, false, &disk.argument());
+    // The source sleeps over it.
+    freeze(pair.here.vm.pid());
+    pair.there.is_whole();
+    pair.there.vm.qmp().ask("quit");
+    assert_eq!(pair.there.vm.wait_exit(20), 0, "{}", pair.there.vm.stderr());
+    pair.here.vm.signal(Signal::SIGCONT);
+    let doubt = wait::until(
+        "the source to have asked",
+        60,
+        || {
+            let doubt = pair.here.vm.qmp().ask("query-status")["x-in-doubt"].clone();
+            doubt["asked"].is_string().then_some(doubt)
+        },
+        || pair.here.vm.stderr(),
+    );
+    assert!(doubt["disks"].as_str().unwrap_or_default().contains("written to since"), "{doubt}");
+    assert_eq!(pair.here.vm.qmp().ask("query-status")["running"], false);
+    pair.here.vm.qmp().ask("quit");
+    assert_eq!(pair.here.vm.wait_exit(20), 0, "{}", pair.here.vm.stderr());
+}
+
 /// A destination that is frozen before it reads the order, while the guest is resumed at the source.
 fn frozen() -> (Pair, Disk) {
     let disk = Disk::new();

@@ -220,23 +220,39 @@ impl Vm {
             "the source may not know that the guest runs here, and is answered if it asks"
         );
         let vm = self.clone();
-        let thread = thread::Builder::new()
-            .name("migration-answer".into())
-            .spawn(move || vm.answer(&listener, &owed, None));
+        let thread = thread::Builder::new().name("migration-answer".into()).spawn(move || {
+            if !vm.answer(&listener, &owed, None) {
+                vm.leave_mark();
+            }
+        });
         match thread {
             Ok(thread) => self.migration.lock().helps(thread),
             Err(e) => tracing::error!("cannot start the thread that answers the source: {e}"),
         }
     }
 
-    /// Answers until the source has heard, the time is over, or the process ends.
-    fn answer(&self, listener: &Listener, owed: &Owed, until: Option<Instant>) {
+    /// The guest ends here, and its source has never heard that it ran: even if it has written nothing,
+    /// its disks shall not look as if it had not.
+    fn leave_mark(&self) {
+        // What is given away is another's.
+        if matches!(self.state(), RunState::FinishMigrate | RunState::Postmigrate) {
+            return;
+        }
+        for image in self.machine.board.images.iter().filter(|image| image.arbitrates()) {
+            if let Err(e) = image.touch() {
+                tracing::warn!("{}: its time can't be set: {e}", image.path.display());
+            }
+        }
+    }
+
+    /// Answers until the source has heard, the time is over, or the process ends; whether it has heard.
+    fn answer(&self, listener: &Listener, owed: &Owed, until: Option<Instant>) -> bool {
         while !self.migration.lock().closing && until.is_none_or(|until| Instant::now() < until) {
             match listener.accept(ACCEPT_STEP) {
                 Ok(Some(connection)) => {
                     if destination::answer(connection, owed, ANSWER_PATIENCE) {
                         tracing::warn!("the source knows now what became of the guest");
-                        return;
+                        return true;
                     }
                 }
                 Ok(None) => {}
@@ -247,6 +263,7 @@ impl Vm {
                 }
             }
         }
+        false
     }
 
     /// Takes the VM that comes this way; there is no other to wait for.

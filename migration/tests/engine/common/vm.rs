@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use migration::guest::{
     DestinationVm, DirtyTracker, GuestRam, Holder, Machine, PAGE_SIZE, RamBlock, SourceVm,
@@ -103,6 +104,8 @@ pub(crate) struct FakeVm {
     pub(crate) blockers: Vec<String>,
     pub(crate) was_running: bool,
     pub(crate) arbiter: Arbiter,
+    /// How long it takes to give its disks up.
+    pub(crate) slow_release: Duration,
     /// Blocks that it takes although it has not got them.
     pub(crate) keeps: Vec<String>,
     /// The first device's layout is one that nobody else knows.
@@ -128,6 +131,7 @@ impl FakeVm {
             blockers: Vec::new(),
             was_running: true,
             arbiter: Arbiter::DiskLocks,
+            slow_release: Duration::ZERO,
             keeps: Vec::new(),
             other_layout: false,
             guest: None,
@@ -242,6 +246,7 @@ impl SourceVm for FakeVm {
     }
     fn release_disks(&mut self) -> Result<(), VmError> {
         self.fault(Fault::ReleaseDisks)?;
+        std::thread::sleep(self.slow_release);
         self.world.drop_disks(self.who);
         Ok(())
     }

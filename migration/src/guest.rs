@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dirty::DirtyBitmap;
 use crate::handover::Arbiter;
-use crate::manifest::Problem;
+use crate::manifest::{Problem, Scrap};
 use crate::vmstate::{FieldError, Section, SectionId};
 
 /// The size of the pages that travel, in bytes: x86's small page, whatever backs the memory.
@@ -230,6 +230,10 @@ pub trait SourceVm: Machine {
     /// could not be given. Nothing but the header has been sent so far.
     fn prepare_for_qemu(&mut self) -> Result<(), VmError>;
 
+    /// The scraps of RAM that the devices' states rely on while they are loaded. Called when everything
+    /// stands still.
+    fn scraps(&self) -> Vec<Scrap>;
+
     /// A tracker for this VM's memory, not yet started.
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError>;
 
@@ -293,6 +297,13 @@ pub trait DestinationVm: Machine {
     /// everything that could fail, so that [`start`](Self::start) will not. Nothing runs yet, no
     /// disk is written.
     fn prepare(&mut self) -> Result<(), VmError>;
+
+    /// A rehearsal begins: puts the scraps into memory, wherever they belong.
+    fn begin_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError>;
+
+    /// A rehearsal is over, and every section has the state again that it had before; takes the scraps
+    /// out of memory, and builds what follows from the state, so that the VM is as it was.
+    fn end_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError>;
 
     /// Locks the disks' images and opens them for writing; fails if they are not as the source has left
     /// them ([`SourceVm::left_disks`]; null where it does not say). When it fails none is locked.

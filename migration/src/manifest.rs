@@ -30,6 +30,26 @@ pub struct Hello {
 /// follow its verdict.
 pub const PREFLIGHT: &str = "preflight";
 
+/// A [`Hello::abilities`]: behind such a question the state of devices and vCPUs may follow, to be loaded
+/// and thrown away.
+pub const REHEARSE: &str = "rehearse";
+
+/// A few bytes of RAM that a device's state relies on, for a rehearsal, in which no page travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scrap {
+    /// The guest's physical address.
+    pub address: u64,
+    /// What stands there.
+    pub value: u32,
+}
+
+/// The state of devices and vCPUs follows, to be loaded and thrown away.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rehearse {
+    /// What of the RAM is needed to load it.
+    pub scraps: Vec<Scrap>,
+}
+
 /// What a VM is and what it needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {

@@ -112,6 +112,8 @@ pub mod kind {
             "The destination's host has too little free memory.";
         CLOCK_DIFFERENCE "clock-difference" warning ""
             "The clocks of the two hosts are apart, and the guest's would jump.";
+        REHEARSAL "rehearsal" fatal "error while loading state for instance 0x… of device"
+            "The state of the devices and vCPUs was loaded at the destination for show, and that failed.";
         DETAILS "details" fatal ""
             "The destination does not understand the source's description of the machine.";
         NOT_CONVERGING "not-converging" fatal "convergence"

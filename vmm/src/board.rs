@@ -375,6 +375,11 @@ impl Board {
         closed.fold(Ok(()), Result::and)
     }
 
+    /// Where in guest memory the devices' states are looked up while they are loaded, a word each.
+    pub fn positions(&self) -> Vec<u64> {
+        self.virtio.iter().flat_map(|slot| lock(&slot.function).positions()).collect()
+    }
+
     /// Lets the hosts that see the disks know that a guest that was migrated here has started.
     pub fn guest_started(&self) -> Result<(), BackendError> {
         self.virtio.iter().try_for_each(|slot| lock(&slot.function).guest_started())

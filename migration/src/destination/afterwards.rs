@@ -7,7 +7,7 @@ use super::answer::ReturnPath;
 use super::{Arrival, DestinationError};
 use crate::control::Owed;
 use crate::fate::{Answer, FATE, Fate, Question};
-use crate::manifest::{Hello, PREFLIGHT, PROTOCOL_VERSIONS};
+use crate::manifest::{Hello, PREFLIGHT, PROTOCOL_VERSIONS, REHEARSE};
 use crate::source::PROGRAM;
 use crate::transport::{Connection, StreamReader};
 use crate::vmstate::ByteSource;
@@ -24,7 +24,7 @@ pub(super) fn hello() -> Hello {
     Hello {
         program: PROGRAM.to_owned(),
         protocols: PROTOCOL_VERSIONS.to_vec(),
-        abilities: vec![PREFLIGHT.to_owned(), FATE.to_owned()],
+        abilities: [PREFLIGHT, FATE, REHEARSE].map(str::to_owned).to_vec(),
     }
 }
 

@@ -35,6 +35,7 @@ mod error;
 mod judge;
 mod load;
 mod ram;
+mod rehearse;
 
 pub use afterwards::answer;
 pub use compare::compare;
@@ -112,7 +113,7 @@ fn take(
             if arrival.asked.is_some() || matches!(error, DestinationError::AskedAfter { .. }) {
                 // Nothing was to come, so nothing has failed.
                 tracing::info!(error = %error.chain(), "the end of a question");
-                return Err(Failure { error, vm_untouched: true });
+                return Err(Failure { error, vm_untouched: !arrival.spoiled });
             }
             arrival.begin();
             let text = error.chain();
@@ -135,6 +136,10 @@ struct Arrival<'a> {
     manifest: Option<Manifest>,
     /// What a source that only asks was told.
     asked: Option<Asked>,
+    /// What came after that is only for show.
+    rehearsal: Option<rehearse::Rehearsal>,
+    /// It could not be undone.
+    spoiled: bool,
     digests: Option<RamDigests>,
     loader: Loader,
     ram: RamLoader,
@@ -171,6 +176,8 @@ impl<'a> Arrival<'a> {
             configuration: Configuration::default(),
             manifest: None,
             asked: None,
+            rehearsal: None,
+            spoiled: false,
             digests: None,
             loader,
             ram,
@@ -189,6 +196,10 @@ impl<'a> Arrival<'a> {
             .set_stall_timeout(timeout)
             .map_err(|source| DestinationError::Answer { what: "setting timeouts", source })
             .and_then(|()| self.receive());
+        if self.rehearsal.is_some() {
+            let received = received.map_err(|error| self.cause(error));
+            return self.end_rehearsal(received);
+        }
         let mut machine = Destination::new(self.answer.peer());
         let mut error = None;
         let mut action = machine.on(match received {
@@ -354,6 +365,7 @@ impl<'a> Arrival<'a> {
                 return Err(self.out_of_turn("a question in the middle of a migration"));
             }
             Command::Probe(len) => self.probed(len)?,
+            Command::Rehearse(asked) => self.begin_rehearsal(asked)?,
             Command::Abort(abort) => {
                 return Err(match self.asked {
                     Some(Asked { count, .. }) => DestinationError::OnlyAsked { count },
@@ -374,11 +386,14 @@ impl<'a> Arrival<'a> {
         if self.accepted {
             return Ok(());
         }
-        if self.asked.is_some() {
+        let rehearsal = self.rehearsal.is_some();
+        if self.asked.is_some() && !rehearsal {
             return Err(self.out_of_turn("a VM after a mere question"));
         }
-        self.begin();
-        if self.answer.peer() == Peer::MiniVmm && self.manifest.is_none() {
+        if !rehearsal {
+            self.begin();
+        }
+        if self.answer.peer() == Peer::MiniVmm && self.manifest.is_none() && !rehearsal {
             return Err(self.out_of_turn("no manifest before the first section"));
         }
         let expected = self.vm.machine_type();
@@ -397,13 +412,18 @@ impl<'a> Arrival<'a> {
             return Err(DestinationError::PageSize { found });
         }
         self.accepted = true;
-        self.control.enter(Phase::Active);
+        if !rehearsal {
+            self.control.enter(Phase::Active);
+        }
         Ok(())
     }
 
     fn start_section(&mut self) -> Result<(), DestinationError> {
         let header = section::read_header(&mut self.reader)?;
         self.accept()?;
+        if self.rehearsal.is_some() {
+            return Err(self.out_of_turn("pages in a rehearsal"));
+        }
         if header.key != SectionId::new(SECTION, 0) {
             return Err(DestinationError::UnknownSection { section: header.key });
         }
@@ -451,8 +471,11 @@ impl<'a> Arrival<'a> {
     fn full_section(&mut self) -> Result<(), DestinationError> {
         let header = section::read_header(&mut self.reader)?;
         self.accept()?;
-        self.stand_still(Step::Devices);
-        let record = self.manifest.as_ref().is_some_and(|m| m.verify);
+        let rehearsal = self.rehearsal.is_some();
+        if !rehearsal {
+            self.stand_still(Step::Devices);
+        }
+        let record = rehearsal || self.manifest.as_ref().is_some_and(|m| m.verify);
         self.reader.begin_body(MAX_SECTION_BODY, record);
         self.loader.read(&mut self.reader, &header)?;
         let body = self.reader.end_body();

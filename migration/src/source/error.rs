@@ -40,6 +40,14 @@ pub enum SourceError {
         /// A mini-vmm's name and version.
         program: Option<String>,
     },
+    /// Whoever waits there can't rehearse.
+    #[error(
+        "the destination is {program:.100}, which can't rehearse a migration; 'preflight' compares"
+    )]
+    NoRehearsal {
+        /// Its name and version.
+        program: String,
+    },
     /// The destination gave up, in its own words.
     #[error("the destination failed: {reason}")]
     Destination {

@@ -22,6 +22,7 @@ mod inbox;
 mod out;
 mod precopy;
 mod preflight;
+mod rehearse;
 mod switchover;
 
 pub use ask::{Asked, ask};
@@ -29,6 +30,7 @@ pub use doubt::{Doubt, Objection, Settled, Wish};
 pub use error::SourceError;
 pub(crate) use greet::PROGRAM;
 pub use preflight::{Preflight, Questions, preflight};
+pub use rehearse::Rehearsal;
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -11,7 +11,7 @@ use super::limits::{MAX_JSON, MAX_PROBE, MAX_SHORT_PAYLOAD};
 use super::section::PartType;
 use super::{WireError, read_bytes, read_json, read_u16, read_u32, skip, write_json};
 use crate::fate::Question;
-use crate::manifest::{Manifest, RamDigests};
+use crate::manifest::{Manifest, RamDigests, Rehearse};
 use crate::vmstate::ByteSource;
 
 /// The value of our ping. A QEMU echoes it; a mini-vmm knows by it who asks, and says hello first.
@@ -33,6 +33,7 @@ const ABORT: u16 = 0x4d04;
 const PROBE: u16 = 0x4d05;
 const ASK: u16 = 0x4d06;
 const SETTLED: u16 = 0x4d07;
+const REHEARSE: u16 = 0x4d08;
 
 /// What a source tells a destination outside of the sections.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +56,8 @@ pub enum Command {
     Ask(Question),
     /// The source knows what became of its guest, and will not ask any more.
     Settled,
+    /// Behind a mere question: sections follow that are to be loaded and thrown away.
+    Rehearse(Rehearse),
     /// So many bytes that mean nothing, for a measurement; at most
     /// [`MAX_PROBE`].
     Probe(u32),
@@ -100,6 +103,7 @@ impl Command {
             Self::Commit(commit) => write_json(out, COMMIT, commit),
             Self::Abort(abort) => write_json(out, ABORT, abort),
             Self::Ask(question) => write_json(out, ASK, question),
+            Self::Rehearse(rehearse) => write_json(out, REHEARSE, rehearse),
             Self::Settled => write_json(out, SETTLED, &Settled {}),
             Self::Probe(len) => {
                 let len = (*len).min(MAX_PROBE);
@@ -152,6 +156,10 @@ impl Command {
                 expect(4)?;
                 Ok(Self::Ask(read_json(source, "ask")?))
             }
+            REHEARSE => {
+                expect(4)?;
+                Ok(Self::Rehearse(read_json(source, "rehearse")?))
+            }
             SETTLED => {
                 expect(4)?;
                 read_json::<Settled>(source, "settled").map(|_| Self::Settled)
@@ -195,7 +203,7 @@ pub struct RawCommand {
 impl RawCommand {
     /// Our own carry a length of four bytes, and so many bytes behind it.
     fn is_long(number: u16) -> bool {
-        matches!(number, MANIFEST | VERIFY | COMMIT | ABORT | PROBE | ASK | SETTLED)
+        matches!(number, MANIFEST | VERIFY | COMMIT | ABORT | PROBE | ASK | SETTLED | REHEARSE)
     }
 
     /// Reads a command, after its type byte.
@@ -259,6 +267,7 @@ impl RawCommand {
             PROBE => "probe (mini-vmm)",
             ASK => "ask (mini-vmm)",
             SETTLED => "settled (mini-vmm)",
+            REHEARSE => "rehearse (mini-vmm)",
             _ => "unknown",
         }
     }
@@ -269,7 +278,7 @@ mod tests {
     use super::*;
     use crate::fate::MigrationId;
     use crate::guest::RamBlock;
-    use crate::manifest::{BlockDigests, SectionManifest};
+    use crate::manifest::{BlockDigests, Scrap, SectionManifest};
     use crate::vmstate::SliceSource;
 
     fn manifest() -> Manifest {
@@ -320,6 +329,7 @@ mod tests {
             Command::Commit(Commit { disks: serde_json::json!([1]) }),
             Command::Ask(Question { id: MigrationId::random() }),
             Command::Settled,
+            Command::Rehearse(Rehearse { scraps: vec![Scrap { address: 8, value: 9 }] }),
             Command::Abort(Abort { reason: "cancelled by the user".into() }),
             Command::Probe(100),
         ] {

@@ -12,7 +12,7 @@ use migration::params::Parameters;
 use serde_json::{Map, Value, json};
 use signal_hook::consts::SIGINT;
 
-use super::{CliError, VmArg, checked_uri};
+use super::{CliError, VmArg, checked_uri, preflight};
 use crate::client::{ClientError, QmpClient};
 use crate::config::{HumanDuration, MigrationUri, Rate};
 use crate::grants::Grants;
@@ -43,6 +43,10 @@ pub(super) struct MigrateArgs {
     /// still meanwhile)
     #[arg(long)]
     verify: bool,
+    /// Move nothing: say what 'preflight' says, and load the state of devices and vCPUs there for show, for
+    /// which the guest stands still for about a millisecond
+    #[arg(long, conflicts_with = "detach")]
+    rehearse: bool,
     /// Start it, and do not wait for its end
     #[arg(long)]
     detach: bool,
@@ -96,6 +100,9 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     // First of all, while nothing else is open.
     let grants = Grants::of_this_process(false);
     let uri = checked_uri(&args.uri)?;
+    if args.rehearse {
+        return preflight::rehearse(&args.vm, args.parameters(true), &uri, args.json);
+    }
     let interrupted = Arc::new(AtomicBool::new(false));
     let mut client = args.vm.connect()?;
     let parameters = args.parameters(client.is_mini_vmm());

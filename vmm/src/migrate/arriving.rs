@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
-use migration::manifest::Problem;
+use migration::manifest::{Problem, Scrap};
 use migration::transport::Listener;
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{details, disks, fit};
 use crate::announce::Rounds;
@@ -74,6 +75,26 @@ impl DestinationVm for Arriving<'_> {
                  switch its capability 'multifd' off",
             ));
         }
+        Ok(())
+    }
+
+    fn begin_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        let memory = self.vm.machine.ram.guest();
+        for Scrap { address, value } in scraps {
+            memory
+                .write_obj(*value, GuestAddress(*address))
+                .map_err(|e| VmError::with("a word of memory could not be set", e))?;
+        }
+        Ok(())
+    }
+
+    fn end_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        let blank: Vec<_> = scraps.iter().map(|scrap| Scrap { value: 0, ..*scrap }).collect();
+        self.begin_rehearsal(&blank)?;
+        // It has shown the source's processor meanwhile.
+        self.vm.kvm_state.promise(self.vm.machine.cpu.clone());
+        self.prepare()?;
+        self.vm.kvm_state.forget();
         Ok(())
     }
 

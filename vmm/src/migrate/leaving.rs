@@ -5,7 +5,9 @@ use std::sync::Arc;
 use devices::virtio::DiskImage;
 use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
 use migration::handover::Arbiter;
+use migration::manifest::Scrap;
 use migration::vmstate::Section;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::details;
 use super::disks::{self, LeftDisks};
@@ -68,6 +70,16 @@ impl SourceVm for Leaving {
         rom::read_bios(file)
             .and_then(|bios| roms.add_filled(PC_BIOS, &bios))
             .map_err(|e| VmError::with("the guest has no firmware for a QEMU", e))
+    }
+
+    fn scraps(&self) -> Vec<Scrap> {
+        let memory = self.vm.machine.ram.guest();
+        let positions = self.vm.machine.board.positions().into_iter();
+        let read = |address| {
+            let value = memory.read_obj::<u32>(GuestAddress(address)).ok()?;
+            Some(Scrap { address, value })
+        };
+        positions.filter_map(read).collect()
     }
 
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {

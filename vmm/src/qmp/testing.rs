@@ -155,6 +155,7 @@ impl VmControl for FakeVm {
             problems: Vec::new(),
             left_out: 0,
             forecast: None,
+            rehearsal: None,
         })
     }
 

@@ -9,7 +9,7 @@ use migration::guest::{
     TakenBack, VmError,
 };
 use migration::handover::Arbiter;
-use migration::manifest::Problem;
+use migration::manifest::{Problem, Scrap};
 use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
 
 use super::guest::{FakeDevice, FakeState, Guest, OtherDevice};
@@ -77,6 +77,9 @@ impl World {
     }
 }
 
+/// Where the devices' states rely on memory.
+const SCRAP: u64 = 5 * PAGE_SIZE + 100;
+
 /// What goes wrong in a VM, for tests of failures.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -88,6 +91,7 @@ pub(crate) enum Fault {
     ReacquireDisks,
     Resume,
     Prepare,
+    EndRehearsal,
     TakeDisks,
     Start,
 }
@@ -214,6 +218,11 @@ impl SourceVm for FakeVm {
     fn blockers(&self) -> Vec<String> {
         self.blockers.clone()
     }
+    fn scraps(&self) -> Vec<Scrap> {
+        let mut bytes = [0; 4];
+        self.ram.copy_out(0, SCRAP, &mut bytes).unwrap();
+        vec![Scrap { address: SCRAP, value: u32::from_le_bytes(bytes) }]
+    }
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         Ok(Box::new(FakeLog(self.ram.clone())))
     }
@@ -307,7 +316,22 @@ impl DestinationVm for FakeVm {
         }
         known
     }
+    fn begin_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        for scrap in scraps {
+            let bytes = scrap.value.to_le_bytes();
+            self.ram.copy_in(0, scrap.address, &bytes).map_err(|e| VmError::with("a scrap", e))?;
+        }
+        Ok(())
+    }
+    fn end_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        self.fault(Fault::EndRehearsal)?;
+        for scrap in scraps {
+            self.ram.copy_in(0, scrap.address, &[0; 4]).map_err(|e| VmError::with("a scrap", e))?;
+        }
+        Ok(())
+    }
     fn prepare(&mut self) -> Result<(), VmError> {
+        self.world.note(format!("prepared with {:?}", self.device(0)));
         self.fault(Fault::Prepare)
     }
     fn take_disks(&mut self, left: &serde_json::Value) -> Result<(), VmError> {

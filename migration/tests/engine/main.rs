@@ -8,5 +8,6 @@ mod hostile;
 mod loopback;
 mod preflight;
 mod qemu;
+mod recorded;
 mod recover;
 mod saved;

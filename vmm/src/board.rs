@@ -410,6 +410,7 @@ impl Board {
     pub fn describe_devices(&self) -> Vec<DeviceDetails> {
         let describe = |there: &VirtioSlot| {
             let mut function = lock(&there.function);
+            let (config, bars) = DeviceDetails::describe_config(function.configuration());
             let device = function.device();
             let kind = device.kind().name;
             // Capacity, the first field of a block device's configuration (virtio 1.2, 5.2.4).
@@ -424,6 +425,8 @@ impl Board {
                 features: device.features(),
                 virtio: there.version,
                 sectors,
+                config,
+                bars,
             }
         };
         self.virtio.iter().map(describe).collect()

@@ -188,6 +188,11 @@ impl VirtioPci {
         self.device.open()
     }
 
+    /// Its configuration space.
+    pub fn configuration(&self) -> &PciConfig {
+        &self.config
+    }
+
     /// Where in guest memory the queues' positions stand.
     pub fn positions(&self) -> Vec<u64> {
         let queues = (0..self.core.len()).filter_map(|n| self.core.queue(n));

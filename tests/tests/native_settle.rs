@@ -285,6 +285,9 @@ fn without_disks_and_without_an_answer_nothing_is_decided() {
     let out = pair.here.vm.cli(&["recover"]);
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(said.contains("asked     asked"), "{said}");
+    let cancel = pair.here.vm.qmp().execute("migrate_cancel", json!({}));
+    let error = cancel.expect_err("the guest has been given away").to_string();
+    assert!(error.contains("too late to cancel"), "{error}");
     // It is settled by the operator all the same, at once.
     let out = pair.here.vm.cli(&["recover", "--discard", "--i-know-the-destination-runs"]);
     assert!(out.status.success(), "{out:?}");

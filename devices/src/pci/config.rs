@@ -379,7 +379,7 @@ mod tests {
         assert_eq!(one.fixed()[..4], [0xf4, 0x1a, 0x00, 0x10]);
         other.add_capability(0xb0, 9, &[0x10, 1]);
         assert_ne!(one.fixed(), other.fixed());
-        let bars: Vec<_> = one.bars().map(|(index, kind, size)| (index, kind, size)).collect();
+        let bars: Vec<_> = one.bars().collect();
         let (io, m32, m64) = (BarKind::Io, BarKind::Memory32, BarKind::Memory64);
         assert_eq!(bars, [(0, io, 0x20), (1, m32, 0x1000), (4, m64, 0x4000)]);
         assert_eq!(one.masks(reg::VENDOR), Some([0xff, 0, 0]));

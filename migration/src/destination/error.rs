@@ -27,7 +27,7 @@ pub struct Failure {
 #[derive(Debug, thiserror::Error)]
 pub enum DestinationError {
     /// Whoever connected does not speak the protocol at all.
-    #[error("whoever connected is no migration source")]
+    #[error("Not a migration stream: whoever connected is no migration source")]
     Stranger {
         /// What came instead.
         #[source]
@@ -194,7 +194,7 @@ pub enum DestinationError {
         offset: u64,
     },
     /// A device's state can't be taken.
-    #[error("a device's state can't be loaded")]
+    #[error("error while loading state: a device's state can't be loaded")]
     State {
         /// Which, and why.
         #[source]

@@ -173,7 +173,11 @@ fn follow(
         if interrupted.load(Ordering::Relaxed) && !asked_to_cancel {
             asked_to_cancel = true;
             bar.println("cancelling …");
-            client.execute("migrate_cancel", json!({}))?;
+            match client.execute("migrate_cancel", json!({})) {
+                // It is too late; what comes of it is still worth waiting for.
+                Err(e @ ClientError::Refused { .. }) => bar.println(e.to_string()),
+                answer => drop(answer?),
+            }
         }
         let info = client.execute("query-migrate", json!({})).map_err(|e| match e {
             ClientError::Closed => CliError::Migration(

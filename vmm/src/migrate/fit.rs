@@ -409,10 +409,10 @@ mod tests {
             assert!(problems[0].fatal && known_as.contains("Bad config data") || code == "queues");
             (code, field, problems[0].to_string())
         };
-        let (code, field, text) = one(|d| drop(d.config.insert(0x34, 0x98)));
+        let (code, field, text) = one(|d| _ = d.config.insert(0x34, 0x98));
         assert_eq!((&code[..], &field[..]), ("pci-config", "config[0x34]"));
         assert!(text.contains("Bad config data: i=0x34 read: 98 device: 0"), "{text}");
-        let (code, field, text) = one(|d| drop(d.bars.insert(1, "memory 0x2000".into())));
+        let (code, field, text) = one(|d| _ = d.bars.insert(1, "memory 0x2000".into()));
         assert_eq!((&code[..], &field[..]), ("pci-config", "bars"));
         assert!(text.contains("BAR 1: memory 0x2000"), "{text}");
         // What follows from something else is not said once more.

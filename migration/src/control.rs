@@ -6,6 +6,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::fate::{Fate, MigrationId};
 use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
 use crate::stats::{MigrationInfo, MigrationStats, Report};
@@ -48,6 +49,18 @@ struct Requests {
     committed: bool,
     proceed: bool,
     abort: Option<Abort>,
+    owed: Option<Owed>,
+}
+
+/// What a source may not know of its migration, and may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owed {
+    /// Which migration.
+    pub id: MigrationId,
+    /// What became of it.
+    pub fate: Fate,
+    /// How long the source may take to find out that it does not know.
+    pub patience: Duration,
 }
 
 impl std::fmt::Debug for Control {
@@ -158,6 +171,20 @@ impl Control {
         if requests.cancelled.is_none() {
             drop(self.wake.wait_timeout(requests, time));
         }
+    }
+
+    /// The doubt in which the migration ended is over; `how` is a sentence.
+    pub fn settled(&self, how: &str) {
+        self.stats.settled(how);
+    }
+
+    /// What the source may still ask a destination for, now that the migration has ended here.
+    pub fn owed(&self) -> Option<Owed> {
+        lock(&self.requests).owed
+    }
+
+    pub(crate) fn owe(&self, owed: Option<Owed>) {
+        lock(&self.requests).owed = owed;
     }
 
     /// The connection that [`abort`](Self::abort) is to break.

@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dirty::DirtyBitmap;
 use crate::handover::Arbiter;
-use crate::manifest::Problem;
+use crate::manifest::{Problem, Scrap};
 use crate::transport::Connection;
 use crate::vmstate::{FieldError, Section, SectionId};
 
@@ -243,6 +243,10 @@ pub trait SourceVm: Machine {
     /// could not be given. Nothing but the header has been sent so far.
     fn prepare_for_qemu(&mut self) -> Result<(), VmError>;
 
+    /// The scraps of RAM that the devices' states rely on while they are loaded. Called when everything
+    /// stands still.
+    fn scraps(&self) -> Vec<Scrap>;
+
     /// A tracker for this VM's memory, not yet started.
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError>;
 
@@ -263,13 +267,18 @@ pub trait SourceVm: Machine {
     /// fails some may be held and some not, and [`reacquire_disks`](Self::reacquire_disks) is called.
     fn release_disks(&mut self) -> Result<(), VmError>;
 
+    /// How [`release_disks`](Self::release_disks) has left the disks: what the destination must find
+    /// ([`DestinationVm::take_disks`]), or the order to run the VM is no longer good.
+    fn left_disks(&self) -> serde_json::Value;
+
     /// What tells who may run the VM when nobody answers: the locks on its disks, if it writes to
     /// any whose locks every host sees that may run it.
     fn arbiter(&self) -> Arbiter;
 
     /// Takes back the locks that [`release_disks`](Self::release_disks) gave up; those that are held
-    /// stay so. When someone else
-    /// holds one, or it fails, none is held and the VM must not run.
+    /// stay so. When someone else holds one, or it fails, none is held and the VM must not run. Disks
+    /// that are found as they were left are changed such that
+    /// [`left_disks`](Self::left_disks) is true of them no more.
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError>;
 
     /// Looks who holds the locks that [`release_disks`](Self::release_disks) gave up, and takes
@@ -309,8 +318,16 @@ pub trait DestinationVm: Machine {
     /// disk is written.
     fn prepare(&mut self) -> Result<(), VmError>;
 
-    /// Locks the disks' images and opens them for writing. When it fails none is locked.
-    fn take_disks(&mut self) -> Result<(), VmError>;
+    /// A rehearsal begins: puts the scraps into memory, wherever they belong.
+    fn begin_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError>;
+
+    /// A rehearsal is over, and every section has the state again that it had before; takes the scraps
+    /// out of memory, and builds what follows from the state, so that the VM is as it was.
+    fn end_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError>;
+
+    /// Locks the disks' images and opens them for writing; fails if they are not as the source has left
+    /// them ([`SourceVm::left_disks`]; null where it does not say). When it fails none is locked.
+    fn take_disks(&mut self, left: &serde_json::Value) -> Result<(), VmError>;
 
     /// Gives the locks back, after a failed start.
     fn release_disks(&mut self);

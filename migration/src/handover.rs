@@ -28,9 +28,9 @@
 //!                         │InDoubt│←──────────────────────────────┘  ┌──────────┐
 //!                         └───────┘ Confirmed, Discard (said so)  ──→│HandedOver│
 //!     DisksLost, DisksFree,↑  │Discard (guarded)                     └──────────┘
-//!              DisksFailed │  ↓                      DisksInUse        ↑
+//!              DisksFailed │  ↓ or Look              DisksInUse        ↑
 //!                         ┌────────────┐ ──────────────────────────────┘
-//!                         │ProbingDisks│
+//!                         │ProbingDisks│ ── after Look: DisksFree → RetakingDisks
 //!                         └────────────┘
 //!
 //! DESTINATION
@@ -60,6 +60,12 @@
 //! - Before it, every failure resumes the source. After it, only an *answer* moves the source:
 //!   `shut(0)` says that the other side runs, an explicit refusal says that it never will. A broken
 //!   connection, or silence, is neither.
+//! - In doubt the source asks over another connection, and the answer is as good as one on the first:
+//!   a destination says that the guest runs when it has started, and that it never will when it has
+//!   failed for good; before that it says nothing. Who knows nothing of the migration decides nothing.
+//! - Where nobody answers, disks that nobody holds and that are as they were left may be taken back
+//!   unasked, since COMMIT is good only for disks as they were left ("fenced"), and taking them back
+//!   changes them: a destination that wakes up late finds them taken, or changed, and refuses.
 //! - An operator may settle a doubt, but a plain word of his makes neither two running guests nor
 //!   none: to resume, the disks must be free and as they were left; to end this copy, they must be
 //!   marked as those of a guest that has started elsewhere (that somebody holds them is not enough,

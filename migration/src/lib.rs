@@ -17,6 +17,7 @@
 //! | [`forecast`] | how a migration would go, from what was measured before it |
 //! | [`source`] | gives a VM away: passes, switch-over, hand-over |
 //! | [`destination`] | takes a VM: reads, checks, loads, starts |
+//! | [`fate`] | what a source in doubt asks, and what it is answered |
 //! | [`handover`] | who runs the VM, as two state machines without I/O |
 //! | [`inspect`] | what a stream contains, for people |
 //! | [`converge`] | when to stop the guest |
@@ -27,6 +28,7 @@ pub mod control;
 pub mod converge;
 pub mod destination;
 pub mod dirty;
+pub mod fate;
 pub mod forecast;
 pub mod guest;
 pub mod handover;

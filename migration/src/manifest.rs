@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::fate::MigrationId;
 use crate::guest::RamBlock;
 pub use crate::problem::Problem;
 use crate::wire::limits::MAX_PROBLEMS;
@@ -42,6 +43,26 @@ impl Hello {
     }
 }
 
+/// A [`Hello::abilities`]: behind such a question the state of devices and vCPUs may follow, to be loaded
+/// and thrown away.
+pub const REHEARSE: &str = "rehearse";
+
+/// A few bytes of RAM that a device's state relies on, for a rehearsal, in which no page travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scrap {
+    /// The guest's physical address.
+    pub address: u64,
+    /// What stands there.
+    pub value: u32,
+}
+
+/// The state of devices and vCPUs follows, to be loaded and thrown away.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rehearse {
+    /// What of the RAM is needed to load it.
+    pub scraps: Vec<Scrap>,
+}
+
 /// What a VM is and what it needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -68,6 +89,12 @@ pub struct Manifest {
     /// that knows [them](CHANNELS).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub channels: Option<Channels>,
+    /// What this attempt is called if its outcome is to be asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<MigrationId>,
+    /// How long after PREPARED the source will say COMMIT at the latest, in ms; 0 if it does not say.
+    #[serde(default)]
+    pub commit_within_ms: u64,
     /// The source's wall clock when it wrote this, in ms since 1970; 0 if it does not say.
     #[serde(default)]
     pub sent_at_ms: u64,
@@ -113,13 +140,17 @@ pub struct Verdict {
     /// How many more there are than a verdict has room for.
     #[serde(default)]
     pub left_out: u64,
+    /// How long the destination waits for COMMIT after PREPARED, in ms: the shorter of what either
+    /// side proposes. 0 if it does not say.
+    #[serde(default)]
+    pub prepared_for_ms: u64,
 }
 
 impl Verdict {
     /// The verdict that consists of these, in their order.
     pub fn new(all: Vec<Problem>) -> Self {
         let (problems, warnings) = all.into_iter().partition(|problem| problem.fatal);
-        Self { problems, warnings, left_out: 0 }.bounded()
+        Self { problems, warnings, left_out: 0, prepared_for_ms: 0 }.bounded()
     }
 
     /// The same, no longer than a peer takes: of a hostile one anything may come.

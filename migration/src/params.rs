@@ -45,6 +45,9 @@ pub struct Parameters {
     /// `x-stall-timeout`, in ms: how long the other side may be silent when it owes an answer, or
     /// take no bytes. 30 s.
     pub stall_timeout: Duration,
+    /// `x-settle`: a source in doubt asks the destination and looks at the disks by itself. On; off
+    /// leaves all to the operator.
+    pub settle: bool,
     /// `pause-before-switchover` (a capability): stop in `pre-switchover` until the user goes on.
     pub pause_before_switchover: bool,
     /// `events` (a capability): send MIGRATION and MIGRATION_PASS events.
@@ -63,6 +66,7 @@ impl Default for Parameters {
             timeout: None,
             on_timeout: OnTimeout::Cancel,
             verify: false,
+            settle: true,
             stall_timeout: Duration::from_secs(30),
             pause_before_switchover: false,
             events: false,
@@ -162,6 +166,10 @@ impl Parameters {
                 self.verify = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
                 return Ok(());
             }
+            "x-settle" => {
+                self.settle = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
+                return Ok(());
+            }
             // What libvirt and others set to its neutral value as a matter of course.
             "tls-creds" | "tls-hostname" | "tls-authz" => {
                 return if value.as_str() == Some("") {
@@ -218,6 +226,7 @@ impl Parameters {
             ("x-timeout".to_owned(), json!(self.timeout.map_or(0, ms))),
             ("x-on-timeout".to_owned(), json!(self.on_timeout)),
             ("x-verify".to_owned(), json!(self.verify)),
+            ("x-settle".to_owned(), json!(self.settle)),
             ("x-stall-timeout".to_owned(), json!(ms(self.stall_timeout))),
         ]);
         Value::Object(all)

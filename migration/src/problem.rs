@@ -47,6 +47,8 @@ pub mod kind {
             "The source's VM can't be migrated at all, to no destination.";
         MACHINE_TYPE "machine-type" fatal "Machine type received is '…' and local is '…'"
             "The two sides are other machine types.";
+        UUID "uuid" fatal "UUID received is … and local is …"
+            "The two sides have been given UUIDs, and not the same.";
         VCPUS "vcpus" fatal "Unknown savevm section or instance 'cpu'"
             "The two sides have other numbers of vCPUs.";
         RAM_BLOCK "ram-block" fatal "Unknown ramblock"
@@ -64,7 +66,8 @@ pub mod kind {
         PCI_SLOT "pci-slot" fatal "Unknown savevm section or instance"
             "A PCI slot holds another device, or only on one side.";
         PCI_CONFIG "pci-config" fatal "get_pci_config_device: Bad config data"
-            "A device differs in what its PCI configuration says: kind of virtio or MSI-X vectors.";
+            "A device differs in what its PCI configuration says: kind of virtio, MSI-X vectors, BARs, or \
+             any byte that a guest can't change.";
         QUEUES "queues" fatal "virtio: number of queues differs"
             "A device has another number of virtqueues.";
         FEATURES "features" fatal "Features 0x… unsupported. Allowed features: 0x…"
@@ -112,6 +115,8 @@ pub mod kind {
             "The destination's host has too little free memory.";
         CLOCK_DIFFERENCE "clock-difference" warning ""
             "The clocks of the two hosts are apart, and the guest's would jump.";
+        REHEARSAL "rehearsal" fatal "error while loading state for instance 0x… of device"
+            "The state of the devices and vCPUs was loaded at the destination for show, and that failed.";
         DETAILS "details" fatal ""
             "The destination does not understand the source's description of the machine.";
         NOT_CONVERGING "not-converging" fatal "convergence"

@@ -146,6 +146,13 @@ impl MigrationStats {
         self.lock().error = Some(error.to_owned());
     }
 
+    /// What was not known when it failed is known now.
+    pub(crate) fn settled(&self, how: &str) {
+        let mut s = self.lock();
+        let before = s.error.take().unwrap_or_default();
+        s.error = Some(format!("{before}; this has settled: {how}"));
+    }
+
     pub(crate) fn moved(&self, moved: Moved) {
         let mut s = self.lock();
         s.transferred += moved.bytes;

@@ -53,7 +53,8 @@ fn every_difference_of_the_machines_is_named_on_both_sides() {
     let smaller = image(dir.path(), "smaller.img", 4 << 20);
     let devices = format!("--disk path={disk},queues=2,addr=05 --rng=addr=04");
     let mut here = Guest::start(
-        system_tests::vm::Vm::selfcheck("64M", 1, "set=16M,rate=0,verify=20000").args(&devices),
+        system_tests::vm::Vm::selfcheck("64M", 1, "set=16M,rate=0,verify=20000")
+            .args(&format!("{devices} --uuid 12345678-1234-5678-1234-567812345678")),
     );
     here.wait_ready();
     is_locked(&disk);
@@ -71,6 +72,12 @@ fn every_difference_of_the_machines_is_named_on_both_sides() {
             smp: 2,
             devices: same(),
             words: &["number of vCPUs", "--smp 1"],
+        },
+        Difference {
+            memory: "64M",
+            smp: 1,
+            devices: format!("{devices} --uuid 87654321-4321-8765-4321-876543218765"),
+            words: &["UUID received is 12345678-", "and local is 87654321-", "--uuid"],
         },
         // A device less, one more, and one at another place.
         Difference {

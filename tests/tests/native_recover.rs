@@ -57,7 +57,9 @@ impl Doubt {
         let there = Guest::incoming_with(MEMORY, 1, more);
         let (direction, bytes) = harm;
         let proxy = Proxy::new(&there.vm.migrate_uri(), direction, Harm::CutBehind(bytes, 0));
-        let mut qmp = here.begin(&proxy.uri(), &json!({}));
+        // What follows is the operator's; and nobody will ask the destination.
+        let parameters = json!({ "x-settle": false, "x-stall-timeout": 10_000 });
+        let mut qmp = here.begin(&proxy.uri(), &parameters);
         let info = qmp.wait_migrated(60);
         assert_eq!(info["status"], "failed", "{info}");
         wait::until(

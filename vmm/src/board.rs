@@ -375,6 +375,11 @@ impl Board {
         closed.fold(Ok(()), Result::and)
     }
 
+    /// Where in guest memory the devices' states are looked up while they are loaded, a word each.
+    pub fn positions(&self) -> Vec<u64> {
+        self.virtio.iter().flat_map(|slot| lock(&slot.function).positions()).collect()
+    }
+
     /// Lets the hosts that see the disks know that a guest that was migrated here has started.
     pub fn guest_started(&self) -> Result<(), BackendError> {
         self.virtio.iter().try_for_each(|slot| lock(&slot.function).guest_started())
@@ -405,6 +410,7 @@ impl Board {
     pub fn describe_devices(&self) -> Vec<DeviceDetails> {
         let describe = |there: &VirtioSlot| {
             let mut function = lock(&there.function);
+            let (config, bars) = DeviceDetails::describe_config(function.configuration());
             let device = function.device();
             let kind = device.kind().name;
             // Capacity, the first field of a block device's configuration (virtio 1.2, 5.2.4).
@@ -419,6 +425,8 @@ impl Board {
                 features: device.features(),
                 virtio: there.version,
                 sectors,
+                config,
+                bars,
             }
         };
         self.virtio.iter().map(describe).collect()

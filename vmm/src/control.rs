@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use migration::control::TooLate;
 use migration::params::{ParameterError, Parameters};
 use migration::phase::Phase;
 use migration::source::Wish;
@@ -221,6 +222,9 @@ pub enum ControlError {
          and settles it"
     )]
     InDoubt,
+    /// `migrate_cancel` behind the point of no return.
+    #[error(transparent)]
+    TooLateToCancel(#[from] TooLate),
     /// `x-recover` that was refused, or had nothing to do.
     #[error(transparent)]
     Recover(#[from] RecoverError),
@@ -355,7 +359,10 @@ pub trait VmControl: Send + Sync {
         questions: &Questions,
     ) -> Result<Preflight, ControlError>;
     /// Asks the running migration to end; the guest stays. Nothing happens if none runs.
-    fn migrate_cancel(&self);
+    ///
+    /// # Errors
+    /// [`ControlError::TooLateToCancel`], if the guest has been given to the other side.
+    fn migrate_cancel(&self) -> Result<(), ControlError>;
     /// Goes on from `pre-switchover`.
     ///
     /// # Errors
@@ -375,6 +382,8 @@ pub trait VmControl: Send + Sync {
     fn close_descriptor(&self, name: &str) -> bool;
     /// Where the migration stands, outgoing or incoming.
     fn query_migrate(&self) -> MigrationInfo;
+    /// Why this VM can't be migrated at all, each a sentence; empty when it can.
+    fn blockers(&self) -> Vec<String>;
     /// What is known of a hand-over of which nobody here knows how it ended; nothing if there is none.
     fn doubt(&self) -> Option<DoubtInfo>;
     /// Settles it.

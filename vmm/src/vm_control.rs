@@ -156,13 +156,16 @@ impl VmControl for VmHandle {
         })
     }
 
-    fn migrate_cancel(&self) {
+    fn migrate_cancel(&self) -> Result<(), ControlError> {
+        let in_doubt = self.0.migration.is_in_doubt();
+        let left = self.0.state() == RunState::Postmigrate;
         let desk = self.0.migration.lock();
         for control in desk.control.iter().chain(&desk.asking) {
-            if let Err(e) = control.cancel() {
-                tracing::warn!("{e}");
-            }
+            // One that has ended otherwise is nothing to cancel.
+            let matters = in_doubt || left || control.stats().phase().is_busy();
+            control.cancel().or_else(|e| if matters { Err(e) } else { Ok(()) })?;
         }
+        Ok(())
     }
 
     fn migrate_continue(&self) -> Result<(), ControlError> {
@@ -199,6 +202,10 @@ impl VmControl for VmHandle {
 
     fn query_migrate(&self) -> MigrationInfo {
         self.0.migration.info()
+    }
+
+    fn blockers(&self) -> Vec<String> {
+        self.0.blockers()
     }
 
     fn doubt(&self) -> Option<DoubtInfo> {

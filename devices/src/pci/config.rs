@@ -288,6 +288,27 @@ impl PciConfig {
         }
     }
 
+    /// The bits of configuration space that no guest can change and that must be the same on both sides
+    /// of a migration; the others are 0.
+    pub fn fixed(&self) -> [u8; CONFIG_SIZE] {
+        std::array::from_fn(|i| {
+            self.bytes[i] & self.compared[i] & !self.writable[i] & !self.write1_clear[i]
+        })
+    }
+
+    /// The masks of one byte, as a QEMU shows them when it differs: what is compared, what a guest may
+    /// write, and what it clears.
+    pub fn masks(&self, offset: usize) -> Option<[u8; 3]> {
+        let mask = |of: &[u8; CONFIG_SIZE]| of.get(offset).copied();
+        Some([mask(&self.compared)?, mask(&self.writable)?, mask(&self.write1_clear)?])
+    }
+
+    /// The BARs: number, kind and size in bytes.
+    pub fn bars(&self) -> impl Iterator<Item = (usize, BarKind, u64)> + '_ {
+        let bars = self.bars.iter().enumerate();
+        bars.filter_map(|(index, bar)| bar.map(|bar| (index, bar.kind, bar.size)))
+    }
+
     /// Checks that `state` is one of a function like this: the same identity, BAR sizes and
     /// capabilities.
     pub fn check(&self, state: &PciDeviceState) -> Result<(), FieldError> {
@@ -346,6 +367,24 @@ pub struct PciDeviceState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_fixed_is_what_must_be_the_same() {
+        let (one, mut other) = (virtio_like(), virtio_like());
+        // A guest writes wherever it may.
+        other.write(reg::COMMAND, &[0xff, 0xff]);
+        other.write(reg::BAR0, &[0xff; 4]);
+        other.write(0x9a, &[0xff; 2]);
+        assert_eq!(one.fixed(), other.fixed());
+        assert_eq!(one.fixed()[..4], [0xf4, 0x1a, 0x00, 0x10]);
+        other.add_capability(0xb0, 9, &[0x10, 1]);
+        assert_ne!(one.fixed(), other.fixed());
+        let bars: Vec<_> = one.bars().collect();
+        let (io, m32, m64) = (BarKind::Io, BarKind::Memory32, BarKind::Memory64);
+        assert_eq!(bars, [(0, io, 0x20), (1, m32, 0x1000), (4, m64, 0x4000)]);
+        assert_eq!(one.masks(reg::VENDOR), Some([0xff, 0, 0]));
+        assert_eq!(one.masks(CONFIG_SIZE), None);
+    }
 
     fn virtio_like() -> PciConfig {
         let mut config = PciConfig::new(PciIdentity {

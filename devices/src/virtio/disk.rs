@@ -10,9 +10,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::fcntl::{AT_FDCWD, FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::sys::stat::UtimensatFlags::FollowSymlink;
+use nix::sys::stat::utimensat;
+use nix::sys::time::TimeSpec;
+use serde::{Deserialize, Serialize};
 
 use super::chain::Buffers;
 
@@ -22,6 +26,11 @@ pub(super) const SECTOR: u64 = 512;
 const ALIGNMENT: usize = 4096;
 /// Size of the buffer that direct and zeroing requests go through.
 const BUFFER: usize = 1 << 20;
+
+/// How often an image's time is set until it differs, and how long in between: together more than the
+/// second that the coarsest file systems tell apart.
+const TOUCHES: u32 = 120;
+const TOUCH_PAUSE: Duration = Duration::from_millis(10);
 
 /// How an image is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,6 +98,26 @@ impl DiskImage {
         })
     }
 
+    /// Changes its stamp without changing what is in it. Whoever may write to an image may do that, but
+    /// only to the present time, so it can take as long as the host's file times are coarse.
+    pub fn touch(&self) -> io::Result<()> {
+        let before = self.stamp()?;
+        for _ in 0..TOUCHES {
+            utimensat(
+                AT_FDCWD,
+                &self.path,
+                &TimeSpec::UTIME_NOW,
+                &TimeSpec::UTIME_NOW,
+                FollowSymlink,
+            )?;
+            if self.stamp()? != before {
+                return Ok(());
+            }
+            std::thread::sleep(TOUCH_PAUSE);
+        }
+        Err(io::Error::other("its file system does not show when it was last written to"))
+    }
+
     /// Opens and locks it.
     pub fn open(&self) -> io::Result<OpenDisk> {
         let direct = self.cache == CacheMode::Direct;
@@ -129,13 +158,26 @@ pub enum ImageHolder {
 
 /// What an image was like at some time. It differs afterwards if somebody has written to it, or has
 /// put another one in its place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageStamp {
     device: u64,
     inode: u64,
     size: u64,
     /// When it was last written to.
     pub written: SystemTime,
+}
+
+impl ImageStamp {
+    /// Whether `other`, perhaps of another host, is of the same image: file systems that hosts share
+    /// show the same number for it, while each host numbers the file systems as it likes.
+    pub fn is_of_same_image(&self, other: &Self) -> bool {
+        self.inode == other.inode
+    }
+
+    /// Whether nobody has written in between; to be asked of the same image.
+    pub fn is_as_left(&self, left: &Self) -> bool {
+        (self.size, self.written) == (left.size, left.written)
+    }
 }
 
 /// Another virtual machine holds the locks on an image; the source of an [`io::Error`].
@@ -406,6 +448,19 @@ mod tests {
         assert_eq!(image.holder().unwrap(), ImageHolder::StartedGuest);
         drop(disk);
         assert_eq!(image.holder().unwrap(), ImageHolder::Nobody);
+    }
+
+    #[test]
+    fn a_touched_image_is_the_same_one_and_not_as_it_was_left() {
+        let (image, file) = image(false);
+        let left = image.stamp().unwrap();
+        assert!(image.stamp().unwrap().is_as_left(&left));
+        image.touch().unwrap();
+        let now = image.stamp().unwrap();
+        assert!(now.is_of_same_image(&left) && !now.is_as_left(&left), "{left:?} {now:?}");
+        assert_eq!(std::fs::read(file.path()).unwrap(), [0; 8192]);
+        let (another, _file) = self::image(false);
+        assert!(!another.stamp().unwrap().is_of_same_image(&left));
     }
 
     #[test]

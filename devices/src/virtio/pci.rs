@@ -188,6 +188,17 @@ impl VirtioPci {
         self.device.open()
     }
 
+    /// Its configuration space.
+    pub fn configuration(&self) -> &PciConfig {
+        &self.config
+    }
+
+    /// Where in guest memory the queues' positions stand.
+    pub fn positions(&self) -> Vec<u64> {
+        let queues = (0..self.core.len()).filter_map(|n| self.core.queue(n));
+        queues.filter_map(|queue| queue.position_at()).collect()
+    }
+
     /// A guest that was migrated here has started.
     pub fn guest_started(&mut self) -> Result<(), BackendError> {
         self.device.guest_started()

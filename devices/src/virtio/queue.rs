@@ -114,6 +114,12 @@ impl VirtQueue {
         })
     }
 
+    /// Where in guest memory a loaded queue's position is looked up: flags and index of the used ring, in
+    /// one word. None while it is not set up.
+    pub fn position_at(&self) -> Option<u64> {
+        self.ring.ready().then(|| self.ring.used_ring())
+    }
+
     /// The size that the driver chose, or the default.
     pub fn size(&self) -> u16 {
         self.ring.size()

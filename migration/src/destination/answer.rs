@@ -8,8 +8,10 @@ use super::DestinationError;
 use crate::handover::Peer;
 use crate::transport::{Connection, StreamReader};
 use crate::wire::bounded_reason;
+use crate::wire::command::Command;
 use crate::wire::limits::MAX_LINGER;
 use crate::wire::return_path::{Failed, Message};
+use crate::wire::section::{self, PartType};
 
 /// How often a source that waits hears that this side is at work.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
@@ -98,6 +100,17 @@ impl ReturnPath {
         if let Err(error) = self.send(&message) {
             tracing::debug!(error = %error.chain(), "the source can't be told");
         }
+    }
+
+    /// Waits a moment for the source to say that it has heard, and will not ask again; then closes.
+    pub(super) fn await_settled(&mut self, reader: &mut StreamReader) -> bool {
+        let Some(connection) = &self.connection else { return false };
+        connection.shutdown(Shutdown::Write);
+        let settled = connection.set_stall_timeout(LINGER).is_ok()
+            && matches!(section::read_part_type(reader), Ok(PartType::Command))
+            && matches!(Command::read(reader), Ok(Command::Settled));
+        self.linger(reader);
+        settled
     }
 
     /// Closes such that the source can read what was said: a socket that is closed with unread

@@ -1,7 +1,9 @@
 //! Why a destination did not take the VM.
 
 use std::io;
+use std::time::Duration;
 
+use crate::fate::MigrationId;
 use crate::guest::VmError;
 use crate::handover::destination::Event;
 use crate::manifest::{PROTOCOL_VERSIONS, Problem};
@@ -25,7 +27,7 @@ pub struct Failure {
 #[derive(Debug, thiserror::Error)]
 pub enum DestinationError {
     /// Whoever connected does not speak the protocol at all.
-    #[error("whoever connected is no migration source")]
+    #[error("Not a migration stream: whoever connected is no migration source")]
     Stranger {
         /// What came instead.
         #[source]
@@ -61,6 +63,21 @@ pub enum DestinationError {
     OnlyAsked {
         /// The fatal problems that it was told.
         count: usize,
+    },
+    /// The source wanted to know what became of a migration that is unknown here.
+    #[error("a source asked what became of migration {id}, which never came here")]
+    AskedAfter {
+        /// The migration's name.
+        id: MigrationId,
+    },
+    /// The source did not say COMMIT in the time that both sides had agreed on.
+    #[error(
+        "the source did not give the order to run the guest within the {agreed:?} that both sides had \
+         agreed on, counted from when all was ready here: the guest has not run here and stays the source's"
+    )]
+    NoOrder {
+        /// How long this side waits.
+        agreed: Duration,
     },
     /// Another machine type.
     #[error("Machine type received is '{found}' and local is '{expected}'")]
@@ -177,7 +194,7 @@ pub enum DestinationError {
         offset: u64,
     },
     /// A device's state can't be taken.
-    #[error("a device's state can't be loaded")]
+    #[error("error while loading state: a device's state can't be loaded")]
     State {
         /// Which, and why.
         #[source]

@@ -1,6 +1,8 @@
 //! Would the source's VM fit: the verdict on a manifest, and what a source that only asks may do
 //! afterwards.
 
+use std::time::Duration;
+
 use super::{Arrival, DestinationError, compare};
 use crate::handover::Peer;
 use crate::manifest::{Manifest, PROTOCOL_VERSIONS, Verdict};
@@ -28,7 +30,13 @@ impl Arrival<'_> {
         if !PROTOCOL_VERSIONS.contains(&manifest.protocol) {
             return Err(DestinationError::Protocol { found: manifest.protocol });
         }
-        let verdict = Verdict::new(compare(self.vm, self.loader.sections(), &manifest));
+        let mut verdict = Verdict::new(compare(self.vm, self.loader.sections(), &manifest));
+        if manifest.commit_within_ms > 0 {
+            let ours = self.parameters.stall_timeout;
+            let agreed = ours.min(Duration::from_millis(manifest.commit_within_ms));
+            verdict.prepared_for_ms = u64::try_from(agreed.as_millis()).unwrap_or(u64::MAX);
+            self.agreed = agreed;
+        }
         self.answer.send(&Message::Verdict(verdict.clone()))?;
         if manifest.only_asking {
             self.asked = Some(Asked { count: verdict.problems.len(), probed: 0 });

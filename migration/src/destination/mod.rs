@@ -27,6 +27,7 @@
     )
 )]
 
+mod afterwards;
 mod ahead;
 mod answer;
 mod channels;
@@ -35,28 +36,29 @@ mod error;
 mod judge;
 mod load;
 mod ram;
+mod rehearse;
 
+pub use afterwards::answer;
 pub use compare::compare;
 pub use error::{DestinationError, Failure};
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::control::Control;
+use crate::fate::Fate;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
-use crate::manifest::{
-    CHANNELS, Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RUNS, RamDigests,
-};
+use crate::manifest::{Manifest, PROTOCOL_VERSIONS, Prepared, RamDigests};
 use crate::params::Parameters;
 use crate::phase::Phase;
-use crate::source::PROGRAM;
 use crate::stats::{Report, Step};
 use crate::supplement::{self, Supplement};
-use crate::transport::{Connection, Input, StreamError, StreamReader, Supply};
+use crate::transport::{Connection, Input, StreamError, StreamReader, Supply, is_stall};
 use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
-use crate::wire::command::{Command, PING_MAGIC};
+use crate::wire::WireError;
+use crate::wire::command::{Command, Commit, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::ram::{SECTION, VERSION};
@@ -108,14 +110,14 @@ fn take(
     match arrival.run() {
         Ok(()) => {
             control.enter(Phase::Completed);
-            arrival.answer.linger(&mut arrival.reader);
+            arrival.leave_word(Fate::Runs);
             Ok(Box::new(control.report()))
         }
         Err(error) => {
-            if arrival.asked.is_some() {
+            if arrival.asked.is_some() || matches!(error, DestinationError::AskedAfter { .. }) {
                 // Nothing was to come, so nothing has failed.
                 tracing::info!(error = %error.chain(), "the end of a question");
-                return Err(Failure { error, vm_untouched: true });
+                return Err(Failure { error, vm_untouched: !arrival.spoiled });
             }
             arrival.begin();
             let text = error.chain();
@@ -138,6 +140,10 @@ struct Arrival<'a> {
     manifest: Option<Manifest>,
     /// What a source that only asks was told.
     asked: Option<Asked>,
+    /// What came after that is only for show.
+    rehearsal: Option<rehearse::Rehearsal>,
+    /// It could not be undone.
+    spoiled: bool,
     digests: Option<RamDigests>,
     loader: Loader,
     ram: RamLoader,
@@ -146,6 +152,12 @@ struct Arrival<'a> {
     stopped: bool,
     accepted: bool,
     touched: bool,
+    /// PREPARED has been said: the source may believe that the guest runs here.
+    prepared: bool,
+    /// How long COMMIT may take after that.
+    agreed: Duration,
+    /// How the source has left the disks.
+    left: serde_json::Value,
 }
 
 impl<'a> Arrival<'a> {
@@ -157,14 +169,20 @@ impl<'a> Arrival<'a> {
     ) -> Self {
         let loader = Loader::new(vm.sections());
         let ram = RamLoader::new(vm.ram());
+        let parameters = control.parameters();
         Self {
             control,
+            prepared: false,
+            agreed: parameters.stall_timeout,
+            left: serde_json::Value::Null,
             reader: StreamReader::new(input),
             answer: ReturnPath::new(answers),
-            parameters: control.parameters(),
+            parameters,
             configuration: Configuration::default(),
             manifest: None,
             asked: None,
+            rehearsal: None,
+            spoiled: false,
             digests: None,
             loader,
             ram,
@@ -184,6 +202,10 @@ impl<'a> Arrival<'a> {
             .set_stall_timeout(timeout)
             .map_err(|source| DestinationError::Answer { what: "setting timeouts", source })
             .and_then(|()| self.receive());
+        if self.rehearsal.is_some() {
+            let received = received.map_err(|error| self.cause(error));
+            return self.end_rehearsal(received);
+        }
         let mut machine = Destination::new(self.answer.peer());
         let mut error = None;
         let mut action = machine.on(match received {
@@ -214,7 +236,13 @@ impl<'a> Arrival<'a> {
                     }
                     let error = error.unwrap_or(DestinationError::Cancelled);
                     self.answer.refuse(&error);
-                    self.answer.linger(&mut self.reader);
+                    match &error {
+                        // It knows.
+                        DestinationError::SourceGaveUp { .. } => {
+                            self.answer.linger(&mut self.reader);
+                        }
+                        _ => self.leave_word(Fate::NeverHere),
+                    }
                     return Err(error);
                 }
             };
@@ -323,11 +351,7 @@ impl<'a> Arrival<'a> {
             Command::OpenReturnPath => self.answer.open(),
             Command::Ping(value) => {
                 if value == PING_MAGIC && self.answer.recognise() {
-                    self.answer.send(&Message::Hello(Hello {
-                        program: PROGRAM.to_owned(),
-                        protocols: PROTOCOL_VERSIONS.to_vec(),
-                        abilities: [PREFLIGHT, RUNS, CHANNELS].map(str::to_owned).to_vec(),
-                    }))?;
+                    self.answer.send(&Message::Hello(afterwards::hello()))?;
                 }
                 self.answer.pong(value)?;
             }
@@ -339,8 +363,15 @@ impl<'a> Arrival<'a> {
                 }
                 self.digests = Some(digests);
             }
-            Command::Commit => return Err(self.out_of_turn("COMMIT before PREPARED")),
+            Command::Commit(_) => return Err(self.out_of_turn("COMMIT before PREPARED")),
+            Command::Ask(question) if self.manifest.is_none() && self.asked.is_none() => {
+                return Err(self.never_heard_of(&question));
+            }
+            Command::Ask(_) | Command::Settled => {
+                return Err(self.out_of_turn("a question in the middle of a migration"));
+            }
             Command::Probe(len) => self.probed(len)?,
+            Command::Rehearse(asked) => self.begin_rehearsal(asked)?,
             Command::Abort(abort) => {
                 return Err(match self.asked {
                     Some(Asked { count, .. }) => DestinationError::OnlyAsked { count },
@@ -361,11 +392,14 @@ impl<'a> Arrival<'a> {
         if self.accepted {
             return Ok(());
         }
-        if self.asked.is_some() {
+        let rehearsal = self.rehearsal.is_some();
+        if self.asked.is_some() && !rehearsal {
             return Err(self.out_of_turn("a VM after a mere question"));
         }
-        self.begin();
-        if self.answer.peer() == Peer::MiniVmm && self.manifest.is_none() {
+        if !rehearsal {
+            self.begin();
+        }
+        if self.answer.peer() == Peer::MiniVmm && self.manifest.is_none() && !rehearsal {
             return Err(self.out_of_turn("no manifest before the first section"));
         }
         let expected = self.vm.machine_type();
@@ -384,13 +418,18 @@ impl<'a> Arrival<'a> {
             return Err(DestinationError::PageSize { found });
         }
         self.accepted = true;
-        self.control.enter(Phase::Active);
+        if !rehearsal {
+            self.control.enter(Phase::Active);
+        }
         Ok(())
     }
 
     fn start_section(&mut self) -> Result<(), DestinationError> {
         let header = section::read_header(&mut self.reader)?;
         self.accept()?;
+        if self.rehearsal.is_some() {
+            return Err(self.out_of_turn("pages in a rehearsal"));
+        }
         if header.key != SectionId::new(SECTION, 0) {
             return Err(DestinationError::UnknownSection { section: header.key });
         }
@@ -462,8 +501,11 @@ impl<'a> Arrival<'a> {
     fn full_section(&mut self) -> Result<(), DestinationError> {
         let header = section::read_header(&mut self.reader)?;
         self.accept()?;
-        self.stand_still(Step::Devices);
-        let record = self.manifest.as_ref().is_some_and(|m| m.verify);
+        let rehearsal = self.rehearsal.is_some();
+        if !rehearsal {
+            self.stand_still(Step::Devices);
+        }
+        let record = rehearsal || self.manifest.as_ref().is_some_and(|m| m.verify);
         self.reader.begin_body(MAX_SECTION_BODY, record);
         self.loader.read(&mut self.reader, &header)?;
         let body = self.reader.end_body();
@@ -507,6 +549,7 @@ impl<'a> Arrival<'a> {
         let (ram, sections) = (prepared.verified_ram_bytes, prepared.verified_sections);
         self.control.stats().verified(ram, sections);
         if self.answer.peer() == Peer::MiniVmm {
+            self.prepared = true;
             self.answer.send(&Message::Prepared(prepared))?;
         }
         Ok(())
@@ -515,15 +558,18 @@ impl<'a> Arrival<'a> {
     /// PREPARED has been said; the source has the next word.
     fn await_commit(&mut self) -> Result<(), DestinationError> {
         self.control.stats().step(Step::Commit);
+        let until = Instant::now().checked_add(self.agreed);
         loop {
-            match section::read_part_type(&mut self.reader)? {
-                PartType::Command => {}
-                _ => return Err(self.out_of_turn("a section after the end")),
-            }
-            match Command::read(&mut self.reader)? {
+            let left = until.map_or(self.agreed, |t| t.saturating_duration_since(Instant::now()));
+            let in_time = !left.is_zero() && self.answer.set_stall_timeout(left).is_ok();
+            let next = if in_time { self.next_command() } else { Err(self.no_order()) };
+            match next? {
                 // An abort of this side that came first wins.
-                Command::Commit if self.control.commit() => return Ok(()),
-                Command::Commit => return Err(DestinationError::Cancelled),
+                Command::Commit(Commit { disks }) if self.control.commit() => {
+                    self.left = disks;
+                    return Ok(());
+                }
+                Command::Commit(_) => return Err(DestinationError::Cancelled),
                 Command::Ping(value) => self.answer.pong(value)?,
                 Command::Abort(abort) => {
                     return Err(DestinationError::SourceGaveUp { reason: abort.reason });
@@ -533,6 +579,25 @@ impl<'a> Arrival<'a> {
         }
     }
 
+    /// The next command after everything has come.
+    fn next_command(&mut self) -> Result<Command, DestinationError> {
+        let stalled = |error: &WireError| error.io().is_some_and(is_stall);
+        match section::read_part_type(&mut self.reader) {
+            Ok(PartType::Command) => {}
+            Ok(_) => return Err(self.out_of_turn("a section after the end")),
+            Err(error) if stalled(&error) => return Err(self.no_order()),
+            Err(error) => return Err(error.into()),
+        }
+        Command::read(&mut self.reader).map_err(|error| match stalled(&error) {
+            true => self.no_order(),
+            false => error.into(),
+        })
+    }
+
+    fn no_order(&self) -> DestinationError {
+        DestinationError::NoOrder { agreed: self.agreed }
+    }
+
     fn take_disks(&mut self) -> Result<Event, DestinationError> {
         if self.answer.peer() == Peer::Qemu {
             self.control.stats().step(Step::Commit);
@@ -540,7 +605,7 @@ impl<'a> Arrival<'a> {
                 return Err(DestinationError::Disks { source: aborted() });
             }
         }
-        self.vm.take_disks().map_err(|source| DestinationError::Disks { source })?;
+        self.vm.take_disks(&self.left).map_err(|source| DestinationError::Disks { source })?;
         Ok(Event::DisksTaken)
     }
 

@@ -34,7 +34,7 @@ pub enum Event {
     Commit,
     /// The disks are locked and open for writing.
     DisksTaken,
-    /// They can't be locked.
+    /// They can't be locked, or are not as the source left them: it has taken the guest back since.
     DisksRefused,
     /// `shut(0)` is out (or the source wants none).
     Acknowledged,
@@ -57,7 +57,7 @@ pub enum Action {
     Prepare,
     /// Say PREPARED and wait; then `Commit`, `Lost` or `Failed`.
     SendPrepared,
-    /// Lock the disks; then `DisksTaken` or `DisksRefused`.
+    /// Lock the disks, and look whether they are as COMMIT says; then `DisksTaken` or `DisksRefused`.
     TakeDisks,
     /// Send `shut(0)` to a QEMU; then `Acknowledged`, `Lost` or `Failed`.
     Acknowledge,

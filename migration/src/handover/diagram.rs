@@ -62,7 +62,7 @@ fn short(value: &dyn Debug) -> String {
 fn diagram() -> String {
     let state = |text: String| text.replace(['(', ')'], "_").trim_end_matches('_').to_owned();
     let source = lines(
-        Source::new(Peer::MiniVmm, Arbiter::DiskLocks),
+        Source::new(Peer::MiniVmm, Arbiter::DiskLocks).fenced(),
         // With disks, to say twice what they show changes nothing.
         &SOURCE_EVENTS.map(|e| match e {
             SEvent::ResumeHere { even_changed, .. } => {

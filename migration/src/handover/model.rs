@@ -2,8 +2,9 @@
 //! which everything goes wrong that can.
 //!
 //! The world has two sides, each a process that may be killed at any moment; the locks on the
-//! disks; a connection whose messages are lost, delayed, and come twice; and an operator, who asks
-//! for anything at any time, but says in so many words only what is true. A killed VM with disks
+//! disks; a connection whose messages are lost, delayed, and come twice; questions of a source in
+//! doubt, whose answers are lost, late, or another process's; and an operator, who asks for anything
+//! at any time, but says in so many words only what is true. A killed VM with disks
 //! may be booted anew from them; a destination may be started again; a migration that failed may
 //! be tried again. The checker goes through every order of all this.
 //!
@@ -32,6 +33,15 @@ enum Msg {
     Refused,
 }
 
+/// What a destination says when it is asked what became of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Answer {
+    Runs,
+    NeverHere,
+    /// It is another one.
+    Unknown,
+}
+
 /// One of the two processes, and what is really so there, whatever its machine believes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Side {
@@ -53,7 +63,7 @@ impl Side {
 /// What has gone wrong for good in one step and can't be seen in the world after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Harm {
-    /// Memory was resumed over a disk that had been written to since.
+    /// Memory went on, on either side, over disks on which the guest had gone on since.
     OldMemory,
     /// The last copy of the guest was ended by a command that did not say so.
     CopyLost,
@@ -73,6 +83,10 @@ struct World {
     forth: Vec<Msg>,
     back: Vec<Msg>,
     connected: bool,
+    /// A question of the source is on its way, over a connection of its own.
+    asked: bool,
+    /// An answer to it is.
+    answer: Option<Answer>,
     /// A message has come twice.
     duplicated: bool,
     /// A destination has been started again.
@@ -83,6 +97,8 @@ struct World {
     second: bool,
     /// Somebody has written to the disks since the source gave them up.
     disk_changed: bool,
+    /// The source has taken the disks back since, and has changed their stamp by that.
+    taken_back: bool,
     /// The operator has accepted that.
     change_accepted: bool,
     /// COMMIT has left the source.
@@ -106,11 +122,14 @@ struct Handover {
     broken: Option<Guard>,
     /// Worlds from which a good end is known to be in reach.
     hopeful: checks::Hopeful,
+    /// ... and needs no operator.
+    hopeful_alone: checks::Hopeful,
 }
 
 impl Handover {
     fn new(arbiter: Arbiter, peer: Peer) -> Self {
-        Self { arbiter, peer, broken: None, hopeful: checks::Hopeful::default() }
+        let (hopeful, hopeful_alone) = Default::default();
+        Self { arbiter, peer, broken: None, hopeful, hopeful_alone }
     }
 
     fn has_disks(&self) -> bool {
@@ -118,8 +137,10 @@ impl Handover {
     }
 
     fn beginning(&self) -> World {
+        let source = Source::new(self.peer, self.arbiter);
         World {
-            source: Source::new(self.peer, self.arbiter),
+            // A QEMU can't be asked, and looks at no stamp.
+            source: if self.peer == Peer::MiniVmm { source.fenced() } else { source },
             source_todo: SAction::None,
             here: Side { alive: true, booted: false, runs: true, locks: true },
             // A QEMU that has loaded everything waits for the end of the stream as a mini-vmm
@@ -130,11 +151,14 @@ impl Handover {
             forth: Vec::new(),
             back: Vec::new(),
             connected: true,
+            asked: false,
+            answer: None,
             duplicated: false,
             restarted: false,
             new_there: false,
             second: false,
             disk_changed: false,
+            taken_back: false,
             change_accepted: false,
             committed: false,
             prepared: false,

@@ -23,7 +23,10 @@ pub enum State {
         even_changed: bool,
     },
     /// It is being looked at whether somebody else holds the disks' locks.
-    ProbingDisks,
+    ProbingDisks {
+        /// Whether the guest shall go on here when nobody does. Otherwise this copy was to end.
+        resume_if_free: bool,
+    },
     /// The guest is being resumed.
     Resuming,
     /// End: the guest is here, as if nothing had been tried.
@@ -80,6 +83,10 @@ pub enum Event {
     Resumed,
     /// The guest could not be resumed.
     ResumeFailed,
+    /// The destination was asked, and whoever answered knows nothing of this migration.
+    Unknown,
+    /// Nothing could be learned by asking: what do the disks show?
+    Look,
     /// The operator wants the guest to go on here.
     ResumeHere {
         /// He says in so many words that the destination does not run it and never will.
@@ -110,8 +117,8 @@ pub enum Action {
     /// Send COMMIT (to a QEMU: the end of the stream) and wait; then `NotCommitted`,
     /// `Confirmed`, `Refused` or `Lost`.
     Commit,
-    /// Take the disks' locks back; then `DisksTaken`, `DisksChanged`, `DisksLost` or
-    /// `DisksFailed`.
+    /// Take the disks' locks back, and change the disks' stamps, so that no order to run them as they
+    /// were left is good any more; then `DisksTaken`, `DisksChanged`, `DisksLost` or `DisksFailed`.
     RetakeDisks,
     /// Look who holds the disks' locks, and take none; then `DisksInUse`, `DisksLost`,
     /// `DisksFree` or `DisksFailed`.
@@ -133,13 +140,21 @@ pub enum Action {
 pub struct Source {
     peer: Peer,
     arbiter: Arbiter,
+    fenced: bool,
     state: State,
 }
 
 impl Source {
     /// A source whose guest runs.
     pub fn new(peer: Peer, arbiter: Arbiter) -> Self {
-        Self { peer, arbiter, state: State::Running }
+        Self { peer, arbiter, fenced: false, state: State::Running }
+    }
+
+    /// The destination runs the guest only over disks that are as this side left them, however late
+    /// it wakes up: so this side may take them back unasked.
+    #[must_use]
+    pub fn fenced(self) -> Self {
+        Self { fenced: true, ..self }
     }
 
     /// One in any state, as a machine with a broken guard might come to be.
@@ -210,16 +225,22 @@ impl Source {
             }
             (S::InDoubt, E::Discard { known_running: true }) => (S::HandedOver, Action::HandOver),
             (S::InDoubt, E::Discard { .. }) if self.arbiter == Arbiter::DiskLocks => {
-                (S::ProbingDisks, Action::ProbeDisks)
+                (S::ProbingDisks { resume_if_free: false }, Action::ProbeDisks)
             }
+            // An answer to a question that tells nothing, and silence, end no doubt; the disks may.
+            (S::InDoubt, E::Look) if self.arbiter == Arbiter::DiskLocks => {
+                (S::ProbingDisks { resume_if_free: self.fenced }, Action::ProbeDisks)
+            }
+            (S::InDoubt, E::Look | E::Unknown) => (S::InDoubt, Action::Hold),
             (S::InDoubt, E::ResumeHere { .. } | E::Discard { .. }) => {
                 (S::InDoubt, Action::AskForWord)
             }
 
-            (S::ProbingDisks, E::DisksInUse) => (S::HandedOver, Action::HandOver),
+            (S::ProbingDisks { .. }, E::DisksInUse) => (S::HandedOver, Action::HandOver),
             // A destination holds them before it runs, and may fail to.
-            (S::ProbingDisks, E::DisksLost) => (S::InDoubt, Action::AskForWord),
-            (S::ProbingDisks, E::DisksFree | E::DisksFailed) => (S::InDoubt, Action::Hold),
+            (S::ProbingDisks { .. }, E::DisksLost) => (S::InDoubt, Action::AskForWord),
+            (S::ProbingDisks { resume_if_free: true }, E::DisksFree) => retake(false),
+            (S::ProbingDisks { .. }, E::DisksFree | E::DisksFailed) => (S::InDoubt, Action::Hold),
 
             (S::RetakingDisks { .. }, E::DisksTaken)
             | (S::RetakingDisks { even_changed: true }, E::DisksChanged) => {

@@ -6,7 +6,7 @@ use super::destination::{Action as DAction, Destination, Event as DEvent, State 
 use super::source::{Action as SAction, Event as SEvent, Source, State as SState};
 use super::*;
 
-pub(super) const SOURCE_EVENTS: [SEvent; 25] = [
+pub(super) const SOURCE_EVENTS: [SEvent; 27] = [
     SEvent::Switch,
     SEvent::Paused,
     SEvent::StateSent,
@@ -26,6 +26,8 @@ pub(super) const SOURCE_EVENTS: [SEvent; 25] = [
     SEvent::DisksFree,
     SEvent::DisksInUse,
     SEvent::DisksFailed,
+    SEvent::Unknown,
+    SEvent::Look,
     SEvent::ResumeHere { known_dead: false, even_changed: false },
     SEvent::ResumeHere { known_dead: true, even_changed: false },
     SEvent::ResumeHere { known_dead: false, even_changed: true },
@@ -48,9 +50,9 @@ pub(super) const DESTINATION_EVENTS: [DEvent; 10] = [
 ];
 
 /// A source brought to `state` by the shortest way.
-fn source_in(peer: Peer, arbiter: Arbiter, state: SState) -> Option<Source> {
-    let mut seen = HashSet::from([Source::new(peer, arbiter)]);
-    let mut queue = VecDeque::from([Source::new(peer, arbiter)]);
+fn source_in(first: Source, state: SState) -> Option<Source> {
+    let mut seen = HashSet::from([first.clone()]);
+    let mut queue = VecDeque::from([first]);
     while let Some(source) = queue.pop_front() {
         if source.state() == state {
             return Some(source);
@@ -91,57 +93,67 @@ fn every_pair_of_the_source_does_what_the_table_says() {
     use SState as S;
     let end = |e: &E| matches!(e, E::Failed | E::Lost | E::Refused);
     // For each state: what each event leads to. Whatever is not listed changes nothing.
-    let table = |peer: Peer, arbiter: Arbiter, state: S, event: E| -> Option<(S, A)> {
-        let locks = arbiter == Arbiter::DiskLocks;
-        let retake = |even_changed| Some((S::RetakingDisks { even_changed }, A::RetakeDisks));
-        match state {
-            S::Running if event == E::Switch => Some((S::Pausing, A::Pause)),
-            S::Running if end(&event) => Some((S::Kept, A::None)),
-            S::Pausing if event == E::Paused => Some((S::Sending, A::Send)),
-            S::Pausing if end(&event) => Some((S::Resuming, A::Resume)),
-            S::Sending if event == E::StateSent => Some(match peer {
-                Peer::MiniVmm => (S::AwaitingPrepared, A::AwaitPrepared),
-                Peer::Qemu | Peer::Nobody => (S::ReleasingDisks, A::ReleaseDisks),
-            }),
-            S::Sending if end(&event) => Some((S::Resuming, A::Resume)),
-            S::AwaitingPrepared if event == E::Prepared => {
-                Some((S::ReleasingDisks, A::ReleaseDisks))
-            }
-            S::AwaitingPrepared if end(&event) => Some((S::Resuming, A::Resume)),
-            S::ReleasingDisks if event == E::DisksReleased => Some((S::Committing, A::Commit)),
-            S::ReleasingDisks if event == E::DisksKept => retake(false),
-            S::Committing if event == E::Confirmed => Some((S::HandedOver, A::HandOver)),
-            S::Committing if event == E::Refused || event == E::NotCommitted => retake(false),
-            S::Committing if event == E::Lost || event == E::Failed => Some((S::InDoubt, A::Hold)),
-            S::InDoubt => match event {
-                E::Confirmed => Some((S::HandedOver, A::HandOver)),
-                E::Refused => retake(false),
-                E::ResumeHere { known_dead, even_changed } if locks || known_dead => {
-                    retake(even_changed)
+    let table =
+        |peer: Peer, arbiter: Arbiter, fenced: bool, state: S, event: E| -> Option<(S, A)> {
+            let locks = arbiter == Arbiter::DiskLocks;
+            let retake = |even_changed| Some((S::RetakingDisks { even_changed }, A::RetakeDisks));
+            match state {
+                S::Running if event == E::Switch => Some((S::Pausing, A::Pause)),
+                S::Running if end(&event) => Some((S::Kept, A::None)),
+                S::Pausing if event == E::Paused => Some((S::Sending, A::Send)),
+                S::Pausing if end(&event) => Some((S::Resuming, A::Resume)),
+                S::Sending if event == E::StateSent => Some(match peer {
+                    Peer::MiniVmm => (S::AwaitingPrepared, A::AwaitPrepared),
+                    Peer::Qemu | Peer::Nobody => (S::ReleasingDisks, A::ReleaseDisks),
+                }),
+                S::Sending if end(&event) => Some((S::Resuming, A::Resume)),
+                S::AwaitingPrepared if event == E::Prepared => {
+                    Some((S::ReleasingDisks, A::ReleaseDisks))
                 }
-                E::Discard { known_running: true } => Some((S::HandedOver, A::HandOver)),
-                E::Discard { .. } if locks => Some((S::ProbingDisks, A::ProbeDisks)),
-                E::ResumeHere { .. } | E::Discard { .. } => Some((S::InDoubt, A::AskForWord)),
+                S::AwaitingPrepared if end(&event) => Some((S::Resuming, A::Resume)),
+                S::ReleasingDisks if event == E::DisksReleased => Some((S::Committing, A::Commit)),
+                S::ReleasingDisks if event == E::DisksKept => retake(false),
+                S::Committing if event == E::Confirmed => Some((S::HandedOver, A::HandOver)),
+                S::Committing if event == E::Refused || event == E::NotCommitted => retake(false),
+                S::Committing if event == E::Lost || event == E::Failed => {
+                    Some((S::InDoubt, A::Hold))
+                }
+                S::InDoubt => match event {
+                    E::Confirmed => Some((S::HandedOver, A::HandOver)),
+                    E::Refused => retake(false),
+                    E::ResumeHere { known_dead, even_changed } if locks || known_dead => {
+                        retake(even_changed)
+                    }
+                    E::Discard { known_running: true } => Some((S::HandedOver, A::HandOver)),
+                    E::Discard { .. } if locks => {
+                        Some((S::ProbingDisks { resume_if_free: false }, A::ProbeDisks))
+                    }
+                    E::Look if locks => {
+                        Some((S::ProbingDisks { resume_if_free: fenced }, A::ProbeDisks))
+                    }
+                    E::Look | E::Unknown => Some((S::InDoubt, A::Hold)),
+                    E::ResumeHere { .. } | E::Discard { .. } => Some((S::InDoubt, A::AskForWord)),
+                    _ => None,
+                },
+                S::ProbingDisks { resume_if_free } => match event {
+                    E::DisksFree if resume_if_free => retake(false),
+                    E::DisksInUse => Some((S::HandedOver, A::HandOver)),
+                    E::DisksLost => Some((S::InDoubt, A::AskForWord)),
+                    E::DisksFree | E::DisksFailed => Some((S::InDoubt, A::Hold)),
+                    _ => None,
+                },
+                S::RetakingDisks { even_changed } => match event {
+                    E::DisksTaken => Some((S::Resuming, A::Resume)),
+                    E::DisksChanged if even_changed => Some((S::Resuming, A::Resume)),
+                    E::DisksChanged => Some((S::InDoubt, A::ReleaseDisksAndHold)),
+                    E::DisksLost | E::DisksFailed => Some((S::InDoubt, A::Hold)),
+                    _ => None,
+                },
+                S::Resuming if event == E::Resumed => Some((S::Kept, A::None)),
+                S::Resuming if event == E::ResumeFailed => Some((S::KeptStopped, A::None)),
                 _ => None,
-            },
-            S::ProbingDisks => match event {
-                E::DisksInUse => Some((S::HandedOver, A::HandOver)),
-                E::DisksLost => Some((S::InDoubt, A::AskForWord)),
-                E::DisksFree | E::DisksFailed => Some((S::InDoubt, A::Hold)),
-                _ => None,
-            },
-            S::RetakingDisks { even_changed } => match event {
-                E::DisksTaken => Some((S::Resuming, A::Resume)),
-                E::DisksChanged if even_changed => Some((S::Resuming, A::Resume)),
-                E::DisksChanged => Some((S::InDoubt, A::ReleaseDisksAndHold)),
-                E::DisksLost | E::DisksFailed => Some((S::InDoubt, A::Hold)),
-                _ => None,
-            },
-            S::Resuming if event == E::Resumed => Some((S::Kept, A::None)),
-            S::Resuming if event == E::ResumeFailed => Some((S::KeptStopped, A::None)),
-            _ => None,
-        }
-    };
+            }
+        };
     let states = [
         S::Running,
         S::Pausing,
@@ -151,7 +163,8 @@ fn every_pair_of_the_source_does_what_the_table_says() {
         S::Committing,
         S::RetakingDisks { even_changed: false },
         S::RetakingDisks { even_changed: true },
-        S::ProbingDisks,
+        S::ProbingDisks { resume_if_free: false },
+        S::ProbingDisks { resume_if_free: true },
         S::Resuming,
         S::Kept,
         S::KeptStopped,
@@ -160,12 +173,18 @@ fn every_pair_of_the_source_does_what_the_table_says() {
     ];
     let peers = [Peer::MiniVmm, Peer::Qemu, Peer::Nobody];
     let arbiters = [Arbiter::DiskLocks, Arbiter::Nothing];
-    for (peer, arbiter) in peers.into_iter().flat_map(|p| arbiters.map(|a| (p, a))) {
+    let all = peers.into_iter().flat_map(|p| arbiters.map(|a| (p, a)));
+    for (peer, arbiter, fenced) in all.flat_map(|(p, a)| [(p, a, false), (p, a, true)]) {
         for state in states {
-            let Some(source) = source_in(peer, arbiter, state) else {
+            let source = Source::new(peer, arbiter);
+            let source = if fenced { source.fenced() } else { source };
+            let Some(source) = source_in(source, state) else {
                 match state {
                     S::AwaitingPrepared => assert_ne!(peer, Peer::MiniVmm),
-                    S::ProbingDisks => assert_eq!(arbiter, Arbiter::Nothing),
+                    S::ProbingDisks { resume_if_free: true } => {
+                        assert!(!fenced || arbiter == Arbiter::Nothing);
+                    }
+                    S::ProbingDisks { .. } => assert_eq!(arbiter, Arbiter::Nothing),
                     _ => panic!("{peer:?} {arbiter:?}: {state:?} is unreachable"),
                 }
                 continue;
@@ -173,8 +192,9 @@ fn every_pair_of_the_source_does_what_the_table_says() {
             for event in SOURCE_EVENTS {
                 let mut next = source.clone();
                 let action = next.on(event);
-                let expected = table(peer, arbiter, state, event).unwrap_or((state, A::None));
-                let case = format!("{peer:?} {arbiter:?} {state:?} {event:?}");
+                let expected =
+                    table(peer, arbiter, fenced, state, event).unwrap_or((state, A::None));
+                let case = format!("{peer:?} {arbiter:?} {fenced} {state:?} {event:?}");
                 assert_eq!((next.state(), action), expected, "{case}");
             }
         }

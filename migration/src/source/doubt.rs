@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use super::SourceError;
 use super::switchover::Trouble;
+use crate::fate::{Fate, MigrationId};
 use crate::guest::{Holder, SourceVm, TakenBack, VmError};
 use crate::handover::Arbiter;
 use crate::handover::source::{Action, Event, Source, State};
@@ -71,6 +72,7 @@ pub struct Doubt {
     machine: Source,
     reason: String,
     since: SystemTime,
+    id: Option<MigrationId>,
 }
 
 /// What the operator wants to become of a [`Doubt`], with what he says in so many words.
@@ -115,6 +117,9 @@ pub enum Objection {
          --i-know-the-destination-does-not-run"
     )]
     CantTellDead,
+    /// It was asked, or the disks were looked at, in vain.
+    #[error("nothing was learned that decides who runs the guest")]
+    NothingLearned,
     /// No disk can tell, and this copy may be the last.
     #[error(
         "nothing here can tell whether the destination runs the guest: it has no disk whose lock \
@@ -154,8 +159,8 @@ pub enum Settled {
 }
 
 impl Doubt {
-    pub(super) fn new(machine: Source, error: &SourceError) -> Self {
-        Self { machine, reason: error.chain(), since: SystemTime::now() }
+    pub(super) fn new(machine: Source, error: &SourceError, id: Option<MigrationId>) -> Self {
+        Self { machine, reason: error.chain(), since: SystemTime::now(), id }
     }
 
     /// What broke.
@@ -173,27 +178,50 @@ impl Doubt {
         self.machine.arbiter()
     }
 
+    /// What the destination knows the migration by, if it can be asked for it.
+    pub fn id(&self) -> Option<MigrationId> {
+        self.id
+    }
+
+    /// Takes the answer of one that was asked ([`ask`](super::ask)).
+    pub fn hear(self, vm: &mut dyn SourceVm, fate: Fate) -> Settled {
+        let event = match fate {
+            Fate::Runs => Event::Confirmed,
+            Fate::NeverHere => Event::Refused,
+            Fate::Unknown => Event::Unknown,
+        };
+        self.settle(vm, event, Objection::NothingLearned)
+    }
+
+    /// Nobody could be asked, or knew: settles it if the disks can.
+    pub fn look(self, vm: &mut dyn SourceVm) -> Settled {
+        self.settle(vm, Event::Look, Objection::NothingLearned)
+    }
+
     /// Does what the operator wants, unless it could make two running guests, or none.
-    pub fn recover(mut self, vm: &mut dyn SourceVm, wish: Wish) -> Settled {
-        let mut trouble = Trouble::default();
-        let action = self.machine.on(match wish {
+    pub fn recover(self, vm: &mut dyn SourceVm, wish: Wish) -> Settled {
+        let event = match wish {
             Wish::Resume { known_dead, even_changed } => {
                 Event::ResumeHere { known_dead, even_changed }
             }
             Wish::Discard { known_running } => Event::Discard { known_running },
-        });
+        };
+        let cant_tell = match wish {
+            Wish::Resume { .. } => Objection::CantTellDead,
+            Wish::Discard { .. } => Objection::CantTellRunning,
+        };
+        self.settle(vm, event, cant_tell)
+    }
+
+    fn settle(mut self, vm: &mut dyn SourceVm, event: Event, cant_tell: Objection) -> Settled {
+        let mut trouble = Trouble::default();
+        let action = self.machine.on(event);
         finish(&mut self.machine, action, vm, &mut trouble);
         match self.machine.state() {
             State::HandedOver => Settled::HandedOver,
             State::Kept => Settled::Kept,
             State::KeptStopped => Settled::KeptStopped(trouble.into_errors().1),
-            _ => {
-                let cant_tell = match wish {
-                    Wish::Resume { .. } => Objection::CantTellDead,
-                    Wish::Discard { .. } => Objection::CantTellRunning,
-                };
-                Settled::StillInDoubt(trouble.objection.unwrap_or(cant_tell), self)
-            }
+            _ => Settled::StillInDoubt(trouble.objection.unwrap_or(cant_tell), self),
         }
     }
 }

@@ -40,6 +40,14 @@ pub enum SourceError {
         /// A mini-vmm's name and version.
         program: Option<String>,
     },
+    /// Whoever waits there can't rehearse.
+    #[error(
+        "the destination is {program:.100}, which can't rehearse a migration; 'preflight' compares"
+    )]
+    NoRehearsal {
+        /// Its name and version.
+        program: String,
+    },
     /// The destination gave up, in its own words.
     #[error("the destination failed: {reason}")]
     Destination {
@@ -88,6 +96,23 @@ pub enum SourceError {
         during: &'static str,
         /// How long.
         timeout: Duration,
+    },
+    /// The disks could not be given up in time.
+    #[error(
+        "giving up the disks took {waited:?}; the destination waits only {agreed:?} for its order, as was \
+         agreed, and was not given it"
+    )]
+    TooLate {
+        /// How long the destination waits after PREPARED.
+        agreed: Duration,
+        /// How long it took.
+        waited: Duration,
+    },
+    /// Whoever was asked what became of a migration can't be understood.
+    #[error("the question what became of the migration was answered with '{found}'")]
+    NoAnswer {
+        /// What came.
+        found: &'static str,
     },
     /// A write failed.
     #[error("sending {what} failed")]

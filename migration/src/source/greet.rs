@@ -1,11 +1,12 @@
 //! The first words: who is there, and would it work.
 
 use std::hash::{BuildHasher, RandomState};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::channels::introduce;
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
+use crate::fate::{FATE, MigrationId};
 use crate::handover::Peer;
 use crate::manifest::{
     CHANNELS, Channels, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict,
@@ -53,6 +54,8 @@ impl Migration<'_> {
                 if hello.can(RUNS) {
                     self.out.allow_runs();
                 }
+                self.agreed =
+                    Some(verdict.prepared_for_ms).filter(|ms| *ms > 0).map(Duration::from_millis);
                 Ok(Peer::MiniVmm)
             }
             First::Pong => {
@@ -124,6 +127,8 @@ impl Migration<'_> {
         let count = u8::try_from(self.links.len()).unwrap_or_default();
         let token = self.token.iter().map(|byte| format!("{byte:02x}")).collect();
         let channels = (count > 0 && hello.can(CHANNELS)).then_some(Channels { count, token });
+        let can_be_asked = hello.can(FATE);
+        self.id = (can_be_asked && !only_asking).then(MigrationId::random);
         let manifest = Manifest { only_asking, channels, ..self.manifest(protocol) };
         self.out.command(&Command::Manifest(Box::new(manifest)));
         self.send("the manifest")?;
@@ -157,6 +162,8 @@ impl Migration<'_> {
             verify: self.parameters.verify,
             only_asking: false,
             channels: None,
+            id: self.id,
+            commit_within_ms: u64::try_from(self.parameters.stall_timeout.as_millis()).unwrap_or(0),
             sent_at_ms: wall_clock_ms(),
             details: self.vm.details(),
         }

@@ -30,6 +30,7 @@ pub(super) struct Inbox {
     ended: AtomicBool,
     finished: AtomicBool,
     mini_vmm: AtomicBool,
+    committed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -177,6 +178,12 @@ impl Inbox {
         self.mini_vmm.load(Ordering::Relaxed)
     }
 
+    /// COMMIT goes out: nothing but a last word will be written, which must still reach a destination
+    /// that gives up.
+    pub(super) fn committed(&self) {
+        self.committed.store(true, Ordering::Release);
+    }
+
     /// No more messages are wanted.
     pub(super) fn finish(&self) {
         self.finished.store(true, Ordering::Release);
@@ -242,7 +249,9 @@ pub(super) fn read_messages(connection: &Connection, inbox: &Inbox, control: &Co
         }
     }
     // The writing thread may be blocked in a write that nobody will read.
-    connection.shutdown(std::net::Shutdown::Both);
+    if !(inbox.committed.load(Ordering::Acquire) && inbox.refusal().is_some()) {
+        connection.shutdown(std::net::Shutdown::Both);
+    }
 }
 
 /// Waits until something can be read; `false` when nothing more is wanted.

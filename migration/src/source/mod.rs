@@ -14,6 +14,7 @@
 //! without anybody to ask: no return path, no thread, one pass after the other. [`preflight`] goes as
 //! far as the verdict, and measures how the rest would go.
 
+mod ask;
 mod channels;
 mod doubt;
 mod error;
@@ -22,16 +23,21 @@ mod inbox;
 mod out;
 mod precopy;
 mod preflight;
+mod rehearse;
 mod switchover;
 
+pub use ask::{Asked, ask};
 pub use doubt::{Doubt, Objection, Settled, Wish};
 pub use error::SourceError;
 pub(crate) use greet::PROGRAM;
 pub use preflight::{Preflight, Questions, preflight};
+pub use rehearse::Rehearsal;
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::control::Control;
+use crate::fate::MigrationId;
 use crate::guest::{DirtyTracker, SourceVm, VmError};
 use crate::handover::source::State;
 use crate::params::Parameters;
@@ -158,6 +164,12 @@ struct Migration<'a> {
     token: [u8; 32],
     /// Those that are in use.
     channels: Option<Channels>,
+    /// What the destination knows this attempt by, if it can be asked for it.
+    id: Option<MigrationId>,
+    /// How long the destination waits for COMMIT after PREPARED.
+    agreed: Option<Duration>,
+    /// When it said PREPARED.
+    prepared: Option<Instant>,
 }
 
 impl<'a> Migration<'a> {
@@ -179,12 +191,18 @@ impl<'a> Migration<'a> {
             links: Vec::new(),
             token: [0; 32],
             channels: None,
+            id: None,
+            agreed: None,
+            prepared: None,
         }
     }
 
     fn run(mut self) -> Outcome {
         let mut handover = match self.greet() {
-            Ok(peer) => crate::handover::source::Source::new(peer, self.vm.arbiter()),
+            Ok(peer) => {
+                let machine = crate::handover::source::Source::new(peer, self.vm.arbiter());
+                if self.id.is_some() { machine.fenced() } else { machine }
+            }
             Err(error) => {
                 self.farewell(&error.chain());
                 return Outcome::Kept { error };
@@ -207,7 +225,7 @@ impl<'a> Migration<'a> {
             }
             (State::InDoubt, e) => {
                 let error = e.error();
-                let doubt = Doubt::new(handover, &error);
+                let doubt = Doubt::new(handover, &error, self.id);
                 Outcome::InDoubt { error, doubt }
             }
             (State::KeptStopped, e) => {

@@ -7,6 +7,7 @@
 //! ping                      → ← pong                 how long an answer takes
 //! probes, ping              → ← pong                 what the connection carries
 //! (the dirty log is on for a while: how much the guest writes)
+//! with a rehearsal: rehearse, device sections → ← prepared, or failed (rehearse.rs)
 //! farewell                  →
 //! ```
 
@@ -15,12 +16,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::greet::First;
+use super::rehearse::Rehearsal;
 use super::{Channel, Migration, SourceError, with_return_path};
 use crate::control::Control;
 use crate::dirty::DirtyBitmap;
 use crate::forecast::{Forecast, Measured};
 use crate::guest::{DirtyTracker, GuestRam, PAGE_SIZE, SourceVm};
-use crate::manifest::{PREFLIGHT, Verdict};
+use crate::manifest::{PREFLIGHT, REHEARSE, Verdict};
 use crate::params::OnTimeout;
 use crate::problem::{Problem, kind};
 use crate::transport::Connection;
@@ -50,6 +52,9 @@ pub struct Questions {
     pub probe_time: Duration,
     /// How many bytes may be sent for that.
     pub probe_bytes: u64,
+    /// Whether the devices' and vCPUs' state is loaded there for show, for which the guest stands still
+    /// for a moment.
+    pub rehearse: bool,
 }
 
 impl Default for Questions {
@@ -58,6 +63,7 @@ impl Default for Questions {
             sample: Duration::from_secs(1),
             probe_time: Duration::from_millis(500),
             probe_bytes: 64 << 20,
+            rehearse: false,
         }
     }
 }
@@ -76,6 +82,9 @@ pub struct Preflight {
     pub left_out: u64,
     /// How it would go, if that was asked for and could be measured.
     pub forecast: Option<Forecast>,
+    /// How a rehearsal went, if there was one. None where anything fatal was found before.
+    #[serde(default)]
+    pub rehearsal: Option<Rehearsal>,
 }
 
 /// Asks whether `vm` could move over `connection`. An error means that nobody there could be asked.
@@ -107,7 +116,10 @@ impl Migration<'_> {
         if !hello.can(PREFLIGHT) {
             return Err(SourceError::NotToBeAsked { program: Some(hello.program) });
         }
-        let Verdict { problems: fatal, warnings, left_out } = self.verdict(&hello, true)?;
+        if questions.rehearse && !hello.can(REHEARSE) {
+            return Err(SourceError::NoRehearsal { program: hello.program });
+        }
+        let Verdict { problems: fatal, warnings, left_out, .. } = self.verdict(&hello, true)?;
         problems.extend(fatal);
         let mut forecast = None;
         if !questions.sample.is_zero() {
@@ -119,12 +131,20 @@ impl Migration<'_> {
                 Err(problem) => problems.push(problem),
             }
         }
+        let mut rehearsal = None;
+        let fits =
+            left_out == 0 && problems.iter().all(|problem| !problem.fatal || is_of_time(problem));
+        if questions.rehearse && fits {
+            let (how, problem) = self.rehearse()?;
+            rehearsal = Some(how);
+            problems.extend(problem);
+        }
         problems.extend(warnings);
         // What is fatal comes first.
         problems.sort_by_key(|problem| !problem.fatal);
         let would_move = left_out == 0 && problems.iter().all(|problem| !problem.fatal);
         let destination = hello.program.chars().filter(|c| !c.is_control()).take(100).collect();
-        Ok(Preflight { would_move, destination, problems, left_out, forecast })
+        Ok(Preflight { would_move, destination, problems, left_out, forecast, rehearsal })
     }
 
     /// The outer error is one of the connection, the inner one of the measurement alone.
@@ -267,6 +287,11 @@ impl Migration<'_> {
         problem.fatal &= !forced;
         Some(problem.of("pc.ram", "dirty pages"))
     }
+}
+
+/// Whether it is about how long it would take, and not about what would be loaded.
+fn is_of_time(problem: &Problem) -> bool {
+    problem.code == kind::NOT_CONVERGING.code
 }
 
 fn blocked(reason: String) -> Problem {

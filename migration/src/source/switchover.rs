@@ -13,7 +13,7 @@
 //!            release disks → end of the stream → flushed, the command has succeeded, renamed
 //! ```
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::doubt::{Objection, finish};
 use super::inbox::NoMessage;
@@ -29,7 +29,7 @@ use crate::stats::Step;
 use crate::supplement::{FullerSection, Supplement};
 use crate::verify;
 use crate::vmstate::Audience;
-use crate::wire::command::Command;
+use crate::wire::command::{Command, Commit};
 use crate::wire::return_path::Message;
 use crate::wire::section::{self, PartType, SectionHeader};
 
@@ -208,6 +208,7 @@ impl Migration<'_> {
         self.control.stats().step(Step::Prepared);
         match self.await_message("it was loading the VM", true)? {
             Message::Prepared(p) => {
+                self.prepared = Some(Instant::now());
                 self.control.stats().verified(p.verified_ram_bytes, p.verified_sections);
                 self.check()
             }
@@ -255,12 +256,21 @@ impl Migration<'_> {
             trouble.note(error);
             return Event::NotCommitted;
         }
+        let waited = self.prepared.map(|since| since.elapsed()).unwrap_or_default();
+        if let Some(agreed) = self.agreed.filter(|agreed| waited >= *agreed) {
+            trouble.note(SourceError::TooLate { agreed, waited });
+            return Event::NotCommitted;
+        }
         if !self.control.commit() {
             trouble.note(SourceError::Cancelled);
             return Event::NotCommitted;
         }
+        self.inbox.committed();
         match peer {
-            Peer::MiniVmm => self.out.command(&Command::Commit),
+            Peer::MiniVmm => {
+                let commit = Commit { disks: self.vm.left_disks() };
+                self.out.command(&Command::Commit(commit));
+            }
             Peer::Qemu | Peer::Nobody => self.out.put(|out| section::write_end(out, description)),
         }
         // A write that fails may have been enough all the same: only the answer counts.
@@ -276,10 +286,12 @@ impl Migration<'_> {
                 }
                 Err(why) => why,
             };
-            if self.inbox.succeeded() {
-                return Event::Confirmed;
-            }
-            if let Some(refusal) = self.inbox.refusal() {
+            let refusal = self.inbox.refusal();
+            if self.inbox.succeeded() || refusal.is_some() {
+                if self.id.is_some() {
+                    self.out.say_at_border(&Command::Settled);
+                }
+                let Some(refusal) = refusal else { return Event::Confirmed };
                 trouble.note(refusal);
                 return Event::Refused;
             }

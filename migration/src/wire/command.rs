@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::limits::{MAX_JSON, MAX_PROBE, MAX_SHORT_PAYLOAD};
 use super::section::PartType;
 use super::{WireError, read_bytes, read_json, read_u16, read_u32, skip, write_json};
-use crate::manifest::{Manifest, RamDigests};
+use crate::fate::Question;
+use crate::manifest::{Manifest, RamDigests, Rehearse};
 use crate::vmstate::ByteSource;
 
 /// The value of our ping. A QEMU echoes it; a mini-vmm knows by it who asks, and says hello first.
@@ -30,6 +31,9 @@ const VERIFY: u16 = 0x4d02;
 const COMMIT: u16 = 0x4d03;
 const ABORT: u16 = 0x4d04;
 const PROBE: u16 = 0x4d05;
+const ASK: u16 = 0x4d06;
+const SETTLED: u16 = 0x4d07;
+const REHEARSE: u16 = 0x4d08;
 
 /// What a source tells a destination outside of the sections.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,9 +49,15 @@ pub enum Command {
     /// Digests to compare RAM with.
     Verify(RamDigests),
     /// The destination is to run the VM; the source has given it up.
-    Commit,
+    Commit(Commit),
     /// The source goes on running the VM itself.
     Abort(Abort),
+    /// What became of an earlier migration? On a connection of its own.
+    Ask(Question),
+    /// The source knows what became of its guest, and will not ask any more.
+    Settled,
+    /// Behind a mere question: sections follow that are to be loaded and thrown away.
+    Rehearse(Rehearse),
     /// So many bytes that mean nothing, for a measurement; at most
     /// [`MAX_PROBE`].
     Probe(u32),
@@ -63,8 +73,17 @@ pub struct Abort {
     pub reason: String,
 }
 
+/// The order to run the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// How the source has left the disks, which only the machines understand; see
+    /// [`SourceVm::left_disks`](crate::guest::SourceVm::left_disks). The order is good for such only.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub disks: serde_json::Value,
+}
+
 #[derive(Serialize, Deserialize)]
-struct Commit {}
+struct Settled {}
 
 impl Command {
     /// Writes the command, type byte included.
@@ -81,8 +100,11 @@ impl Command {
             Self::SwitchoverStart => short(out, SWITCHOVER_START, &[]),
             Self::Manifest(manifest) => write_json(out, MANIFEST, manifest),
             Self::Verify(digests) => write_json(out, VERIFY, digests),
-            Self::Commit => write_json(out, COMMIT, &Commit {}),
+            Self::Commit(commit) => write_json(out, COMMIT, commit),
             Self::Abort(abort) => write_json(out, ABORT, abort),
+            Self::Ask(question) => write_json(out, ASK, question),
+            Self::Rehearse(rehearse) => write_json(out, REHEARSE, rehearse),
+            Self::Settled => write_json(out, SETTLED, &Settled {}),
             Self::Probe(len) => {
                 let len = (*len).min(MAX_PROBE);
                 short(out, PROBE, &len.to_be_bytes());
@@ -128,7 +150,19 @@ impl Command {
             }
             COMMIT => {
                 expect(4)?;
-                read_json::<Commit>(source, "commit").map(|_| Self::Commit)
+                Ok(Self::Commit(read_json(source, "commit")?))
+            }
+            ASK => {
+                expect(4)?;
+                Ok(Self::Ask(read_json(source, "ask")?))
+            }
+            REHEARSE => {
+                expect(4)?;
+                Ok(Self::Rehearse(read_json(source, "rehearse")?))
+            }
+            SETTLED => {
+                expect(4)?;
+                read_json::<Settled>(source, "settled").map(|_| Self::Settled)
             }
             ABORT => {
                 expect(4)?;
@@ -169,7 +203,7 @@ pub struct RawCommand {
 impl RawCommand {
     /// Our own carry a length of four bytes, and so many bytes behind it.
     fn is_long(number: u16) -> bool {
-        matches!(number, MANIFEST | VERIFY | COMMIT | ABORT | PROBE)
+        matches!(number, MANIFEST | VERIFY | COMMIT | ABORT | PROBE | ASK | SETTLED | REHEARSE)
     }
 
     /// Reads a command, after its type byte.
@@ -231,6 +265,9 @@ impl RawCommand {
             COMMIT => "commit (mini-vmm)",
             ABORT => "abort (mini-vmm)",
             PROBE => "probe (mini-vmm)",
+            ASK => "ask (mini-vmm)",
+            SETTLED => "settled (mini-vmm)",
+            REHEARSE => "rehearse (mini-vmm)",
             _ => "unknown",
         }
     }
@@ -239,8 +276,9 @@ impl RawCommand {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fate::MigrationId;
     use crate::guest::RamBlock;
-    use crate::manifest::{BlockDigests, SectionManifest};
+    use crate::manifest::{BlockDigests, Scrap, SectionManifest};
     use crate::vmstate::SliceSource;
 
     fn manifest() -> Manifest {
@@ -259,6 +297,8 @@ mod tests {
             verify: true,
             only_asking: true,
             channels: None,
+            id: Some(MigrationId::random()),
+            commit_within_ms: 5,
             sent_at_ms: 7,
             details: serde_json::json!({ "slots": [2, 3] }),
         }
@@ -286,7 +326,11 @@ mod tests {
             Command::SwitchoverStart,
             Command::Manifest(Box::new(manifest())),
             Command::Verify(digests),
-            Command::Commit,
+            Command::Commit(Commit::default()),
+            Command::Commit(Commit { disks: serde_json::json!([1]) }),
+            Command::Ask(Question { id: MigrationId::random() }),
+            Command::Settled,
+            Command::Rehearse(Rehearse { scraps: vec![Scrap { address: 8, value: 9 }] }),
             Command::Abort(Abort { reason: "cancelled by the user".into() }),
             Command::Probe(100),
         ] {

@@ -27,6 +27,8 @@ pub const MAX_LINGER: u64 = 256 << 20;
 /// Largest body of one device section, in bytes. QEMU's largest, a virtio device with a full list
 /// of unfinished requests, is far below.
 pub const MAX_SECTION_BODY: u64 = 64 << 20;
+/// Most scraps of RAM in a rehearsal: one for each virtqueue that there can be.
+pub const MAX_SCRAPS: usize = 4096;
 /// Most bytes in one probe, which are read and thrown away.
 pub const MAX_PROBE: u32 = 1 << 20;
 /// Most bytes of probes on one connection.

@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{WireError, read_json, read_u16, read_u32, write_json};
+use crate::fate::Answer;
 use crate::manifest::{Hello, Prepared, Verdict};
 use crate::vmstate::ByteSource;
 
@@ -19,6 +20,7 @@ const HELLO: u16 = 0x4d01;
 const VERDICT: u16 = 0x4d02;
 const PREPARED: u16 = 0x4d03;
 const FAILED: u16 = 0x4d04;
+const FATE: u16 = 0x4d05;
 
 /// What a destination tells a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +37,8 @@ pub enum Message {
     Prepared(Prepared),
     /// The destination has given up, and will not run the VM.
     Failed(Failed),
+    /// What became of a migration that was asked for.
+    Fate(Answer),
 }
 
 /// Why a destination has given up.
@@ -54,6 +58,7 @@ impl Message {
             Self::Verdict(_) => "verdict",
             Self::Prepared(_) => "prepared",
             Self::Failed(_) => "failed",
+            Self::Fate(_) => "fate",
         }
     }
 
@@ -71,6 +76,7 @@ impl Message {
             Self::Verdict(verdict) => write_json(out, VERDICT, verdict),
             Self::Prepared(prepared) => write_json(out, PREPARED, prepared),
             Self::Failed(failed) => write_json(out, FAILED, failed),
+            Self::Fate(answer) => write_json(out, FATE, answer),
         }
     }
 
@@ -97,6 +103,7 @@ impl Message {
             VERDICT => read_json(source, "verdict").map(Self::Verdict),
             PREPARED => read_json(source, "prepared").map(Self::Prepared),
             FAILED => read_json(source, "failed").map(Self::Failed),
+            FATE => read_json(source, "fate").map(Self::Fate),
             _ => Err(WireError::Unexpected {
                 what: "a return-path message",
                 offset,
@@ -110,6 +117,7 @@ impl Message {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fate::{Fate, MigrationId};
     use crate::problem::{Problem, kind};
     use crate::vmstate::SliceSource;
 
@@ -131,7 +139,8 @@ mod tests {
             "start the destination with --memory 2G",
         );
         let warning = Problem { fatal: false, vcpu: Some(3), ..problem.clone() };
-        let verdict = Verdict { problems: vec![problem], warnings: vec![warning], left_out: 1 };
+        let (problems, warnings) = (vec![problem], vec![warning]);
+        let verdict = Verdict { problems, warnings, left_out: 1, prepared_for_ms: 2 };
         let hello = Hello { program: "mini-vmm".into(), protocols: vec![1], abilities: vec![] };
         for message in [
             Message::Shut(1),
@@ -140,6 +149,7 @@ mod tests {
             Message::Verdict(verdict),
             Message::Prepared(Prepared { verified_ram_bytes: 4096, verified_sections: 3 }),
             Message::Failed(Failed { reason: "no".into() }),
+            Message::Fate(Answer { id: MigrationId::random(), fate: Fate::NeverHere }),
         ] {
             let mut out = Vec::new();
             message.write(&mut out);

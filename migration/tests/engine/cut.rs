@@ -10,7 +10,7 @@ use std::thread;
 use crate::common::*;
 use migration::source::Outcome;
 use migration::transport::Connection;
-use migration::wire::command::Command;
+use migration::wire::command::{Command, Commit};
 
 /// How many bytes may pass in each direction before both are cut.
 #[derive(Clone, Copy)]
@@ -95,10 +95,12 @@ fn check(ended: &Ended, committed: bool, at: &str) {
 fn the_stream_is_cut_everywhere() {
     let (ended, forth, back) = run(ALL, true);
     assert_moved(&ended);
-    let mut commit = Vec::new();
-    Command::Commit.write(&mut commit);
-    assert!(forth.ends_with(&commit));
-    let point_of_no_return = forth.len() - commit.len();
+    let (mut commit, mut settled) = (Vec::new(), Vec::new());
+    Command::Commit(Commit { disks: 0.into() }).write(&mut commit);
+    Command::Settled.write(&mut settled);
+    assert!(forth.ends_with(&[commit.clone(), settled.clone()].concat()));
+    let whole_order = forth.len() - settled.len();
+    let point_of_no_return = whole_order - commit.len();
 
     // In the pages every 997th byte, elsewhere every one.
     let pages = 3000..point_of_no_return - 2500;
@@ -109,7 +111,10 @@ fn the_stream_is_cut_everywhere() {
         check(&ended, cut > point_of_no_return, &format!("cut after {cut} bytes forth"));
         if cut <= point_of_no_return {
             assert!(matches!(ended.outcome, Outcome::Kept { .. }), "cut after {cut} bytes forth");
-        } else {
+        } else if cut > whole_order {
+            // The source knew, and was saying so.
+            assert!(matches!(ended.outcome, Outcome::Completed(_)), "cut after {cut} bytes");
+        } else if cut < whole_order {
             // What has arrived is not yet a whole COMMIT.
             assert!(matches!(ended.outcome, Outcome::InDoubt { .. }), "cut after {cut} bytes");
             assert!(ended.arrived.is_err());

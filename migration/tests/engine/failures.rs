@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::*;
@@ -407,4 +408,53 @@ fn nobody_there_is_said_so() {
     std::fs::write(dir.path().join("sock"), "precious").unwrap();
     assert!(Listener::bind(&path).is_err());
     assert_eq!(std::fs::read(dir.path().join("sock")).unwrap(), b"precious");
+}
+
+/// A source that takes longer to give its disks up than this destination waits for it.
+fn too_slow(connections: (Connection, Connection)) -> Ended {
+    let (mut source, destination, _) = two_vms(64);
+    source.slow_release = Duration::from_millis(1500);
+    let there = control_with(|p| p.stall_timeout = Duration::from_millis(500));
+    migrate(source, destination, connections, (control(), there))
+}
+
+#[test]
+fn a_destination_waits_for_the_order_as_long_as_was_agreed_and_says_what_it_did() {
+    let ended = too_slow(pair());
+    let words = "within the 500ms that both sides had agreed on";
+    assert_kept(&ended, words);
+    let failure = ended.arrived.unwrap_err();
+    assert!(failure.to_string().contains(words), "{failure}");
+    assert!(failure.to_string().contains("has not run here and stays the source's"), "{failure}");
+}
+
+#[test]
+fn a_source_that_is_too_late_gives_no_order() {
+    // Nothing comes back after PREPARED, so that the source can't hear that it is too late.
+    let (a, mut a_end) = UnixStream::pair().unwrap();
+    let (mut b_end, b) = UnixStream::pair().unwrap();
+    let (mut from, mut to) = (a_end.try_clone().unwrap(), b_end.try_clone().unwrap());
+    let forth = thread::spawn(move || std::io::copy(&mut from, &mut to).map(drop));
+    let back = thread::spawn(move || {
+        let mut seen = Vec::new();
+        let mut byte = [0];
+        let prepared = b"\x4d\x03\0\x04";
+        while !seen.ends_with(prepared) && matches!(b_end.read(&mut byte), Ok(1)) {
+            seen.push(byte[0]);
+            let _ = a_end.write_all(&byte);
+        }
+        let mut len = [0; 4];
+        b_end.read_exact(&mut len).unwrap();
+        let mut body = vec![0; u32::from_be_bytes(len) as usize];
+        b_end.read_exact(&mut body).unwrap();
+        a_end.write_all(&[&len[..], &body].concat()).unwrap();
+        while matches!(b_end.read(&mut byte), Ok(1)) {}
+        (a_end, b_end)
+    });
+    let a = Connection::from_unix(a, "unix:a".into());
+    let b = Connection::from_unix(b, "unix:b".into());
+    let ended = too_slow((a, b));
+    assert_kept(&ended, "waits only 500ms for its order");
+    assert!(ended.arrived.is_err());
+    drop((forth, back));
 }

@@ -44,6 +44,8 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
         verify: false,
         only_asking: false,
         channels: None,
+        id: None,
+        commit_within_ms: 0,
         sent_at_ms: 0,
         details: vm.details(),
     };
@@ -74,7 +76,7 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
         section::write_footer(&mut out, id);
     }
     section::write_end(&mut out, "{}");
-    Command::Commit.write(&mut out);
+    Command::Commit(Default::default()).write(&mut out);
     out
 }
 

@@ -9,5 +9,6 @@ mod hostile;
 mod loopback;
 mod preflight;
 mod qemu;
+mod recorded;
 mod recover;
 mod saved;

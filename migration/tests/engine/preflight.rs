@@ -25,6 +25,7 @@ fn quick() -> Questions {
         sample: Duration::from_millis(40),
         probe_time: Duration::from_millis(100),
         probe_bytes: 4 << 20,
+        rehearse: false,
     }
 }
 
@@ -84,6 +85,86 @@ fn a_vm_that_fits_would_move_and_does_so_afterwards_to_the_same_destination() {
     }
     assert!(!world.history.lock().unwrap().contains(&"pause".to_owned()));
     assert_moved(&migrate(source, destination, pair(), (control(), control())));
+}
+
+/// Asks with a rehearsal.
+fn rehearse(source: &mut FakeVm, destination: FakeVm) -> (Preflight, Ending, FakeVm) {
+    let (a, b) = pair();
+    let there = waits(destination, b);
+    let questions = Questions { sample: Duration::ZERO, rehearse: true, ..quick() };
+    let answer = preflight(source, &a, &control(), &questions).unwrap();
+    let (ending, destination) = join(there);
+    (answer, ending, destination)
+}
+
+#[test]
+fn a_rehearsal_loads_everything_but_ram_and_throws_it_away() {
+    let (mut source, mut destination, world) = two_vms(256);
+    let (ram, devices) = (destination.ram.contents(), [0, 1, 2].map(|n| destination.device(n)));
+    for _ in 0..2 {
+        let (answer, ending, there) = rehearse(&mut source, destination);
+        assert!(answer.would_move && answer.problems.is_empty(), "{answer:?}");
+        let rehearsal = answer.rehearsal.unwrap();
+        assert!(rehearsal.loaded && rehearsal.pause_us > 0, "{rehearsal:?}");
+        assert_eq!((rehearsal.sections, rehearsal.compared_sections), (3, 3));
+        assert!(ending.unwrap_err().vm_untouched);
+        // It was really there, and it is there no more.
+        let loaded = format!("prepared with {:?}", source.device(0));
+        assert!(world.history.lock().unwrap().contains(&loaded), "{:?}", world.history);
+        assert!(there.ram.contents() == ram);
+        assert_eq!([0, 1, 2].map(|n| there.device(n)), devices);
+        assert_eq!((world.runs(), world.disks()), (Some("source"), Some("source")));
+        destination = there;
+    }
+    assert_moved(&migrate(source, destination, pair(), (control(), control())));
+}
+
+#[test]
+fn what_can_t_be_loaded_is_told_by_a_rehearsal_and_the_guest_runs_on() {
+    let (mut source, mut destination, world) = two_vms(64);
+    let (ram, devices) = (destination.ram.contents(), [0, 1, 2].map(|n| destination.device(n)));
+    destination.fault = Fault::Prepare;
+    let (answer, ending, mut destination) = rehearse(&mut source, destination);
+    assert_eq!(codes(&answer), ["rehearsal"], "{answer:?}");
+    assert!(!answer.would_move && !answer.rehearsal.as_ref().unwrap().loaded);
+    assert!(answer.problems[0].known_as.contains("Prepare was told to fail"), "{answer:?}");
+    assert!(ending.unwrap_err().vm_untouched);
+    assert!(destination.ram.contents() == ram);
+    assert_eq!([0, 1, 2].map(|n| destination.device(n)), devices);
+    assert_eq!(world.runs(), Some("source"));
+    // Once that is mended it moves to the same one.
+    destination.fault = Fault::None;
+    assert_moved(&migrate(source, destination, pair(), (control(), control())));
+}
+
+#[test]
+fn a_destination_that_can_t_throw_it_away_takes_nobody_any_more() {
+    let (mut source, mut destination, world) = two_vms(64);
+    destination.fault = Fault::EndRehearsal;
+    let (answer, ending, _) = rehearse(&mut source, destination);
+    assert_eq!(codes(&answer), ["rehearsal"], "{answer:?}");
+    let failure = ending.unwrap_err();
+    assert!(!failure.vm_untouched && failure.to_string().contains("ending the rehearsal"));
+    assert_eq!(world.runs(), Some("source"));
+}
+
+#[test]
+fn nobody_is_stopped_for_a_rehearsal_that_would_be_in_vain() {
+    let (mut source, mut destination, world) = two_vms(64);
+    destination.vcpus = 4;
+    let (answer, ..) = rehearse(&mut source, destination);
+    assert!(!answer.would_move && answer.rehearsal.is_none(), "{answer:?}");
+    assert!(!world.history.lock().unwrap().contains(&"pause".to_owned()));
+    // One that knows preflight and no more.
+    let (mut source, ..) = two_vms(64);
+    let (a, b) = UnixStream::pair().unwrap();
+    let mut bytes = Vec::new();
+    hello(&[PREFLIGHT]).write(&mut bytes);
+    (&b).write_all(&bytes).unwrap();
+    let connection = Connection::from_unix(a, "unix:a".into());
+    let questions = Questions { rehearse: true, ..quick() };
+    let error = preflight(&mut source, &connection, &control(), &questions).unwrap_err();
+    assert!(matches!(error, SourceError::NoRehearsal { .. }), "{error}");
 }
 
 #[test]
@@ -268,6 +349,8 @@ fn manifest(vm: &FakeVm, only_asking: bool) -> Manifest {
         verify: false,
         only_asking,
         channels: None,
+        id: None,
+        commit_within_ms: 0,
         sent_at_ms: 0,
         details: vm.details(),
     }

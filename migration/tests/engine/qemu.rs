@@ -237,7 +237,7 @@ fn a_source_that_poses_as_a_mini_vmm_must_behave_as_one() {
         let key = SectionId::new("ram", 0);
         section::write_header(out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
     };
-    let early_commit = |out: &mut Vec<u8>| Command::Commit.write(out);
+    let early_commit = |out: &mut Vec<u8>| Command::Commit(Default::default()).write(out);
     type More = fn(&mut Vec<u8>);
     let cases: [(More, &str); 2] = [
         (manifest_missing, "no manifest before the first section"),

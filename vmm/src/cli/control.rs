@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{CliError, VmArg};
-use crate::client::QmpClient;
+use crate::client::{ClientError, QmpClient};
 use crate::config::ByteSize;
 use crate::rundir;
 
@@ -21,7 +21,10 @@ pub(super) fn simple(vm: &VmArg, command: &str) -> Result<(), CliError> {
 /// Returns when it is known how the migration ended, for it may have been too late.
 pub(super) fn cancel(vm: &VmArg) -> Result<(), CliError> {
     let mut client = vm.connect()?;
-    client.execute("migrate_cancel", json!({}))?;
+    match client.execute("migrate_cancel", json!({})) {
+        Err(e @ ClientError::Refused { .. }) => eprintln!("{e}"),
+        answer => drop(answer?),
+    }
     loop {
         let info = client.execute("query-migrate", json!({}))?;
         match info["status"].as_str().unwrap_or("none") {

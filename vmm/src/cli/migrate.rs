@@ -13,7 +13,7 @@ use migration::wire::multifd::MAX_CHANNELS;
 use serde_json::{Map, Value, json};
 use signal_hook::consts::SIGINT;
 
-use super::{CliError, VmArg, checked_uri};
+use super::{CliError, VmArg, checked_uri, preflight};
 use crate::client::{ClientError, QmpClient};
 use crate::config::{HumanDuration, MigrationUri, Rate};
 use crate::grants::Grants;
@@ -47,6 +47,10 @@ pub(super) struct MigrateArgs {
     /// Connections that memory goes through, 1 to 16: several where one doesn't fill the network [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CHANNELS as i64))]
     channels: Option<u8>,
+    /// Move nothing: say what 'preflight' says, and load the state of devices and vCPUs there for show, for
+    /// which the guest stands still for about a millisecond
+    #[arg(long, conflicts_with = "detach")]
+    rehearse: bool,
     /// Start it, and do not wait for its end
     #[arg(long)]
     detach: bool,
@@ -103,6 +107,9 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     // First of all, while nothing else is open.
     let grants = Grants::of_this_process(false);
     let uri = checked_uri(&args.uri)?;
+    if args.rehearse {
+        return preflight::rehearse(&args.vm, args.parameters(true), &uri, args.json);
+    }
     let interrupted = Arc::new(AtomicBool::new(false));
     let mut client = args.vm.connect()?;
     let parameters = args.parameters(client.is_mini_vmm());
@@ -178,7 +185,11 @@ fn follow(
         if interrupted.load(Ordering::Relaxed) && !asked_to_cancel {
             asked_to_cancel = true;
             bar.println("cancelling …");
-            client.execute("migrate_cancel", json!({}))?;
+            match client.execute("migrate_cancel", json!({})) {
+                // It is too late; what comes of it is still worth waiting for.
+                Err(e @ ClientError::Refused { .. }) => bar.println(e.to_string()),
+                answer => drop(answer?),
+            }
         }
         let info = client.execute("query-migrate", json!({})).map_err(|e| match e {
             ClientError::Closed => CliError::Migration(

@@ -7,18 +7,19 @@ use indicatif::HumanBytes;
 use migration::forecast::Forecast;
 use migration::params::Parameters;
 use migration::problem::Problem;
-use migration::source::Preflight;
+use migration::source::{Preflight, Rehearsal};
 use serde_json::{Value, json};
 
 use super::{CliError, VmArg, checked_uri};
 use crate::client::ClientError;
-use crate::config::{HumanDuration, Rate};
+use crate::config::{HumanDuration, MigrationUri, Rate};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   mini-vmm preflight --vm web tcp:other-host:7000              everything that stands against it
   mini-vmm preflight --vm web tcp:other-host:7000 --sample 5s  ... and a better forecast
   mini-vmm preflight --vm web tcp:other-host:7000 --json | jq -r '.problems[].code'
+  mini-vmm preflight --vm web tcp:other-host:7000 --rehearse   ... and is its state loaded there?
   mini-vmm preflight --vm web tcp:other-host:7000 && mini-vmm migrate --vm web tcp:other-host:7000
 docs/preflight.md explains every code.
 ";
@@ -38,6 +39,9 @@ pub(super) struct PreflightArgs {
     /// The most to send in a second while the guest runs [default: no limit]
     #[arg(long, value_name = "RATE")]
     bandwidth: Option<Rate>,
+    /// Load the state of devices and vCPUs there, for show: the guest stands still for about a millisecond
+    #[arg(long)]
+    rehearse: bool,
     /// The answer as JSON
     #[arg(long)]
     json: bool,
@@ -49,24 +53,40 @@ fn ms(time: Duration) -> u64 {
 
 pub(super) fn preflight(args: &PreflightArgs) -> Result<(), CliError> {
     let uri = checked_uri(&args.uri)?.to_string();
-    let mut client = args.vm.connect()?;
     let known = Parameters::default();
-    let answer = client.execute(
-        "x-mini-vmm-preflight",
-        json!({
+    let question = json!({
             "uri": uri,
             "sample": ms(args.sample.0),
+            "rehearse": args.rehearse,
             // What an earlier migration was told is not meant for this one.
             "downtime-limit": ms(args.downtime.map_or(known.downtime_limit, |time| time.0)),
             "max-bandwidth": args.bandwidth.map_or(known.max_bandwidth, |rate| rate.0),
             "x-timeout": 0,
             "x-on-timeout": "cancel",
-        }),
-    );
-    let answer = answer.map_err(|error| not_asked(error, args.json))?;
+    });
+    ask(&args.vm, question, uri, args.json)
+}
+
+/// `mini-vmm migrate --rehearse`: what a migration with these parameters would come to.
+pub(super) fn rehearse(
+    vm: &VmArg,
+    mut parameters: Value,
+    uri: &MigrationUri,
+    json: bool,
+) -> Result<(), CliError> {
+    let uri = uri.to_string();
+    parameters["uri"] = uri.clone().into();
+    parameters["rehearse"] = true.into();
+    ask(vm, parameters, uri, json)
+}
+
+fn ask(vm: &VmArg, question: Value, uri: String, json: bool) -> Result<(), CliError> {
+    let mut client = vm.connect()?;
+    let answer = client.execute("x-mini-vmm-preflight", question);
+    let answer = answer.map_err(|error| not_asked(error, json))?;
     let shown = answer.clone();
     let answer: Preflight = serde_json::from_value(answer).map_err(CliError::Answer)?;
-    if args.json {
+    if json {
         print_json(&shown);
     } else {
         print!("{}", table(&answer));
@@ -113,6 +133,9 @@ fn table(answer: &Preflight) -> String {
     if let Some(forecast) = &answer.forecast {
         text += &told(forecast);
     }
+    if let Some(rehearsal) = &answer.rehearsal {
+        text += &rehearsed(rehearsal);
+    }
     text
 }
 
@@ -129,6 +152,24 @@ fn row(problem: &Problem, width: usize) -> String {
         text += &format!("{indent}known as:    {known_as}\n");
     }
     text
+}
+
+fn rehearsed(r: &Rehearsal) -> String {
+    let ms = |us: u64| format!("{:.2} ms", us as f64 / 1e3);
+    let loaded = match r.loaded {
+        true => format!(
+            "loaded there and thrown away again; {} are the same there",
+            r.compared_sections
+        ),
+        false => "not loaded there".into(),
+    };
+    format!(
+        "rehearsal: the guest stood still for {}; {} sections with {} were {loaded}, in {}\n",
+        ms(r.pause_us),
+        r.sections,
+        HumanBytes(r.bytes),
+        ms(r.load_us),
+    )
 }
 
 fn told(f: &Forecast) -> String {
@@ -181,6 +222,7 @@ mod tests {
             problems: vec![problem, Problem::new(kind::TRIAL, "a spare vCPU", "a", "b", "")],
             left_out: 3,
             forecast: None,
+            rehearsal: None,
         };
         let text = table(&answer);
         for words in [

@@ -58,6 +58,9 @@ pub(super) fn recover(args: &RecoverArgs) -> Result<(), CliError> {
         println!("since     {seconds} s ago");
         println!("because   {}", text("reason"));
         println!("disks     {}", text("disks"));
+        if let Some(asked) = known["asked"].as_str() {
+            println!("asked     {asked}");
+        }
         println!("so        {}", text("advice"));
     }
     Ok(())

@@ -5,12 +5,13 @@ use std::thread;
 use std::time::Duration;
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
-use migration::manifest::Problem;
+use migration::manifest::{Problem, Scrap};
 use migration::transport::{Connection, Listener};
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress};
 
-use super::{details, fit};
+use super::{details, disks, fit};
 use crate::announce::Rounds;
 use crate::control::RunState;
 use crate::vm::Vm;
@@ -93,6 +94,26 @@ impl DestinationVm for Arriving<'_> {
         Ok(())
     }
 
+    fn begin_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        let memory = self.vm.machine.ram.guest();
+        for Scrap { address, value } in scraps {
+            memory
+                .write_obj(*value, GuestAddress(*address))
+                .map_err(|e| VmError::with("a word of memory could not be set", e))?;
+        }
+        Ok(())
+    }
+
+    fn end_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        let blank: Vec<_> = scraps.iter().map(|scrap| Scrap { value: 0, ..*scrap }).collect();
+        self.begin_rehearsal(&blank)?;
+        // It has shown the source's processor meanwhile.
+        self.vm.kvm_state.promise(self.vm.machine.cpu.clone());
+        self.prepare()?;
+        self.vm.kvm_state.forget();
+        Ok(())
+    }
+
     fn prepare(&mut self) -> Result<(), VmError> {
         self.vm
             .kvm_state
@@ -102,12 +123,18 @@ impl DestinationVm for Arriving<'_> {
         Ok(())
     }
 
-    fn take_disks(&mut self) -> Result<(), VmError> {
-        self.vm
-            .machine
-            .board
-            .open_backends()
-            .map_err(|e| VmError::with("a disk could not be taken", e))
+    fn take_disks(&mut self, left: &Value) -> Result<(), VmError> {
+        let board = &self.vm.machine.board;
+        board.open_backends().map_err(|e| VmError::with("a disk could not be taken", e))?;
+        let unlike = disks::unlike(&board.images, left)
+            .map_err(|e| VmError::with("a disk can't be compared with how it was left", e));
+        let error = match unlike {
+            Ok(None) => return Ok(()),
+            Ok(Some(what)) => VmError::new(what),
+            Err(error) => error,
+        };
+        self.release_disks();
+        Err(error)
     }
 
     fn release_disks(&mut self) {

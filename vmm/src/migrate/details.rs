@@ -1,10 +1,14 @@
 //! What a machine says of itself beyond RAM and sections. What a destination makes of it is in
 //! [`fit`](super::fit).
 
+use std::collections::BTreeMap;
+
 use arch::cpuid::CpuProfile;
 use arch::trial::VcpuNeeds;
+use devices::pci::{BarKind, PciConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use uuid::Uuid;
 
 use crate::config::VirtioVersion;
 use crate::vm::Vm;
@@ -13,6 +17,12 @@ use crate::vm::Vm;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Details {
+    /// The VM's name, for messages.
+    #[serde(default)]
+    pub(super) name: String,
+    /// Its UUID; nil if it has none.
+    #[serde(default)]
+    pub(super) uuid: Uuid,
     /// What the guest's CPUID tells.
     pub(super) cpu: CpuProfile,
     /// The guest's TSC frequency in kHz, if the kernel tells.
@@ -58,6 +68,28 @@ pub struct Device {
     /// Capacity in 512-byte sectors, of a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sectors: Option<u64>,
+    /// What must be the same of its configuration space, by the offset of each byte that is not 0.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub config: BTreeMap<u8, u8>,
+    /// Its BARs by their number, as words: `io 0x20`, `memory 0x1000`, `memory64 0x4000`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub bars: BTreeMap<u8, String>,
+}
+
+impl Device {
+    /// What of a configuration space both sides must have.
+    pub(crate) fn describe_config(config: &PciConfig) -> (BTreeMap<u8, u8>, BTreeMap<u8, String>) {
+        let fixed = (0..=u8::MAX).zip(config.fixed()).filter(|(_, byte)| *byte != 0);
+        let bar = |(index, kind, size)| {
+            let kind = match kind {
+                BarKind::Io => "io",
+                BarKind::Memory32 => "memory",
+                BarKind::Memory64 => "memory64",
+            };
+            Some((u8::try_from(index).ok()?, format!("{kind} {size:#x}")))
+        };
+        (fixed.collect(), config.bars().filter_map(bar).collect())
+    }
 }
 
 /// What `vm` is and needs. A guest that runs goes on running; each of its vCPUs is looked at in a pause of
@@ -65,6 +97,8 @@ pub struct Device {
 pub(super) fn of(vm: &Vm) -> Value {
     let machine = &vm.machine;
     let details = Details {
+        name: vm.config().name.to_string(),
+        uuid: vm.config().uuid,
         cpu: machine.cpu.clone(),
         tsc_khz: machine.host.tsc_khz,
         xsave_size: machine.host.xsave_size,

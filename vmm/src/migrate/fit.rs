@@ -10,6 +10,7 @@ use arch::trial::VcpuNeeds;
 use devices::virtio::Trouble;
 use migration::problem::{Problem, kind};
 use serde_json::Value;
+use uuid::Uuid;
 
 use super::details::{Details, Device};
 use super::trial;
@@ -39,7 +40,9 @@ pub(super) fn compare(vm: &Vm, source: &Value) -> Vec<Problem> {
         }
     };
     let machine = &vm.machine;
-    let mut problems = devices(&machine.board.describe_devices(), &source.devices);
+    tracing::debug!("the source's VM is called '{}'", source.name);
+    let mut problems = Vec::from_iter(uuid(vm.config().uuid, source.uuid));
+    problems.extend(devices(&machine.board.describe_devices(), &source.devices));
     let theirs =
         KvmHost { tsc_khz: source.tsc_khz, xsave_size: source.xsave_size, ..machine.host.clone() };
     problems.extend(machine.host_cpu.lacks(&source.cpu).into_iter().map(processor));
@@ -52,6 +55,34 @@ pub(super) fn compare(vm: &Vm, source: &Value) -> Vec<Problem> {
         vm.kvm_state.promise(source.cpu);
     }
     problems
+}
+
+/// Whether they are meant to be one VM. A side that has been given no UUID takes any.
+fn uuid(here: Uuid, theirs: Uuid) -> Option<Problem> {
+    let differ = !here.is_nil() && !theirs.is_nil() && here != theirs;
+    let hint =
+        "start the destination with the source's --uuid, or look whether it is the right one";
+    let problem = Problem::new(kind::UUID, "the VM's UUID", here, theirs, hint).of("", "uuid");
+    differ.then(|| problem.known_as(format!("UUID received is {theirs} and local is {here}")))
+}
+
+/// The first byte of a device's configuration that is not the same, as a QEMU says it.
+fn configuration(name: &str, ours: &Device, theirs: &Device) -> Option<Problem> {
+    // An older source does not say.
+    if theirs.config.is_empty() {
+        return None;
+    }
+    let byte = |of: &Device, at: u8| of.config.get(&at).copied().unwrap_or(0);
+    let at = (0..=u8::MAX).find(|at| byte(ours, *at) != byte(theirs, *at))?;
+    let (expected, found) = (byte(ours, at), byte(theirs, at));
+    let hint = "use the same version of mini-vmm, and the same devices, on both sides";
+    let what = format!("byte {at:#04x} of the PCI configuration of {name}");
+    let (shown, read) = (format!("{expected:#04x}"), format!("{found:#04x}"));
+    let known = format!(
+        "get_pci_config_device: Bad config data: i={at:#x} read: {found:x} device: {expected:x}"
+    );
+    let problem = Problem::new(kind::PCI_CONFIG, what, shown, read, hint);
+    Some(problem.of(name, format!("config[{at:#x}]")).known_as(known))
 }
 
 /// What the destination's processor or KVM lacks.
@@ -207,6 +238,7 @@ fn devices(here: &[Device], source: &[Device]) -> Vec<Problem> {
             );
             continue;
         }
+        let before = problems.len();
         let mut differs = |kind, field: &str, what: &str, a: String, b: String, hint: &str| {
             if a != b {
                 let problem = Problem::new(kind, format!("{what} of {name}"), a, b, hint);
@@ -237,6 +269,21 @@ fn devices(here: &[Device], source: &[Device]) -> Vec<Problem> {
             theirs.vectors.to_string(),
             "",
         );
+        let bars = |device: &Device| {
+            let all = device.bars.iter().map(|(index, bar)| format!("BAR {index}: {bar}"));
+            all.collect::<Vec<_>>().join(", ")
+        };
+        if !theirs.bars.is_empty() && ours.virtio == theirs.virtio && ours.vectors == theirs.vectors
+        {
+            differs(
+                kind::PCI_CONFIG,
+                "bars",
+                "the BARs",
+                bars(ours),
+                bars(theirs),
+                "use the same version of mini-vmm on both sides",
+            );
+        }
         let show = |sectors: Option<u64>| sectors.map_or("none".into(), |n| format!("{n} sectors"));
         differs(
             kind::DISK_SIZE,
@@ -257,6 +304,10 @@ fn devices(here: &[Device], source: &[Device]) -> Vec<Problem> {
                 access(theirs.features).into(),
                 "give both sides the same readonly=",
             );
+        }
+        // It follows from any of the others.
+        if problems.len() == before {
+            problems.extend(configuration(&name, ours, theirs));
         }
         let missing = theirs.features & !ours.features & !of_access(&theirs.kind);
         if missing != 0 {
@@ -330,6 +381,60 @@ mod tests {
             assert!(problem.to_string().contains(words), "{problem}");
             assert_eq!(problem.fatal, code != "disk-unlocked");
         }
+    }
+
+    fn device() -> Device {
+        Device {
+            kind: "virtio-net".into(),
+            slot: 2,
+            queues: 3,
+            vectors: 4,
+            features: 0xff,
+            virtio: Default::default(),
+            sectors: None,
+            config: [(0, 0xf4), (1, 0x1a), (3, 0x10)].into(),
+            bars: [(0, "io 0x20".into()), (1, "memory 0x1000".into())].into(),
+        }
+    }
+
+    #[test]
+    fn a_device_is_compared_in_all_that_its_configuration_says() {
+        assert_eq!(devices(&[device()], &[device()]), []);
+        let one = |change: fn(&mut Device)| {
+            let mut theirs = device();
+            change(&mut theirs);
+            let problems = devices(&[device()], &[theirs]);
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            let Problem { code, field, known_as, .. } = problems[0].clone();
+            assert!(problems[0].fatal && known_as.contains("Bad config data") || code == "queues");
+            (code, field, problems[0].to_string())
+        };
+        let (code, field, text) = one(|d| _ = d.config.insert(0x34, 0x98));
+        assert_eq!((&code[..], &field[..]), ("pci-config", "config[0x34]"));
+        assert!(text.contains("Bad config data: i=0x34 read: 98 device: 0"), "{text}");
+        let (code, field, text) = one(|d| _ = d.bars.insert(1, "memory 0x2000".into()));
+        assert_eq!((&code[..], &field[..]), ("pci-config", "bars"));
+        assert!(text.contains("BAR 1: memory 0x2000"), "{text}");
+        // What follows from something else is not said once more.
+        let (code, field, _) = one(|d| {
+            d.vectors = 5;
+            d.config.insert(0x9a, 4);
+            d.bars.insert(1, "memory 0x2000".into());
+        });
+        assert_eq!((&code[..], &field[..]), ("pci-config", "vectors"));
+        assert_eq!(one(|d| d.queues = 5).0, "queues");
+        // An older release says nothing of it.
+        let older = Device { config: Default::default(), bars: Default::default(), ..device() };
+        assert_eq!(devices(&[device()], &[older]), []);
+    }
+
+    #[test]
+    fn two_uuids_are_one_too_many() {
+        let (a, b) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        assert_eq!((uuid(a, a), uuid(a, Uuid::nil()), uuid(Uuid::nil(), a)), (None, None, None));
+        let problem = uuid(a, b).expect("a problem");
+        assert!(problem.fatal && problem.code == "uuid");
+        assert!(problem.known_as.starts_with("UUID received is 00000000"), "{problem}");
     }
 
     #[test]

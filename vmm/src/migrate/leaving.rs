@@ -5,7 +5,9 @@ use std::sync::Arc;
 use devices::virtio::DiskImage;
 use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
 use migration::handover::Arbiter;
+use migration::manifest::Scrap;
 use migration::vmstate::Section;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::details;
 use super::disks::{self, LeftDisks};
@@ -73,6 +75,16 @@ impl SourceVm for Leaving {
             .map_err(|e| VmError::with("the guest has no firmware for a QEMU", e))
     }
 
+    fn scraps(&self) -> Vec<Scrap> {
+        let memory = self.vm.machine.ram.guest();
+        let positions = self.vm.machine.board.positions().into_iter();
+        let read = |address| {
+            let value = memory.read_obj::<u32>(GuestAddress(address)).ok()?;
+            Some(Scrap { address, value })
+        };
+        positions.filter_map(read).collect()
+    }
+
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         let machine = &self.vm.machine;
         Ok(Box::new(RamTracker::new(machine.ram.clone(), machine.dirty_log.clone())))
@@ -125,6 +137,10 @@ impl SourceVm for Leaving {
         closed.map_err(|e| VmError::with("a disk could not be given up", e))
     }
 
+    fn left_disks(&self) -> serde_json::Value {
+        self.left.to_json()
+    }
+
     fn arbiter(&self) -> Arbiter {
         match self.vm.machine.board.images.iter().any(DiskImage::arbitrates) {
             true => Arbiter::DiskLocks,
@@ -135,7 +151,15 @@ impl SourceVm for Leaving {
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError> {
         let board = &self.vm.machine.board;
         match board.open_backends() {
-            Ok(()) => Ok(self.left.changed().map_or(TakenBack::AsLeft, TakenBack::Changed)),
+            Ok(()) => Ok(self.left.changed().map_or_else(
+                || {
+                    if let Err(e) = self.left.touch() {
+                        tracing::warn!("a disk image's time can't be set: {e}");
+                    }
+                    TakenBack::AsLeft
+                },
+                TakenBack::Changed,
+            )),
             Err(e) if disks::is_held(&e) => Ok(TakenBack::Held(crate::error_chain(&e))),
             Err(e) => Err(VmError::with("a disk could not be taken back", e)),
         }

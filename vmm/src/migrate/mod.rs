@@ -11,6 +11,7 @@ mod fit;
 mod leaving;
 mod outgoing;
 mod recover;
+mod settle;
 mod trial;
 mod way;
 
@@ -49,6 +50,8 @@ pub(crate) struct Desk {
     pub(crate) parameters: Parameters,
     pub(crate) control: Option<Arc<Control>>,
     thread: Option<JoinHandle<()>>,
+    /// Threads that ask, or answer, what became of a migration.
+    helpers: Vec<JoinHandle<()>>,
     /// A preflight that is under way. While it is, no migration begins: both switch the log of written
     /// pages on and off.
     pub(crate) asking: Option<Arc<Control>>,
@@ -62,6 +65,12 @@ impl Desk {
     /// Whether a thread of a migration still works, or a preflight does.
     pub(crate) fn is_busy(&self) -> bool {
         self.asking.is_some() || self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Notes a thread that helps to settle a doubt, and forgets those that have ended.
+    fn helps(&mut self, thread: JoinHandle<()>) {
+        self.helpers.retain(|helper| !helper.is_finished());
+        self.helpers.push(thread);
     }
 
     /// Notes a new migration and its thread; the one before has ended and is joined.
@@ -97,15 +106,22 @@ impl MigrationDesk {
         self.lock().control.as_ref().map(|control| control.report())
     }
 
-    /// Breaks off what still runs and joins its thread.
+    /// A doubt about the last migration has ended.
+    fn note_settled(&self, how: &str) {
+        if let Some(control) = &self.lock().control {
+            control.settled(how);
+        }
+    }
+
+    /// Breaks off what still runs and joins its threads.
     pub fn shut_down(&self) {
-        let thread = {
+        let (thread, helpers) = {
             let mut desk = self.lock();
             desk.closing = true;
             for control in desk.control.iter().chain(&desk.asking) {
                 control.abort();
             }
-            desk.thread.take()
+            (desk.thread.take(), std::mem::take(&mut desk.helpers))
         };
         if let Some(thread) = thread
             && thread.join().is_err()
@@ -114,6 +130,14 @@ impl MigrationDesk {
         }
         if let Some(standing) = self.doubt().take() {
             tracing::warn!("this copy ends in doubt: {}", standing.reason());
+            standing.asker.end();
+        }
+        // Those that the migration's thread has started last.
+        let more = std::mem::take(&mut self.lock().helpers);
+        for helper in helpers.into_iter().chain(more) {
+            if helper.join().is_err() {
+                tracing::error!("a thread that helps to settle a doubt panicked");
+            }
         }
     }
 }

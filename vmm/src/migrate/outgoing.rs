@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use migration::control::Control;
+use devices::virtio::DiskImage;
+use migration::control::{Control, Owed};
 use migration::destination::{self, DestinationError, Failure};
 use migration::guest::GuestRam;
 use migration::source::{self, Outcome};
-use migration::transport::{Listener, TransportError};
+use migration::transport::{Address, Listener, TransportError};
 
 use super::arriving::Arriving;
 use super::leaving::Leaving;
+use super::settle::{Asker, Whom};
 use super::way::{WayError, WayIn, WayOut};
 use super::{MigrationDesk, Tell};
 use crate::config::MigrationUri;
@@ -21,6 +23,13 @@ use crate::vm::Vm;
 
 /// How often a thread that waits for a source looks whether the process is ending.
 const ACCEPT_STEP: Duration = Duration::from_millis(100);
+/// How long one that asks may be silent.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
+/// How much longer a destination that has failed answers than the source may take to find out that it
+/// does not know.
+const STAY: Duration = Duration::from_secs(3);
+/// ... and how long at most, whatever a source proposes.
+const LONGEST_STAY: Duration = Duration::from_secs(60);
 
 /// Why a migration was not started.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +77,11 @@ impl Vm {
             if desk.parameters.multifd { desk.parameters.multifd_channels } else { 0 }
         };
         let way = WayOut::open(uri, channels, &self.migration.grants)?;
+        // Where it can be asked again.
+        let address = match uri {
+            MigrationUri::Socket(uri) => Some(super::way::address(uri)),
+            _ => None,
+        };
         let control = self.migration.control(self);
         let (vm, shared) = (self.clone(), control.clone());
         // A client may ask how it goes as soon as this returns.
@@ -79,13 +93,13 @@ impl Vm {
         }
         let thread = thread::Builder::new()
             .name("migration-out".into())
-            .spawn(move || vm.go(way, &shared))
+            .spawn(move || vm.go(way, address, &shared))
             .map_err(MigrateError::Thread)?;
         desk.begin(control, thread);
         Ok(())
     }
 
-    fn go(self: &Arc<Self>, way: WayOut, control: &Control) {
+    fn go(self: &Arc<Self>, way: WayOut, address: Option<Address>, control: &Control) {
         let mut leaving = Leaving::new(self.clone());
         let outcome = match way {
             WayOut::Connection(links) => source::run(&mut leaving, links, control),
@@ -110,7 +124,12 @@ impl Vm {
                      there before doing anything else: 'mini-vmm recover' says what is known here",
                     error.chain()
                 );
-                self.migration.stand(doubt, leaving);
+                let asker = Arc::new(Asker::default());
+                let whom = address.zip(doubt.id()).map(|(address, id)| Whom { address, id });
+                self.migration.stand(doubt, leaving, asker.clone());
+                if let Some(whom) = whom.filter(|_| control.parameters().settle) {
+                    self.begin_asking_after(whom, &asker);
+                }
             }
         }
     }
@@ -129,7 +148,7 @@ impl Vm {
             .name("migration-in".into())
             .spawn(move || {
                 let received = match way {
-                    WayIn::Listener(listener) => vm.receive(&listener, shared),
+                    WayIn::Listener(listener) => vm.receive(listener, shared),
                     only => vm.receive_only(only, &shared),
                 };
                 if let Err(e) = received {
@@ -145,7 +164,7 @@ impl Vm {
     /// no source, or one whose VM does not fit, is sent away, and the next may come.
     fn receive(
         self: &Arc<Self>,
-        listener: &Listener,
+        listener: Listener,
         mut control: Arc<Control>,
     ) -> Result<(), IncomingError> {
         loop {
@@ -160,10 +179,13 @@ impl Vm {
                 }
             };
             let peer = connection.peer().to_string();
-            let mut arriving = Arriving::new(self.clone(), Some(listener));
+            let mut arriving = Arriving::new(self.clone(), Some(&listener));
             match destination::run(&mut arriving, connection, &control) {
                 Ok(_) => {
                     self.migration.lock().listening = None;
+                    if let Some(owed) = control.owed() {
+                        self.answer_later(listener, owed);
+                    }
                     return Ok(());
                 }
                 Err(failure) if failure.vm_untouched && !self.migration.lock().closing => {
@@ -180,10 +202,72 @@ impl Vm {
                 }
                 Err(failure) => {
                     self.life().state = RunState::InternalError;
+                    // Where there are disks, they tell the source, and this process can go.
+                    let disks = self.machine.board.images.iter().any(DiskImage::arbitrates);
+                    if let Some(owed) = control.owed().filter(|_| !disks) {
+                        let until = Instant::now() + owed.patience.min(LONGEST_STAY) + STAY;
+                        tracing::warn!(
+                            "{}; the source may not know that: it is answered here for a while",
+                            crate::error_chain(&failure)
+                        );
+                        self.answer(&listener, &owed, Some(until));
+                    }
                     return Err(failure.into());
                 }
             }
         }
+    }
+
+    /// The guest runs here, and the source may not know: tells it, whenever it asks.
+    fn answer_later(self: &Arc<Self>, listener: Listener, owed: Owed) {
+        tracing::warn!(
+            "the source may not know that the guest runs here, and is answered if it asks"
+        );
+        let vm = self.clone();
+        let thread = thread::Builder::new().name("migration-answer".into()).spawn(move || {
+            if !vm.answer(&listener, &owed, None) {
+                vm.leave_mark();
+            }
+        });
+        match thread {
+            Ok(thread) => self.migration.lock().helps(thread),
+            Err(e) => tracing::error!("cannot start the thread that answers the source: {e}"),
+        }
+    }
+
+    /// The guest ends here, and its source has never heard that it ran: even if it has written nothing,
+    /// its disks shall not look as if it had not.
+    fn leave_mark(&self) {
+        // What is given away is another's.
+        if matches!(self.state(), RunState::FinishMigrate | RunState::Postmigrate) {
+            return;
+        }
+        for image in self.machine.board.images.iter().filter(|image| image.arbitrates()) {
+            if let Err(e) = image.touch() {
+                tracing::warn!("{}: its time can't be set: {e}", image.path.display());
+            }
+        }
+    }
+
+    /// Answers until the source has heard, the time is over, or the process ends; whether it has heard.
+    fn answer(&self, listener: &Listener, owed: &Owed, until: Option<Instant>) -> bool {
+        while !self.migration.lock().closing && until.is_none_or(|until| Instant::now() < until) {
+            match listener.accept(ACCEPT_STEP) {
+                Ok(Some(connection)) => {
+                    if destination::answer(connection, owed, ANSWER_PATIENCE) {
+                        tracing::warn!("the source knows now what became of the guest");
+                        return true;
+                    }
+                }
+                Ok(None) => {}
+                // One that could not be set up; the next may.
+                Err(e) => {
+                    tracing::warn!("{}", crate::error_chain(&e));
+                    thread::sleep(ACCEPT_STEP);
+                }
+            }
+        }
+        false
     }
 
     /// Takes the VM that comes this way; there is no other to wait for.
@@ -193,7 +277,7 @@ impl Vm {
             WayIn::Supply(supply) => destination::restore(&mut arriving, supply, control),
             WayIn::Connection(connection) => destination::run(&mut arriving, connection, control),
             WayIn::Listener(listener) => {
-                return self.receive(&listener, self.migration.control(self));
+                return self.receive(listener, self.migration.control(self));
             }
         };
         match result {

@@ -10,18 +10,25 @@ use serde::Serialize;
 
 use super::MigrationDesk;
 use super::leaving::Leaving;
+use super::settle::Asker;
 use crate::power::MachineEvent;
 use crate::vm::Vm;
 
 /// The doubt, and the guest that stands still for it.
 pub(super) struct Standing {
-    doubt: Doubt,
-    leaving: Leaving,
+    pub(super) doubt: Doubt,
+    pub(super) leaving: Leaving,
+    /// Who asks the destination meanwhile.
+    pub(super) asker: Arc<Asker>,
 }
 
 impl Standing {
     pub(super) fn reason(&self) -> &str {
         self.doubt.reason()
+    }
+
+    pub(super) fn is_asked_by(&self, asker: &Arc<Asker>) -> bool {
+        Arc::ptr_eq(&self.asker, asker)
     }
 }
 
@@ -35,6 +42,9 @@ pub struct DoubtInfo {
     pub for_seconds: u64,
     /// What the disks show, as a sentence.
     pub disks: String,
+    /// What came of asking the destination, as a sentence; nothing if it was not asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asked: Option<String>,
     /// What can be done, as a sentence.
     pub advice: &'static str,
 }
@@ -60,20 +70,21 @@ impl MigrationDesk {
         self.doubt.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn stand(&self, doubt: Doubt, leaving: Leaving) {
-        *self.doubt() = Some(Standing { doubt, leaving });
+    pub(super) fn stand(&self, doubt: Doubt, leaving: Leaving, asker: Arc<Asker>) {
+        *self.doubt() = Some(Standing { doubt, leaving, asker });
     }
 
     /// What is known of a doubt, if there is one.
     pub(crate) fn doubt_info(&self) -> Option<DoubtInfo> {
         let mut standing = self.doubt();
-        let Standing { doubt, leaving } = standing.as_mut()?;
+        let Standing { doubt, leaving, asker } = standing.as_mut()?;
         let (disks, advice) = leaving.what_is_known(doubt.arbiter());
         let elapsed = SystemTime::now().duration_since(doubt.since()).unwrap_or_default();
         Some(DoubtInfo {
             reason: doubt.reason().to_owned(),
             for_seconds: elapsed.as_secs(),
             disks,
+            asked: asker.report(),
             advice,
         })
     }
@@ -125,10 +136,15 @@ impl Vm {
     /// Does with a doubt what the operator wishes, unless it could make two running guests, or none.
     pub(crate) fn recover(self: &Arc<Self>, wish: Wish) -> Result<(), RecoverError> {
         let mut place = self.migration.doubt();
-        let Some(Standing { doubt, mut leaving }) = place.take() else {
+        let Some(Standing { doubt, mut leaving, asker }) = place.take() else {
             return Err(RecoverError::NoDoubt);
         };
-        match doubt.recover(&mut leaving, wish) {
+        let settled = doubt.recover(&mut leaving, wish);
+        if !matches!(settled, Settled::StillInDoubt(..)) {
+            asker.end();
+            self.migration.note_settled("the operator has decided");
+        }
+        match settled {
             Settled::HandedOver => {
                 tracing::warn!("the operator has settled the doubt: this copy ends");
                 self.queue(MachineEvent::HandedOver);
@@ -140,7 +156,7 @@ impl Vm {
             }
             Settled::KeptStopped(error) => Err(RecoverError::Stopped(error)),
             Settled::StillInDoubt(objection, doubt) => {
-                *place = Some(Standing { doubt, leaving });
+                *place = Some(Standing { doubt, leaving, asker });
                 Err(objection.into())
             }
         }

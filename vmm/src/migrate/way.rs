@@ -64,7 +64,7 @@ pub(super) enum WayIn {
     Supply(Supply),
 }
 
-fn address(uri: &SocketUri) -> Address {
+pub(super) fn address(uri: &SocketUri) -> Address {
     match uri {
         SocketUri::Tcp { host, port } => Address::Tcp { host: host.clone(), port: *port },
         SocketUri::Unix(path) => Address::Unix(path.clone()),

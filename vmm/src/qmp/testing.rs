@@ -155,16 +155,18 @@ impl VmControl for FakeVm {
             problems: Vec::new(),
             left_out: 0,
             forecast: None,
+            rehearsal: None,
         })
     }
 
-    fn migrate_cancel(&self) {
+    fn migrate_cancel(&self) -> Result<(), ControlError> {
         let mut state = self.state.lock().unwrap();
         if state.phase.is_busy() {
             state.phase = Phase::Cancelled;
             self.bus.send(Event::Migration(Phase::Cancelling));
             self.bus.send(Event::Migration(Phase::Cancelled));
         }
+        Ok(())
     }
 
     fn migrate_continue(&self) -> Result<(), ControlError> {
@@ -188,6 +190,10 @@ impl VmControl for FakeVm {
             Phase::None => MigrationInfo::default(),
             phase => MigrationInfo { status: Some(phase), ..MigrationInfo::default() },
         }
+    }
+
+    fn blockers(&self) -> Vec<String> {
+        Vec::new()
     }
 
     fn doubt(&self) -> Option<DoubtInfo> {

@@ -25,6 +25,8 @@ const NO_OLD_MEMORY: &str = "memory never goes on over disks that have changed";
 const NO_COPY_LOST: &str = "no plain command ends the last copy";
 const GIVEN_TO_SOMEBODY: &str = "who is told that it runs there is told the truth";
 const RUNS_OR_HOLDS: &str = "a source in doubt holds no disk that the other side may need";
+const SETTLES: &str =
+    "a doubt settles by itself while the destination lives, or the disks are as left";
 const GOOD_END: &str = "a good end is in reach: it runs on exactly one side";
 
 impl Model for Handover {
@@ -72,7 +74,14 @@ impl Model for Handover {
                 let doubt = w.source.state() == SState::InDoubt && w.here.alive;
                 !(m.has_disks() && doubt && w.here.locks) || releasing
             }),
-            Property::always(GOOD_END, |m: &Self, w: &World| m.may_end_well(w)),
+            Property::always(GOOD_END, |m: &Self, w: &World| m.may_end_well(w, true)),
+            Property::always(SETTLES, |m: &Self, w: &World| {
+                let doubt = w.here.alive && w.source.state() == SState::InDoubt;
+                let answers = w.there.alive && !w.new_there;
+                let disks_tell = m.has_disks() && !w.there.booted && !w.disk_changed;
+                let can = m.peer == Peer::MiniVmm && (answers || disks_tell);
+                !(doubt && can) || m.may_end_well(w, false)
+            }),
             // What the model must be able to tell, or it proves nothing.
             Property::sometimes("handed over", |_, w: &World| {
                 w.source.state() == SState::HandedOver && w.there.runs
@@ -83,6 +92,9 @@ impl Model for Handover {
             }),
             Property::sometimes("resumed by the operator", |_, w: &World| {
                 w.committed && w.here.runs && !w.there.alive && w.source.state() == SState::Kept
+            }),
+            Property::sometimes("a doubt settled by an answer or the disks", |_, w: &World| {
+                w.committed && w.here.runs && w.there.alive && w.source.state() == SState::Kept
             }),
             Property::sometimes("moved at the second try", |_, w: &World| {
                 w.second && w.source.state() == SState::HandedOver && w.there.runs
@@ -106,9 +118,11 @@ impl World {
 
 impl Handover {
     /// Whether sides and operator can still bring the guest to run on exactly one side when
-    /// nothing more goes wrong. A guest without disks that died with its process is beyond help.
-    fn may_end_well(&self, world: &World) -> bool {
-        let mut hopeful = self.hopeful.lock().unwrap_or_else(PoisonError::into_inner);
+    /// nothing more goes wrong; or the sides alone. A guest without disks that died with its process is
+    /// beyond help.
+    fn may_end_well(&self, world: &World, operator: bool) -> bool {
+        let hopeful = if operator { &self.hopeful } else { &self.hopeful_alone };
+        let mut hopeful = hopeful.lock().unwrap_or_else(PoisonError::into_inner);
         let mut seen = HashSet::from([world.clone()]);
         // The way to each world, so that all on a good one are known to be good.
         let mut path = vec![(world.clone(), Vec::new())];
@@ -120,7 +134,7 @@ impl Handover {
             }
             let next = loop {
                 match steps.pop() {
-                    Some(step) if step.is_benign() => {
+                    Some(step) if step.is_benign() && (operator || step.is_by_itself()) => {
                         let next = self.after(here, step);
                         if seen.insert(next.clone()) {
                             break Some(next);
@@ -231,6 +245,13 @@ fn without_any_one_guard_the_check_fails() {
         (G::RunsWithDisksOnly, DiskLocks, RUNS_WITH_DISKS),
         (G::LastWordComesLast, DiskLocks, GIVEN_TO_SOMEBODY),
         (G::FailedStartReleasesDisks, DiskLocks, GOOD_END),
+        (G::UnknownDecidesNothing, Nothing, NOT_BY_SILENCE),
+        (G::LookingWantsDisks, Nothing, NOT_BY_SILENCE),
+        (G::FreeDisksAreTakenFirst, DiskLocks, RUNS_WITH_DISKS),
+        (G::AnswersWhatIsForEver, Nothing, ONE_RUNNER),
+        (G::QuestionsAreAnswered, Nothing, SETTLES),
+        (G::DisksAreLookedAt, DiskLocks, SETTLES),
+        (G::StaleOrderIsRefused, DiskLocks, NO_OLD_MEMORY),
     ] {
         let mut model = Handover::new(arbiter, Peer::MiniVmm);
         model.broken = Some(guard);

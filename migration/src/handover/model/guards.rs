@@ -52,6 +52,20 @@ pub(super) enum Guard {
     LastWordComesLast,
     /// When it can't start it gives the disks back.
     FailedStartReleasesDisks,
+    /// Who knows nothing of a migration does not decide it.
+    UnknownDecidesNothing,
+    /// Where no disk can tell, nothing is decided by looking.
+    LookingWantsDisks,
+    /// Disks that nobody holds are taken before the guest goes on.
+    FreeDisksAreTakenFirst,
+    /// A destination says that it will never run the guest when it can't any more.
+    AnswersWhatIsForEver,
+    /// It says what became of the guest.
+    QuestionsAreAnswered,
+    /// A source that can't ask looks at the disks.
+    DisksAreLookedAt,
+    /// An order to run over disks as they once were is refused when they are so no more.
+    StaleOrderIsRefused,
 }
 
 impl Handover {
@@ -97,8 +111,18 @@ fn broken_source(guard: Guard, source: &Source, event: SEvent) -> Option<(SState
         }
         (G::ResumeWantsWord, S::InDoubt, E::ResumeHere { .. }) => retake,
         (G::DiscardWantsWord, S::InDoubt, E::Discard { .. }) => (S::HandedOver, A::HandOver),
-        (G::FreeLocksForbidDiscard, S::ProbingDisks, E::DisksFree) => (S::HandedOver, A::HandOver),
-        (G::HeldLocksForbidDiscard, S::ProbingDisks, E::DisksLost) => (S::HandedOver, A::HandOver),
+        (G::FreeLocksForbidDiscard, S::ProbingDisks { .. }, E::DisksFree) => {
+            (S::HandedOver, A::HandOver)
+        }
+        (G::HeldLocksForbidDiscard, S::ProbingDisks { .. }, E::DisksLost) => {
+            (S::HandedOver, A::HandOver)
+        }
+        (G::UnknownDecidesNothing, S::InDoubt, E::Unknown) => retake,
+        (G::LookingWantsDisks, S::InDoubt, E::Look) => retake,
+        (G::FreeDisksAreTakenFirst, S::ProbingDisks { resume_if_free: true }, E::DisksFree) => {
+            resume
+        }
+        (G::DisksAreLookedAt, S::InDoubt, E::Look) => (S::InDoubt, A::Hold),
         (G::OperatorIsHeard, S::InDoubt, E::ResumeHere { .. } | E::Discard { .. }) => {
             (S::InDoubt, A::Hold)
         }

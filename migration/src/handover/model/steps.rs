@@ -2,7 +2,8 @@
 
 use super::super::destination::{Action as DAction, Destination, Event as DEvent, State as DState};
 use super::super::source::{Action as SAction, Event as SEvent, State as SState};
-use super::{Handover, Harm, Msg, Peer, Side, World};
+use super::guards::Guard;
+use super::{Answer, Handover, Harm, Msg, Peer, Side, World};
 
 /// Something that happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,6 +36,16 @@ pub(super) enum Step {
     WriteThere,
     /// The operator speaks to the source.
     Operator(SEvent),
+    /// The source in doubt asks what became of the migration.
+    Ask,
+    /// Whoever is there answers.
+    Answer,
+    /// The source hears the answer; which may come again.
+    HearAnswer { again: bool },
+    /// Question or answer are lost.
+    LoseQuestion,
+    /// The source looks at the disks of its own accord.
+    Look,
     /// The operator lets a guest go on that could not be resumed at once.
     Cont,
     /// The VM that stayed is migrated again.
@@ -48,10 +59,24 @@ impl Step {
             self,
             Self::SourceHears { again: true }
                 | Self::DestinationHears { again: true }
+                | Self::HearAnswer { again: true }
+                | Self::LoseQuestion
                 | Self::Break { .. }
                 | Self::KillSource
                 | Self::KillDestination
                 | Self::Retry
+        )
+    }
+
+    /// Whether it happens without an operator.
+    pub(super) fn is_by_itself(self) -> bool {
+        !matches!(
+            self,
+            Self::Operator(_)
+                | Self::Cont
+                | Self::BootHere
+                | Self::BootThere
+                | Self::RestartDestination
         )
     }
 }
@@ -72,6 +97,7 @@ impl Handover {
                 out.extend((0..=w.back.len()).map(|back| Step::Break { forth, back }));
             }
         }
+        self.question_steps(w, out);
         let gone = |side: &Side| !side.alive && !side.booted;
         // A process that has given up, or given its guest away, ends.
         let failed_there = w.there.alive
@@ -96,6 +122,48 @@ impl Handover {
         if w.source.state() == SState::Kept && w.here.runs && !w.here.booted && over && !w.second {
             out.push(Step::Retry);
         }
+    }
+
+    fn question_steps(&self, w: &World, out: &mut Vec<Step>) {
+        let idle = matches!(w.source_todo, SAction::None | SAction::Hold | SAction::AskForWord);
+        if w.here.alive && idle && w.source.state() == SState::InDoubt {
+            out.push(Step::Look);
+            if self.peer == Peer::MiniVmm && !w.asked && w.answer.is_none() {
+                out.push(Step::Ask);
+            }
+        }
+        if w.asked && w.there.alive && self.answer(w).is_some() {
+            out.push(Step::Answer);
+        }
+        if w.here.alive && idle && w.answer.is_some() {
+            out.push(Step::HearAnswer { again: false });
+            if !w.duplicated {
+                out.push(Step::HearAnswer { again: true });
+            }
+        }
+        if w.asked || w.answer.is_some() {
+            out.push(Step::LoseQuestion);
+        }
+    }
+
+    /// What the process there says: nothing before it has decided for ever.
+    fn answer(&self, w: &World) -> Option<Answer> {
+        if self.broken == Some(Guard::QuestionsAreAnswered) {
+            return None;
+        }
+        let hasty = self.broken == Some(Guard::AnswersWhatIsForEver);
+        match w.destination.state() {
+            _ if w.new_there => Some(Answer::Unknown),
+            DState::Running => Some(Answer::Runs),
+            DState::Failed => Some(Answer::NeverHere),
+            DState::AwaitingCommit if hasty => Some(Answer::NeverHere),
+            _ => None,
+        }
+    }
+
+    /// Whether the disks are no longer as the source left them.
+    fn stale(w: &World) -> bool {
+        w.disk_changed || w.taken_back
     }
 
     fn source_steps(&self, w: &World, out: &mut Vec<Step>) {
@@ -169,6 +237,15 @@ impl Handover {
         let done: &[E] = match w.destination_todo {
             A::Prepare => &[E::Prepared, E::Failed],
             A::TakeDisks if self.has_disks() && w.here.locks => &[E::DisksRefused],
+            // COMMIT says how they were left; a QEMU's order does not.
+            A::TakeDisks
+                if self.has_disks()
+                    && self.peer == Peer::MiniVmm
+                    && Self::stale(w)
+                    && self.broken != Some(Guard::StaleOrderIsRefused) =>
+            {
+                &[E::DisksRefused]
+            }
             A::TakeDisks => &[E::DisksTaken, E::DisksRefused],
             A::Acknowledge => &[E::Acknowledged],
             A::Start => &[E::Started, E::StartFailed],
@@ -226,6 +303,23 @@ impl Handover {
                 self.tell_source(&mut w, event);
             }
             Step::DestinationGivesUp(event) => self.tell_destination(&mut w, event),
+            Step::Ask => w.asked = true,
+            Step::Answer => {
+                w.answer = self.answer(&w);
+                w.asked = false;
+            }
+            Step::HearAnswer { again } => {
+                w.duplicated |= again;
+                let answer = if again { w.answer } else { w.answer.take() };
+                let event = match answer {
+                    Some(Answer::Runs) => SEvent::Confirmed,
+                    Some(Answer::NeverHere) => SEvent::Refused,
+                    Some(Answer::Unknown) | None => SEvent::Unknown,
+                };
+                self.tell_source(&mut w, event);
+            }
+            Step::LoseQuestion => (w.asked, w.answer) = (false, None),
+            Step::Look => self.tell_source(&mut w, SEvent::Look),
             Step::Break { forth, back } => {
                 w.connected = false;
                 w.forth.truncate(forth);
@@ -233,6 +327,7 @@ impl Handover {
             }
             Step::KillSource => {
                 (w.here, w.source_todo) = (Side::DEAD, SAction::None);
+                (w.asked, w.answer) = (false, None);
                 w.back.clear();
             }
             Step::KillDestination => {
@@ -267,7 +362,11 @@ impl Handover {
 
     fn tell_source(&self, w: &mut World, event: SEvent) {
         use SEvent as E;
-        let silent = matches!(event, E::Lost | E::Failed);
+        let silent = match event {
+            E::Lost | E::Failed | E::Unknown => true,
+            E::Look => !self.has_disks(),
+            _ => false,
+        };
         w.evidence |= !silent;
         if let E::ResumeHere { even_changed, .. } = event {
             w.change_accepted = even_changed;
@@ -302,7 +401,7 @@ impl Handover {
             (A::Send, E::StateSent) => send(w, Msg::State),
             (A::ReleaseDisks, E::DisksReleased) => {
                 w.here.locks = false;
-                w.disk_changed = false;
+                (w.disk_changed, w.taken_back) = (false, false);
             }
             (A::Commit, E::Confirmed) => {
                 w.committed = true;
@@ -312,7 +411,10 @@ impl Handover {
             }
             // The worst of it: nothing is held any more, although it failed.
             (A::ReleaseDisks, E::DisksKept) => w.here.locks = false,
-            (A::RetakeDisks, E::DisksTaken | E::DisksChanged) => w.here.locks = true,
+            (A::RetakeDisks, E::DisksTaken | E::DisksChanged) => {
+                w.here.locks = true;
+                w.taken_back |= event == E::DisksTaken;
+            }
             (A::ReleaseDisksAndHold, _) => {
                 w.here.locks = false;
                 w.source_todo = A::Hold;
@@ -351,7 +453,12 @@ impl Handover {
             }
             (A::TakeDisks, E::DisksTaken) => w.there.locks = true,
             (A::Acknowledge, _) => say(w, Msg::Shut0),
-            (A::Start, E::Started) => (w.there.runs, w.ran_there) = (true, true),
+            (A::Start, E::Started) => {
+                (w.there.runs, w.ran_there) = (true, true);
+                if self.has_disks() && self.peer == Peer::MiniVmm && Self::stale(w) {
+                    w.harm = Some(Harm::OldMemory);
+                }
+            }
             (A::Announce, _) => {
                 w.destination_todo = A::None;
                 return say(w, Msg::Shut0);

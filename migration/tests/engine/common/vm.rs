@@ -9,7 +9,7 @@ use migration::guest::{
     TakenBack, VmError,
 };
 use migration::handover::Arbiter;
-use migration::manifest::Problem;
+use migration::manifest::{Problem, Scrap};
 use migration::transport::Connection;
 use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
 
@@ -24,6 +24,8 @@ pub(crate) struct World {
     disks: Mutex<Option<&'static str>>,
     /// Somebody has written to the disks since the source gave them up.
     pub(crate) disks_written: AtomicBool,
+    /// Changes whenever they are taken back.
+    pub(crate) stamp: AtomicU64,
     pub(crate) history: Mutex<Vec<String>>,
     /// Set when the rule was broken, so that a panic on another thread is not overlooked.
     pub(crate) broken: AtomicBool,
@@ -76,6 +78,9 @@ impl World {
     }
 }
 
+/// Where the devices' states rely on memory.
+const SCRAP: u64 = 5 * PAGE_SIZE + 100;
+
 /// What goes wrong in a VM, for tests of failures.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -87,6 +92,7 @@ pub(crate) enum Fault {
     ReacquireDisks,
     Resume,
     Prepare,
+    EndRehearsal,
     TakeDisks,
     Start,
 }
@@ -103,6 +109,8 @@ pub(crate) struct FakeVm {
     pub(crate) blockers: Vec<String>,
     pub(crate) was_running: bool,
     pub(crate) arbiter: Arbiter,
+    /// How long it takes to give its disks up.
+    pub(crate) slow_release: Duration,
     /// Blocks that it takes although it has not got them.
     pub(crate) keeps: Vec<String>,
     /// The first device's layout is one that nobody else knows.
@@ -130,6 +138,7 @@ impl FakeVm {
             blockers: Vec::new(),
             was_running: true,
             arbiter: Arbiter::DiskLocks,
+            slow_release: Duration::ZERO,
             keeps: Vec::new(),
             other_layout: false,
             beside: Vec::new(),
@@ -216,6 +225,11 @@ impl SourceVm for FakeVm {
     fn blockers(&self) -> Vec<String> {
         self.blockers.clone()
     }
+    fn scraps(&self) -> Vec<Scrap> {
+        let mut bytes = [0; 4];
+        self.ram.copy_out(0, SCRAP, &mut bytes).unwrap();
+        vec![Scrap { address: SCRAP, value: u32::from_le_bytes(bytes) }]
+    }
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         Ok(Box::new(FakeLog(self.ram.clone())))
     }
@@ -248,8 +262,12 @@ impl SourceVm for FakeVm {
     }
     fn release_disks(&mut self) -> Result<(), VmError> {
         self.fault(Fault::ReleaseDisks)?;
+        std::thread::sleep(self.slow_release);
         self.world.drop_disks(self.who);
         Ok(())
+    }
+    fn left_disks(&self) -> serde_json::Value {
+        self.world.stamp.load(Ordering::Relaxed).into()
     }
     fn arbiter(&self) -> Arbiter {
         self.arbiter
@@ -261,7 +279,10 @@ impl SourceVm for FakeVm {
         }
         Ok(match self.world.disks_changed() {
             true => TakenBack::Changed("disk0.raw was written to".into()),
-            false => TakenBack::AsLeft,
+            false => {
+                self.world.stamp.fetch_add(1, Ordering::Relaxed);
+                TakenBack::AsLeft
+            }
         })
     }
     fn probe_disks(&mut self) -> Result<Holder, VmError> {
@@ -309,11 +330,29 @@ impl DestinationVm for FakeVm {
         }
         known
     }
+    fn begin_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        for scrap in scraps {
+            let bytes = scrap.value.to_le_bytes();
+            self.ram.copy_in(0, scrap.address, &bytes).map_err(|e| VmError::with("a scrap", e))?;
+        }
+        Ok(())
+    }
+    fn end_rehearsal(&mut self, scraps: &[Scrap]) -> Result<(), VmError> {
+        self.fault(Fault::EndRehearsal)?;
+        for scrap in scraps {
+            self.ram.copy_in(0, scrap.address, &[0; 4]).map_err(|e| VmError::with("a scrap", e))?;
+        }
+        Ok(())
+    }
     fn prepare(&mut self) -> Result<(), VmError> {
+        self.world.note(format!("prepared with {:?}", self.device(0)));
         self.fault(Fault::Prepare)
     }
-    fn take_disks(&mut self) -> Result<(), VmError> {
+    fn take_disks(&mut self, left: &serde_json::Value) -> Result<(), VmError> {
         self.fault(Fault::TakeDisks)?;
+        if !left.is_null() && *left != self.world.stamp.load(Ordering::Relaxed) {
+            return Err(VmError::new("disk0.raw is not as the source left it"));
+        }
         self.world.take_disks(self.who)
     }
     fn release_disks(&mut self) {

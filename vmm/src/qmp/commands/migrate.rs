@@ -69,7 +69,7 @@ pub(super) fn migrate_incoming(shared: &Shared, mut args: Args) -> Outcome {
     Ok(json!({}))
 }
 
-/// Cancels. Fine, too, if nothing runs.
+/// Cancels. Fine, too, if nothing runs; an error when the guest has been given to the other side.
 ///
 /// ```text
 /// -> {"execute": "migrate_cancel"}
@@ -77,7 +77,7 @@ pub(super) fn migrate_incoming(shared: &Shared, mut args: Args) -> Outcome {
 /// ```
 pub(super) fn migrate_cancel(shared: &Shared, args: Args) -> Outcome {
     args.finish()?;
-    shared.vm.migrate_cancel();
+    shared.vm.migrate_cancel()?;
     Ok(json!({}))
 }
 
@@ -128,6 +128,10 @@ pub(super) fn closefd(shared: &Shared, mut args: Args) -> Outcome {
 pub(super) fn query_migrate(shared: &Shared, args: Args) -> Outcome {
     args.finish()?;
     let mut info = serde_json::to_value(shared.vm.query_migrate()).map_err(|_| QmpError::Lost)?;
+    let blockers = shared.vm.blockers();
+    if let Some(members) = info.as_object_mut().filter(|_| !blockers.is_empty()) {
+        members.insert("blocked-reasons".to_string(), json!(blockers));
+    }
     if let (RunState::Inmigrate, Some(uri), Some(members)) =
         (shared.vm.status(), shared.vm.runtime().migrate_listen, info.as_object_mut())
     {

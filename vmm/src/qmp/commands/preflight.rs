@@ -14,11 +14,14 @@ use crate::config::MigrationUri;
 const MAX_SAMPLE_MS: u64 = 30_000;
 
 /// Would the VM move there? `sample` is for how many ms the guest's writes are watched (1000; 0 leaves
-/// the forecast out). Any parameter of a migration may be said with it, and counts for this once.
+/// the forecast out). With `rehearse` the state of devices and vCPUs is loaded there and thrown away, for
+/// which the guest stands still for about a millisecond. Any parameter of a migration may be said with it, and counts for this once.
 ///
 /// ```text
 /// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "sample": 100, "downtime-limit": 50}}
-/// <- {"return": {"would-move": true, "destination": "mini-vmm 0.1.0", "problems": [], "left-out": 0, "forecast": null}}
+/// <- {"return": {"would-move": true, "destination": "mini-vmm 0.1.0", "problems": [], "left-out": 0, "forecast": null, "rehearsal": null}}
+/// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "rehearse": 1}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'rehearse' does not accept value '1'"}}
 /// -> {"execute": "x-mini-vmm-preflight"}
 /// <- {"error": {"class": "GenericError", "desc": "Parameter 'uri' is missing"}}
 /// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "sample": 99999}}
@@ -34,6 +37,11 @@ pub(super) fn preflight(shared: &Shared, mut args: Args) -> Outcome {
         let ms = value.as_u64().filter(|ms| *ms <= MAX_SAMPLE_MS);
         let ms = ms.ok_or_else(|| QmpError::Value("sample".to_string(), value.to_string()))?;
         questions.sample = Duration::from_millis(ms);
+    }
+    if let Some(value) = rest.remove("rehearse") {
+        let wanted = value.as_bool();
+        questions.rehearse =
+            wanted.ok_or_else(|| QmpError::Value("rehearse".to_string(), value.to_string()))?;
     }
     let mut parameters = shared.vm.migrate_parameters();
     for (name, value) in rest {

@@ -183,7 +183,7 @@ impl Doubt {
         self.id
     }
 
-    /// Takes the answer of one that was asked ([`ask`](super::ask)).
+    /// Takes the answer of one that was asked ([`ask`](super::ask())).
     pub fn hear(self, vm: &mut dyn SourceVm, fate: Fate) -> Settled {
         let event = match fate {
             Fate::Runs => Event::Confirmed,

@@ -73,7 +73,7 @@ packet_lba:     .long 0, 0
 
 /* From here on at 0x7e00. */
 stage2: cmpl    $0, TASK + 0            /* the kernel's first sector */
-        jne     linux
+        jne     load_linux
 
 /* Count: the number of starts is kept in the last word of sector 4. */
         incw    TASK + 508
@@ -111,7 +111,8 @@ off:    mov     $0x604, %dx             /* PM1a control: S5 and the enable bit *
         jmp     wait
 
 /* Loads and starts Linux by its 16-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst). */
-linux:  mov     $loading, %si
+load_linux:
+        mov     $loading, %si
         call    puts
         mov     TASK + 0, %eax          /* the real-mode part goes to its place at once */
         mov     %eax, packet_lba

@@ -31,7 +31,8 @@ fn qemu_args(boot: &Path, records: &Path) -> String {
 /// Reboots, and waits until all is up again, by the firmware.
 fn reboot(guest: &mut Terminal) {
     let from = guest.text().len();
-    guest.tell("reboot -f");
+    // A writer that goes on while the kernel takes its disk away has an error to tell.
+    guest.tell("killall guest-tool; sleep 2; sync; reboot -f");
     guest.wait_new("GUEST READY", 120);
     let said = guest.text();
     let since = said.get(from..).unwrap_or_default();

@@ -3,7 +3,7 @@
 use kvm_ioctls::VcpuFd;
 
 use crate::cpuid::{CpuProfile, CpuidError};
-use crate::error::vcpu_error;
+use crate::error::{KvmError, vcpu_error};
 use crate::host::KvmHost;
 use crate::msr::{self, Msr};
 use crate::sys;
@@ -27,6 +27,11 @@ pub fn init_vcpu(
     sys::setup_mce(vcpu, host.mcg_cap)
         .map_err(vcpu_error(index, format!("KVM_X86_SETUP_MCE({:#x})", host.mcg_cap)))?;
     Ok(())
+}
+
+/// What a processor of this board has after power-on, and KVM's may not: fast strings.
+pub fn reset_misc(index: u32, vcpu: &VcpuFd) -> Result<(), KvmError> {
+    msr::write(index, vcpu, &[Msr { index: msr::IA32_MISC_ENABLE, value: 1 }])
 }
 
 /// Registers that firmware would have set before it starts an operating system. All vCPUs alike.

@@ -185,11 +185,11 @@ fn cases() -> Vec<Case> {
     assert_eq!(reset.read(), 0);
     let keyboard = I8042::new(Arc::default(), Arc::default(), line(), line(), world.clone());
     let uart = SerialPort::new(serial::COM1, line(), Box::new(std::io::sink()));
-    let mut fw_cfg = FwCfg::new(ram, 1 << 28, 2, 2);
+    let mut fw_cfg = FwCfg::new(ram, [0; 16], 1 << 28, 2, 2);
     fw_cfg.add_file("etc/test", vec![1; 100]).unwrap();
     vec![
         // With the subsection `fw_cfg/dma`.
-        on_ports("fw_cfg", 0, 6 + 24, fw_cfg, &[(fw_cfg::BASE_PORT, fw_cfg::PORTS)]),
+        on_ports("fw_cfg", 0, 6 + 24, fw_cfg, &fw_cfg::PORTS),
         function("0000:00:00.0/I440FX", 277, I440fx::new()),
         on_ports("dma", 0, 75, Dma::new(Which::First), &[dma::FIRST_PORTS, dma::FIRST_PAGES[0]]),
         on_ports("dma", 1, 75, Dma::new(Which::Second), &[dma::SECOND_PORTS]),

@@ -57,6 +57,9 @@ pub struct Machine {
     pub args: String,
     /// What is added to the kernel's command line.
     pub append: String,
+    /// Whether mini-vmm is given the kernel. Otherwise its guest brings a firmware along, or boots from
+    /// its first disk.
+    pub kernel: bool,
 }
 
 impl Machine {
@@ -69,6 +72,9 @@ impl Machine {
     /// The flags of `mini-vmm run` that make it, but for name, serial port and migration.
     pub fn flags(&self) -> Vec<String> {
         let mut flags: Vec<String> = self.args.split_whitespace().map(str::to_string).collect();
+        if !self.kernel {
+            return flags;
+        }
         flags.extend([
             "--kernel".to_string(),
             file("MINI_VMM_GUEST_KERNEL").display().to_string(),

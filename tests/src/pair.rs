@@ -29,7 +29,7 @@ pub struct InQemu {
 impl Pair {
     /// A machine with these devices; `append` is for the kernel's command line.
     pub fn new(mini: &str, qemu: &str, append: &str) -> Self {
-        let mini = Machine { args: mini.into(), append: append.into() };
+        let mini = Machine { args: mini.into(), append: append.into(), kernel: true };
         let qemu = QemuArgs::new(qemu)
             .args("-accel kvm -cpu host -kernel")
             .arg(file("MINI_VMM_GUEST_KERNEL").display().to_string())
@@ -37,6 +37,13 @@ impl Pair {
             .arg(file("MINI_VMM_GUEST_INITRD").display().to_string())
             .arg("-append")
             .arg(mini.command_line());
+        Self { mini, qemu, dir: TempDir::new().expect("a directory") }
+    }
+
+    /// A machine whose guest boots from its first disk, not told of a kernel in either program.
+    pub fn from_disk(mini: &str, qemu: &str) -> Self {
+        let mini = Machine { args: mini.into(), append: String::new(), kernel: false };
+        let qemu = QemuArgs::new(qemu).args("-accel kvm -cpu host");
         Self { mini, qemu, dir: TempDir::new().expect("a directory") }
     }
 

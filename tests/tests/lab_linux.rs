@@ -30,6 +30,7 @@ fn three_migrations_in_a_row_lose_nothing() {
             tap.name()
         ),
         append: "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24".into(),
+        kernel: true,
     };
     let mut guest = machine.boot(dir.path(), "first");
     guest.assert_content();
@@ -90,6 +91,7 @@ fn a_stock_kernel_boots_on_one_processor_and_powers_off() {
     let machine = Machine {
         args: format!("--memory 256M --smp 1 --disk path={},readonly=on", image.display()),
         append: String::new(),
+        kernel: true,
     };
     let mut guest = machine.boot(dir.path(), "one");
     let report = guest.shell("report");
@@ -103,8 +105,11 @@ fn a_stock_kernel_boots_on_one_processor_and_powers_off() {
 #[test]
 fn a_stock_kernel_with_four_processors_moves_and_powers_off() {
     let dir = TempDir::new().expect("a directory");
-    let machine =
-        Machine { args: "--memory 256M --smp 4".into(), append: "guest.run=memory,clock".into() };
+    let machine = Machine {
+        args: "--memory 256M --smp 4".into(),
+        append: "guest.run=memory,clock".into(),
+        kernel: true,
+    };
     let mut guest = machine.boot(dir.path(), "here");
     guest.assert_content();
     let verified = guest.next_number("memory: generation");
@@ -139,7 +144,11 @@ fn the_balloon_is_asked_here_and_there_and_the_keyboard_translates() {
         while qmp.event("BALLOON_CHANGE")["data"]["actual"] != mib * MIB {}
     };
     let dir = TempDir::new().expect("a directory");
-    let machine = Machine { args: "--memory 256M --smp 1 --balloon".into(), append: String::new() };
+    let machine = Machine {
+        args: "--memory 256M --smp 1 --balloon".into(),
+        append: String::new(),
+        kernel: true,
+    };
     let mut guest = machine.boot(dir.path(), "here");
     let inputs = guest.shell("cat /proc/bus/input/devices");
     assert!(inputs.contains("AT Translated Set 2 keyboard"), "{inputs}");

@@ -25,6 +25,7 @@ fn the_printed_line_takes_a_guest_to_qemu_and_back() {
             image.display()
         ),
         append: "guest.run=memory,disk,clock".into(),
+        kernel: true,
     };
     let guest = machine.boot(dir.path(), "first");
     let (words, shell) = (line(&guest.vm, &["--json"]), line(&guest.vm, &[]));

@@ -5,16 +5,17 @@ use std::sync::{Arc, Mutex};
 
 use devices::bus::{BusError, IoBus};
 use devices::chipset::holders::{AcpiBuildState, Holder, I2cBusState, TprOptState};
-use devices::chipset::i440fx::I440fx;
+use devices::chipset::i440fx::{I440fx, PamAccess, PamHook};
 use devices::chipset::ide::{self, Ide};
 use devices::chipset::piix3::{Piix3, ResetRegister};
 use devices::chipset::piix4_pm::{Piix4Pm, PmSection};
 use devices::chipset::pirq::PirqRouter;
 use devices::device::{Device, PowerControl};
 use devices::irq::{IoEvents, IrqLine, MsiController};
+use devices::isa::debugcon::{self, DebugConsole};
 use devices::isa::dma::{Dma, Which};
 use devices::isa::fdc::Fdc;
-use devices::isa::fw_cfg::FwCfg;
+use devices::isa::fw_cfg::{self, AcpiSizes, FileError, FwCfg};
 use devices::isa::i8042::I8042;
 use devices::isa::pcspk::PcSpeaker;
 use devices::isa::port92::Port92;
@@ -123,6 +124,8 @@ pub struct Board {
     pub balloon: Option<GuestBalloon>,
     pm: Option<Arc<Mutex<Piix4Pm>>>,
     pci: Option<Arc<PciBus>>,
+    fw_cfg: Option<Arc<Mutex<FwCfg>>>,
+    host_bridge: Option<Arc<Mutex<I440fx>>>,
     virtio: Vec<VirtioSlot>,
     announcer: Option<Arc<Mutex<Announcer>>>,
     sections: Vec<MakeSection>,
@@ -138,10 +141,13 @@ impl Board {
 
         let cpus = u16::try_from(p.config.smp).unwrap_or(u16::MAX);
         board.device("kvm-tpr-opt", 0, Holder::<TprOptState>::new());
-        let fw_cfg = FwCfg::new(p.ram.guest().clone(), p.ram.size(), cpus, cpus);
-        let fw_cfg = board.device("fw_cfg", 0, fw_cfg);
-        p.bus.map_pio(0x510, 2, fw_cfg.clone())?;
-        p.bus.map_pio(0x514, 8, fw_cfg)?;
+        let uuid = *p.config.uuid.as_bytes();
+        let device = FwCfg::new(p.ram.guest().clone(), uuid, p.ram.size(), cpus, cpus);
+        let device = board.device("fw_cfg", 0, device);
+        board.fw_cfg = Some(device.clone());
+        for (base, len) in fw_cfg::PORTS {
+            p.bus.map_pio(base, len, device.clone())?;
+        }
 
         let router = PirqRouter::new(std::array::from_fn(|irq| line(irq as u32)));
         let reset_register = ResetRegister::new(power.clone());
@@ -150,6 +156,7 @@ impl Board {
         board.state("PCIHost", 0, Arc::new(Mutex::new(PciHost(pci.clone()))));
         board.state("PCIBUS", 0, Arc::new(Mutex::new(PciBusLines(pci.clone()))));
         let host = board.device("0000:00:00.0/I440FX", 0, I440fx::new());
+        board.host_bridge = Some(host.clone());
         pci.attach(0, 0, host)?;
 
         for (instance, which, ports) in
@@ -222,6 +229,10 @@ impl Board {
         board.virtio_devices(p, &pci)?;
         board.device("acpi_build", 0, Holder::<AcpiBuildState>::new());
         board.pci = Some(pci);
+        // Only for those who listen: each character is an exit.
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            p.bus.map_pio(debugcon::PORT, 1, Arc::new(Mutex::new(DebugConsole::default())))?;
+        }
         for port in [0x80, 0xf0] {
             p.bus.map_pio(port, 1, Arc::new(Mutex::new(SinkPort)))?;
         }
@@ -390,6 +401,37 @@ impl Board {
         if let Some(pci) = &self.pci {
             pci.refresh();
         }
+    }
+
+    /// What the guest has programmed of the memory below 1 MiB, in the order of the chipset's segments.
+    pub fn pam(&self) -> Option<[PamAccess; 13]> {
+        self.host_bridge.as_ref().map(|bridge| lock(bridge).pam_all())
+    }
+
+    /// Has `hook` called whenever the guest programs that anew.
+    pub fn on_pam(&self, hook: PamHook) {
+        if let Some(bridge) = &self.host_bridge {
+            lock(bridge).on_pam(hook);
+        }
+    }
+
+    /// How large the ACPI files are that a firmware fetches, where that has been said.
+    pub fn acpi_sizes(&self) -> Option<AcpiSizes> {
+        self.fw_cfg.as_ref().and_then(|device| lock(device).acpi_sizes().cloned())
+    }
+
+    /// Offers these files to a firmware, and no others; `sizes` are those of its ACPI files.
+    pub fn offer_files(
+        &self,
+        files: Vec<(String, Vec<u8>)>,
+        sizes: Option<AcpiSizes>,
+    ) -> Result<(), FileError> {
+        let Some(device) = &self.fw_cfg else { return Ok(()) };
+        let mut device = lock(device);
+        if let Some(sizes) = sizes {
+            device.set_acpi_sizes(sizes);
+        }
+        device.replace_files(files)
     }
 
     /// The network interfaces' identifiers.

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use migration::dirty::DirtyBitmap;
 use migration::guest::{DirtyTracker, VmError};
+use vm_memory::bitmap::AtomicBitmap;
 
-use crate::kvm::{DirtyLog, Slot};
+use crate::kvm::DirtyLog;
 use crate::memory::{PAGE_SIZE, Ram};
 
 /// `pc.ram`, the one block of the board that is ever written to: the others are ROM.
 const BLOCK: usize = 0;
-const PAGES_PER_WORD: u64 = 64;
 
 /// Tracks the writes to one machine's RAM.
 pub struct RamTracker {
@@ -24,13 +24,13 @@ impl RamTracker {
         Self { ram, log }
     }
 
-    fn slots(&self) -> impl Iterator<Item = (usize, &Slot)> {
-        self.log.slots().iter().enumerate()
+    /// What devices wrote: of each stretch of RAM its first page in the block, and its bitmap.
+    fn devices(&self) -> impl Iterator<Item = (u64, &AtomicBitmap)> {
+        let slots = self.ram.slots().iter().enumerate();
+        slots.filter_map(|(index, slot)| {
+            Some((slot.block_offset / PAGE_SIZE, self.ram.device_bitmap(index)?))
+        })
     }
-}
-
-fn first_page(slot: &Slot) -> u64 {
-    slot.block_offset / PAGE_SIZE
 }
 
 impl DirtyTracker for RamTracker {
@@ -39,24 +39,16 @@ impl DirtyTracker for RamTracker {
             .set_logging(true)
             .map_err(|e| VmError::with("cannot start to log the pages that the guest writes", e))?;
         // What devices wrote before is part of the first pass, as everything is.
-        for (index, _) in self.slots() {
-            if let Some(bitmap) = self.ram.device_bitmap(index) {
-                bitmap.reset();
-            }
-        }
+        self.devices().for_each(|(_, bitmap)| bitmap.reset());
         Ok(())
     }
 
     fn fetch(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        for (index, slot) in self.slots() {
-            let log = self
-                .log
-                .fetch(slot)
-                .map_err(|e| VmError::with("cannot read the log of written pages", e))?;
-            into.or(BLOCK, first_page(slot), &log);
-            if let Some(bitmap) = self.ram.device_bitmap(index) {
-                into.or(BLOCK, first_page(slot), &bitmap.get_and_reset());
-            }
+        self.log
+            .fetch(|first_page, log| into.or(BLOCK, first_page, log))
+            .map_err(|e| VmError::with("cannot read the log of written pages", e))?;
+        for (first_page, bitmap) in self.devices() {
+            into.or(BLOCK, first_page, &bitmap.get_and_reset());
         }
         Ok(())
     }
@@ -65,23 +57,9 @@ impl DirtyTracker for RamTracker {
         if block != BLOCK {
             return Ok(());
         }
-        let end = first.saturating_add(bits.len() as u64 * PAGES_PER_WORD);
-        for (_, slot) in self.slots() {
-            // Slots begin at multiples of 64 pages, so no word belongs to two of them.
-            let start = first_page(slot);
-            let from = first.max(start);
-            let to = end.min((start + slot.len / PAGE_SIZE).next_multiple_of(PAGES_PER_WORD));
-            if from >= to {
-                continue;
-            }
-            let words = ((from - first) / PAGES_PER_WORD) as usize
-                ..((to - first) / PAGES_PER_WORD) as usize;
-            let Some(bits) = bits.get(words) else { continue };
-            self.log
-                .clear(slot, from - start, bits)
-                .map_err(|e| VmError::with("cannot clear the log of written pages", e))?;
-        }
-        Ok(())
+        self.log
+            .clear(first, bits)
+            .map_err(|e| VmError::with("cannot clear the log of written pages", e))
     }
 
     fn stop(&mut self) {

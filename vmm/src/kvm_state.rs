@@ -111,6 +111,25 @@ fn context(machine: &Machine, virtual_ns: i64) -> WireContext {
     }
 }
 
+/// Where SeaBIOS puts what it has in system management mode.
+const SMBASE_IN_USE: u32 = 0xa_0000;
+/// CR0's bit for paging.
+const CR0_PG: u64 = 1 << 31;
+
+/// Whether the first vCPU is in a firmware, or a boot loader that calls one, that goes on by system
+/// management mode: it would wait for an SMI that never comes. An operating system pages.
+fn check_no_smm(cpu: &wire::Cpu) -> Result<(), FieldError> {
+    if cpu.smbase == SMBASE_IN_USE && cpu.cr0 & CR0_PG == 0 {
+        return Err(FieldError::new(
+            "cr0",
+            "paging: the guest is in its firmware or boot loader, which uses system management mode, \
+             and there is none here; let it boot first",
+            format_args!("{:#x}", cpu.cr0),
+        ));
+    }
+    Ok(())
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -166,6 +185,9 @@ impl KvmState {
             let section = SectionId::new(name, instance);
             move |error| InstallError::Field { section, error }
         };
+        if let Some(first) = arrived.cpu.get(&0) {
+            check_no_smm(first).map_err(field("cpu", 0))?;
+        }
         let mut states = Vec::new();
         for index in 0..machine.config().smp {
             let vcpu = VcpuWire {
@@ -225,5 +247,20 @@ impl KvmState {
         let advanced = i64::try_from(base.advanced).unwrap_or(i64::MAX);
         machine.clock.set(virtual_ns.saturating_add(advanced));
         machine.restore_tscs(&states, base)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_firmware_that_uses_smm_is_refused() {
+        let cpu = |smbase, cr0| wire::Cpu { smbase, cr0, ..wire::Cpu::default() };
+        // As SeaBIOS leaves it without SMM, and an operating system with it.
+        check_no_smm(&cpu(0x3_0000, 0x11)).unwrap();
+        check_no_smm(&cpu(SMBASE_IN_USE, 0x8005_0033)).unwrap();
+        let error = check_no_smm(&cpu(SMBASE_IN_USE, 0x11)).unwrap_err();
+        assert!(error.to_string().contains("boot loader"), "{error}");
     }
 }

@@ -1,9 +1,10 @@
 //! What a QEMU's board has in memory beside its RAM, and sends as RAM blocks of their own: the
 //! BIOS, option ROMs, and the ACPI tables that its firmware fetches.
 //!
-//! A guest that came from a QEMU brings them along, and they are kept, so that it can go back to
-//! one and reboot there: a QEMU that waits for a migration fills none of these blocks itself. A
-//! guest that was booted here without firmware is given a BIOS when it leaves for a QEMU.
+//! A guest that came from a QEMU brings them along, and they are kept: it reboots by them, here or in
+//! a QEMU that it goes back to, since one that waits for a migration fills none of these blocks itself.
+//! A guest that boots by firmware here has the same ones (`machine::firmware`), and one that was booted
+//! here without is given a BIOS when it leaves for a QEMU.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -13,6 +14,16 @@ use vm_memory::mmap::MmapRegion;
 
 /// The block that holds the BIOS.
 pub const PC_BIOS: &str = "pc.bios";
+
+/// The block that shows at 0xc0000 where the chipset shows no RAM; empty, since option ROMs come by
+/// other ways.
+pub const PC_ROM: &str = "pc.rom";
+
+/// The length of [`PC_ROM`] on this board in bytes.
+pub const ROM_LEN: u64 = 128 << 10;
+
+/// Blocks of files that a firmware fetches are named so, the file's name behind it.
+pub const FILE_PREFIX: &str = "/rom@";
 
 /// The length of [`PC_BIOS`] on this board in bytes; what a QEMU of this machine type has, and
 /// insists on.
@@ -82,8 +93,8 @@ pub enum RomError {
     },
     /// There is none.
     #[error(
-        "there is no firmware to give to the guest, and in a QEMU it could not reboot without \
-         one: install the package seabios, or name its bios-256k.bin with --firmware"
+        "there is no firmware for the guest: install the package seabios, or name its \
+         bios-256k.bin with --firmware"
     )]
     NoFile,
 }
@@ -104,6 +115,27 @@ impl Rom {
     /// Where it begins in this process. It is there as long as the `Rom` or a copy of it.
     pub fn host_address(&self) -> u64 {
         self.memory.as_ptr() as u64
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &Arc<MmapRegion> {
+        &self.memory
+    }
+
+    /// Its first `len` bytes, or all if there are less.
+    pub fn content(&self, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len.min(self.size()) as usize];
+        // SAFETY: the mapping has that many bytes, no Rust reference to it exists, and `bytes` is no part
+        // of it.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.memory.as_ptr(), bytes.as_mut_ptr(), bytes.len());
+        }
+        bytes
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     fn write(&self, content: &[u8]) {
@@ -160,9 +192,10 @@ impl Roms {
         Ok(())
     }
 
-    /// Adds a block that holds `content`.
+    /// Adds a block that holds `content`, and zeros to the end of its last page.
     pub fn add_filled(&self, name: &str, content: &[u8]) -> Result<(), RomError> {
-        self.add(&RamBlock { name: name.into(), len: content.len() as u64 })?;
+        let len = (content.len() as u64).next_multiple_of(PAGE_SIZE);
+        self.add(&RamBlock { name: name.into(), len })?;
         let list = self.list();
         if let Some(rom) = list.last().filter(|rom| rom.name == name) {
             rom.write(content);
@@ -178,7 +211,7 @@ impl Roms {
 
 /// The names of blocks on a QEMU's board of this type.
 fn is_known(name: &str) -> bool {
-    matches!(name, PC_BIOS | "pc.rom")
+    matches!(name, PC_BIOS | PC_ROM)
         || name.starts_with("/rom@etc/")
         || (name.starts_with("0000:") && name.ends_with(".rom"))
 }

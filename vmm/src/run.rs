@@ -165,19 +165,21 @@ fn begin(vm: &Vm) -> Result<(), RunError> {
 fn serve(vm: &Arc<Vm>, events: &Receiver<MachineEvent>) -> Result<RunOutcome, RunError> {
     loop {
         match events.recv().map_err(|_| RunError::Abandoned)? {
-            MachineEvent::Guest(PowerRequest::PowerOff) => {
-                vm.end(RunState::Shutdown, ShutdownReason::GuestShutdown);
-                return Ok(RunOutcome::PoweredOff);
-            }
-            MachineEvent::Guest(PowerRequest::Reset) => {
-                match vm.reset(ShutdownReason::GuestReset) {
-                    // The guest asked and was stopped or given away before it was heard.
+            MachineEvent::Guest => match vm.asked() {
+                Some(PowerRequest::PowerOff) => {
+                    vm.end(RunState::Shutdown, ShutdownReason::GuestShutdown);
+                    return Ok(RunOutcome::PoweredOff);
+                }
+                Some(PowerRequest::Reset) => match vm.reset(ShutdownReason::GuestReset) {
+                    // On its way to another host; whoever ends up with the guest does it.
                     Err(ControlError::WrongState { state, .. }) => {
-                        tracing::warn!("the guest's reset was dropped in state {state}");
+                        tracing::info!("the guest's reset waits in state {state}");
                     }
                     r => r?,
-                }
-            }
+                },
+                // Done already.
+                None => {}
+            },
             MachineEvent::Crashed(report) => {
                 let (state, reason) = match report.kind {
                     CrashKind::TripleFault => (RunState::GuestPanicked, ShutdownReason::GuestPanic),

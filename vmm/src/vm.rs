@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::trial::VcpuNeeds;
+use devices::device::PowerRequest;
 
 use crate::balloon::GuestBalloon;
 use crate::config::Config;
@@ -80,6 +81,25 @@ impl Vm {
         self.machine.resume();
         life.state = RunState::Running;
         self.events.send(Event::Resume);
+        if self.asked().is_some() {
+            // Nobody could do it before.
+            self.queue(MachineEvent::Guest);
+        }
+    }
+
+    /// What the guest has asked of the machine, if that is still to be done.
+    pub(crate) fn asked(&self) -> Option<PowerRequest> {
+        self.queue.pending().get()
+    }
+
+    /// Does a reset that the guest has asked for, of a machine that stands still.
+    pub(crate) fn reset_if_asked(&self) -> Result<(), MachineError> {
+        if self.asked() == Some(PowerRequest::Reset) {
+            self.machine.reset()?;
+            self.queue.pending().clear();
+            self.events.send(Event::Reset(ShutdownReason::GuestReset));
+        }
+        Ok(())
     }
 
     /// Stops the vCPUs and the devices, and says so. When it fails the VM goes on.
@@ -179,6 +199,7 @@ impl Vm {
             life.state = RunState::InternalError;
             failed(what, e)
         })?;
+        self.queue.pending().clear();
         self.events.send(Event::Reset(reason));
         if runs {
             self.machine.resume();

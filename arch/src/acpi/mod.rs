@@ -1,16 +1,20 @@
-//! The ACPI tables of the board, for guests that boot without a firmware.
+//! The ACPI tables of the board.
 //!
-//! A guest that SeaBIOS booted under QEMU carries its tables in its own RAM; these here are for
-//! mini-vmm's direct boot. They describe the same hardware: PM registers at 0x600, SCI 9, links of
+//! A guest that SeaBIOS booted under QEMU carries its tables in its own RAM; these here are for guests
+//! that are born in mini-vmm: in their place for the direct boot ([`build`]), or for a firmware that
+//! chooses the place ([`for_firmware`]). They describe the same hardware: PM registers at 0x600, SCI 9, links of
 //! the PIIX3, one LAPIC for each vCPU.
 //!
-//! All tables fit below 1 MiB in the area of option ROMs, which the chipset shows as RAM. The 128 KiB
+//! In a direct boot all tables fit below 1 MiB in the area of option ROMs, which the chipset shows as RAM. The 128 KiB
 //! behind it are left alone: there the BIOS must show through when the guest has moved to a QEMU and
 //! reboots. So an operating system does not come across the root pointer in its own search (ACPI
 //! 1.0b, 5.2.4.1); it is told (`hvm_start_info.rsdp_paddr`, `boot_params.acpi_rsdp_addr`).
 
 mod dsdt;
+mod loader;
 mod tables;
+
+pub use loader::{FirmwareTables, RSDP_FILE, SCRIPT_FILE, TABLES_FILE, for_firmware};
 
 /// Where the tables go: below the 128 KiB of the BIOS.
 pub const AREA_START: u64 = 0xd_0000;
@@ -37,24 +41,21 @@ pub struct AcpiTables {
 
 /// The tables did not fit their area.
 #[derive(Debug, thiserror::Error)]
-#[error("the ACPI tables take {needed} bytes, the area below 1 MiB has {AREA_LEN}")]
+#[error("the ACPI tables take {needed} bytes, there is room for {room}")]
 pub struct AcpiError {
     needed: usize,
+    room: usize,
 }
 
 /// Makes the tables of a machine.
 pub fn build(config: AcpiConfig) -> Result<AcpiTables, AcpiError> {
-    let mut area = Area { image: vec![0; RSDP_LEN] };
-    let dsdt = area.add(&dsdt::build(config));
-    let facs = area.add(&tables::facs());
-    let fadt = area.add(&tables::fadt(facs, dsdt));
-    let madt = area.add(&tables::madt(config.vcpus));
-    let rsdt = area.add(&tables::rsdt(&[fadt, madt]));
-    for (to, from) in area.image.iter_mut().zip(tables::rsdp(rsdt)) {
+    let mut area = Area { start: AREA_START as u32, image: vec![0; RSDP_LEN] };
+    let placed = area.add_all(config);
+    for (to, from) in area.image.iter_mut().zip(tables::rsdp(placed.rsdt)) {
         *to = from;
     }
     if area.image.len() > AREA_LEN {
-        return Err(AcpiError { needed: area.image.len() });
+        return Err(AcpiError { needed: area.image.len(), room: AREA_LEN });
     }
     Ok(AcpiTables { image: area.image, rsdp: AREA_START })
 }
@@ -63,15 +64,32 @@ pub fn build(config: AcpiConfig) -> Result<AcpiTables, AcpiError> {
 const RSDP_LEN: usize = 64;
 
 struct Area {
+    /// Guest-physical address of the image.
+    start: u32,
     image: Vec<u8>,
 }
 
+/// The addresses of the tables that point to others.
+struct Placed {
+    fadt: u32,
+    rsdt: u32,
+}
+
 impl Area {
+    fn add_all(&mut self, config: AcpiConfig) -> Placed {
+        let dsdt = self.add(&dsdt::build(config));
+        let facs = self.add(&tables::facs());
+        let fadt = self.add(&tables::fadt(facs, dsdt));
+        let madt = self.add(&tables::madt(config.vcpus));
+        let rsdt = self.add(&tables::rsdt(&[fadt, madt]));
+        Placed { fadt, rsdt }
+    }
+
     /// Appends a table and gives its guest-physical address. 64 bytes is the alignment of the
     /// FACS, the strictest of all (ACPI 1.0b, 5.2.6).
     fn add(&mut self, table: &[u8]) -> u32 {
         self.image.resize(self.image.len().next_multiple_of(64), 0);
-        let address = AREA_START as u32 + self.image.len() as u32;
+        let address = self.start + self.image.len() as u32;
         self.image.extend_from_slice(table);
         address
     }

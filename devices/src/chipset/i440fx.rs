@@ -1,7 +1,7 @@
 //! The host bridge: 82441FX, function 00.0.
 //!
-//! What the guest programs into the PAM and SMRAM registers is kept and told; moving memory is the
-//! machine's business.
+//! What the guest programs into the PAM registers is kept and told ([`I440fx::on_pam`]); moving memory
+//! is the machine's business. SMRAM is kept only.
 
 use migration::vmstate::{Audience, FieldError, Migratable, Pad, VmState};
 use serde::{Deserialize, Serialize};
@@ -43,9 +43,13 @@ pub struct PamAccess {
     pub write: bool,
 }
 
+/// Called with what is programmed now, in the order of [`PAM_SEGMENTS`].
+pub type PamHook = Box<dyn Fn([PamAccess; 13]) + Send>;
+
 /// The host bridge.
 pub struct I440fx {
     config: PciConfig,
+    changed: Option<PamHook>,
 }
 
 impl Default for I440fx {
@@ -53,7 +57,7 @@ impl Default for I440fx {
         let mut config = PciConfig::new(identity(0x1237, 2, 0x0600, 0));
         config.set(DRAMC, &[0x02]);
         config.set(SMRAM, &[0x02]);
-        Self { config }
+        Self { config, changed: None }
     }
 }
 
@@ -61,6 +65,18 @@ impl I440fx {
     /// The bridge after power-on: all segments to ROM.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Has `hook` called whenever the guest has programmed another PAM value. It runs inside of the
+    /// access, on the vCPU's thread.
+    pub fn on_pam(&mut self, hook: PamHook) {
+        self.changed = Some(hook);
+    }
+
+    /// What the guest has programmed for all segments.
+    pub fn pam_all(&self) -> [PamAccess; 13] {
+        let rom = PamAccess { read: false, write: false };
+        std::array::from_fn(|segment| self.pam(segment).unwrap_or(rom))
     }
 
     /// What the guest has programmed for `PAM_SEGMENTS[segment]`; `None` if there is no such one.
@@ -86,17 +102,24 @@ impl PciFunction for I440fx {
     }
 
     fn config_write(&mut self, offset: usize, data: &[u8]) {
+        let before = self.pam_all();
         self.config.write(offset, data);
+        let now = self.pam_all();
+        if let Some(changed) = self.changed.as_ref().filter(|_| now != before) {
+            changed(now);
+        }
     }
 
     fn reset(&mut self) {
-        self.config.reset();
+        self.config.reset_header();
     }
 }
 
+/// A reset leaves the chip's own registers, PAM among them, as they are: so it is with QEMU's, and
+/// SeaBIOS tells by what it finds in the RAM that it is shown that it has run before.
 impl Device for I440fx {
     fn reset(&mut self) {
-        self.config.reset();
+        self.config.reset_header();
     }
 
     fn pause(&mut self) {}
@@ -163,8 +186,24 @@ mod tests {
         for (segment, access) in expected.into_iter().enumerate() {
             assert_eq!(bridge.pam(segment), Some(access), "{:#x}", PAM_SEGMENTS[segment].0);
         }
+    }
+
+    #[test]
+    fn a_change_is_told_once_and_survives_a_reset() {
+        let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        let mut bridge = I440fx::new();
+        let hook = told.clone();
+        bridge.on_pam(Box::new(move |all| hook.lock().unwrap().push(all[0])));
+        bridge.config_write(0x04, &[0x06, 0x01]);
+        bridge.config_write(0x59, &[0x30]);
+        bridge.config_write(0x59, &[0x30]);
+        bridge.config_write(0x58, &[0, 0x10, 0, 0]);
+        let both = PamAccess { read: true, write: true };
+        let read = PamAccess { read: true, write: false };
+        assert_eq!(*told.lock().unwrap(), [both, read]);
         PciFunction::reset(&mut bridge);
-        assert_eq!(bridge.pam(0), Some(rom));
+        assert_eq!((bridge.pam(0), bridge.config.command()), (Some(read), 0));
+        assert_eq!(told.lock().unwrap().len(), 2);
     }
 
     #[test]

@@ -46,8 +46,20 @@ const MOVABLE_PORTS: u16 = 64;
 /// Status register: medium DEVSEL timing, fast back-to-back.
 const STATUS: (usize, [u8; 2]) = (0x06, [0x80, 0x02]);
 /// Registers that are not zero after power-on.
-const POWER_ON: [(usize, u8); 6] =
-    [(PM_BASE, 0x01), (0x5f, 0x10), (0x63, 0x60), (0x67, 0x08), (SMBUS_BASE, 0x01), (0xd2, 0x08)];
+const POWER_ON: [(usize, u8); 7] = [
+    (PM_BASE, 0x01),
+    (DEVICE_ACTIVITY_B + 3, APMC_EN),
+    (0x5f, 0x10),
+    (0x63, 0x60),
+    (0x67, 0x08),
+    (SMBUS_BASE, 0x01),
+    (0xd2, 0x08),
+];
+/// Device activity B.
+const DEVICE_ACTIVITY_B: usize = 0x58;
+/// In its last byte: a write to the APM control port raises an SMI. A firmware that finds it set takes
+/// system management mode for set up already, and leaves it alone; so a QEMU says that it has none.
+const APMC_EN: u8 = 0x02;
 /// Power management base address.
 const PM_BASE: usize = 0x40;
 /// Miscellaneous power management: bit 0 enables the range.

@@ -10,12 +10,12 @@ use crate::memory::GuestRamRef;
 
 mod state;
 
-pub use state::FwCfgState;
+pub use state::{AcpiSizes, FwCfgState};
 
 /// The selector; the data port follows it.
 pub const BASE_PORT: u16 = 0x510;
-/// From the selector to the end of the DMA address register.
-pub const PORTS: u16 = 12;
+/// First port and number of ports: selector and data, and the DMA address register.
+pub const PORTS: [(u16, u16); 2] = [(BASE_PORT, 2), (BASE_PORT + DMA_HIGH, 8)];
 
 /// Offsets from [`BASE_PORT`].
 const SELECTOR: u16 = 0;
@@ -27,15 +27,20 @@ const DMA_LOW: u16 = 8;
 mod item {
     pub(super) const SIGNATURE: u16 = 0x00;
     pub(super) const INTERFACE: u16 = 0x01;
+    pub(super) const UUID: u16 = 0x02;
     pub(super) const RAM_SIZE: u16 = 0x03;
+    pub(super) const NO_GRAPHICS: u16 = 0x04;
     pub(super) const NB_CPUS: u16 = 0x05;
     pub(super) const MAX_CPUS: u16 = 0x0f;
     pub(super) const FILE_DIR: u16 = 0x19;
     pub(super) const FILE_FIRST: u16 = 0x20;
-    /// Bit 14 was "write" in old versions, bit 15 marks what depends on the architecture.
-    pub(super) const MASK: u16 = 0x3fff;
+    /// Bit 14 was "write" in old versions. Bit 15 marks what depends on the architecture; this board has
+    /// nothing of that kind.
+    pub(super) const MASK: u16 = 0xbfff;
 }
 
+/// There is no display: a firmware takes the serial port for its console.
+const NO_GRAPHICS: [u8; 2] = [1, 0];
 /// The traditional interface, and DMA.
 const INTERFACES: u32 = 1 | 2;
 /// What the DMA address register reads as.
@@ -77,6 +82,7 @@ pub struct FwCfg {
     ram: GuestRamRef,
     signature: [u8; 4],
     interface: [u8; 4],
+    uuid: [u8; 16],
     ram_size: [u8; 8],
     nb_cpus: [u8; 2],
     max_cpus: [u8; 2],
@@ -86,16 +92,18 @@ pub struct FwCfg {
     selected: u16,
     offset: u32,
     dma_address: u64,
-    acpi_sizes: Option<state::AcpiSizes>,
+    acpi_sizes: Option<AcpiSizes>,
 }
 
 impl FwCfg {
-    /// A device that knows the machine's size and has no files yet. `ram` is where its DMA goes.
-    pub fn new(ram: GuestRamRef, ram_size: u64, cpus: u16, max_cpus: u16) -> Self {
+    /// A device that knows the machine's name and size and has no files yet. `ram` is where its DMA
+    /// goes.
+    pub fn new(ram: GuestRamRef, uuid: [u8; 16], ram_size: u64, cpus: u16, max_cpus: u16) -> Self {
         let mut device = Self {
             ram,
             signature: *b"QEMU",
             interface: INTERFACES.to_le_bytes(),
+            uuid,
             ram_size: ram_size.to_le_bytes(),
             nb_cpus: cpus.to_le_bytes(),
             max_cpus: max_cpus.to_le_bytes(),
@@ -130,6 +138,27 @@ impl FwCfg {
         Ok(())
     }
 
+    /// Offers these files in the place of all that were there.
+    pub fn replace_files(
+        &mut self,
+        files: impl IntoIterator<Item = (String, Vec<u8>)>,
+    ) -> Result<(), FileError> {
+        self.files.clear();
+        let added = files.into_iter().try_for_each(|(name, bytes)| self.add_file(&name, bytes));
+        self.rebuild_directory();
+        added
+    }
+
+    /// The sizes of QEMU's ACPI blobs as they came, or as [`set_acpi_sizes`](Self::set_acpi_sizes) said.
+    pub fn acpi_sizes(&self) -> Option<&AcpiSizes> {
+        self.acpi_sizes.as_ref()
+    }
+
+    /// Says how large the ACPI blobs are that this board offers, for a QEMU to come.
+    pub fn set_acpi_sizes(&mut self, sizes: AcpiSizes) {
+        self.acpi_sizes = Some(sizes);
+    }
+
     /// All in big-endian: the number of files; then of each its size, its item, two bytes of
     /// nothing, its name.
     fn rebuild_directory(&mut self) {
@@ -149,6 +178,8 @@ impl FwCfg {
         match self.selected & item::MASK {
             item::SIGNATURE => &self.signature,
             item::INTERFACE => &self.interface,
+            item::UUID => &self.uuid,
+            item::NO_GRAPHICS => &NO_GRAPHICS,
             item::RAM_SIZE => &self.ram_size,
             item::NB_CPUS => &self.nb_cpus,
             item::MAX_CPUS => &self.max_cpus,
@@ -255,12 +286,17 @@ impl FwCfg {
     }
 }
 
+/// Where in the device a port is, whichever of its [`PORTS`] it belongs to.
+fn from_selector(base: PioAddress, offset: PioAddressOffset) -> u16 {
+    base.0.wrapping_sub(BASE_PORT).wrapping_add(offset)
+}
+
 impl MutDevicePio for FwCfg {
-    fn pio_read(&mut self, _: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
-        match offset {
+    fn pio_read(&mut self, base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+        match from_selector(base, offset) {
             DATA => data.fill_with(|| self.next_byte()),
             DMA_HIGH.. => {
-                let from = usize::from(offset - DMA_HIGH);
+                let from = usize::from(from_selector(base, offset) - DMA_HIGH);
                 for (byte, n) in data.iter_mut().zip(from..) {
                     *byte = DMA_SIGNATURE.get(n).copied().unwrap_or(0);
                 }
@@ -270,7 +306,8 @@ impl MutDevicePio for FwCfg {
         }
     }
 
-    fn pio_write(&mut self, _: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+    fn pio_write(&mut self, base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+        let offset = from_selector(base, offset);
         match (offset, data) {
             (SELECTOR, [low, high]) => self.select(u16::from_le_bytes([*low, *high])),
             (SELECTOR, [low]) => self.select((*low).into()),

@@ -3,6 +3,7 @@
 //!
 //! Most of them are one byte wide, and split wider accesses with the macro `byte_ports`.
 
+pub mod debugcon;
 pub mod dma;
 pub mod fdc;
 pub mod fw_cfg;

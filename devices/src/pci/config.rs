@@ -224,6 +224,12 @@ impl PciConfig {
         self.bytes = self.power_on;
     }
 
+    /// The same for the header only: command, BARs, interrupt line.
+    pub fn reset_header(&mut self) {
+        let (header, power_on) = (&mut self.bytes[..reg::DEVICE_SPECIFIC], &self.power_on);
+        header.copy_from_slice(&power_on[..reg::DEVICE_SPECIFIC]);
+    }
+
     /// All bytes as they are.
     pub fn bytes(&self) -> &[u8; CONFIG_SIZE] {
         &self.bytes

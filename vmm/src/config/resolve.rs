@@ -48,6 +48,8 @@ pub enum Boot {
         /// Its parameters, empty for its own defaults.
         selfcheck: String,
     },
+    /// The firmware, which looks for something to boot on the disks.
+    Firmware {},
     /// Nothing: the guest arrives by migration.
     Incoming {},
 }
@@ -72,7 +74,7 @@ pub struct Config {
     /// What the guest starts with.
     #[serde(flatten)]
     pub boot: Boot,
-    /// The BIOS for a QEMU, if another than the default.
+    /// The BIOS to boot by, or for a QEMU, if another than the default.
     pub firmware: Option<PathBuf>,
     /// Disks, in the order given.
     pub disk: Vec<DiskConfig>,
@@ -277,8 +279,12 @@ fn boot(settings: &Settings) -> Result<Boot, ConfigError> {
             Ok(Boot::SelfCheck { selfcheck: params.clone() })
         }
         (None, None) if settings.migrate_listen.is_some() => Ok(Boot::Incoming {}),
+        (None, None) if settings.firmware.is_some() || !settings.disk.is_empty() => {
+            Ok(Boot::Firmware {})
+        }
         (None, None) => Err(ConfigError::Combination(
-            "there is nothing to run: say --kernel FILE, --selfcheck, or --migrate-listen URI",
+            "there is nothing to run: say --kernel FILE, --disk to boot from, --selfcheck, or \
+             --migrate-listen URI",
         )),
     }
 }

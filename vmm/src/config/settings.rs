@@ -362,8 +362,10 @@ pub struct Settings {
     #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
     pub append: Option<String>,
 
-    /// BIOS that the guest gets along when it moves to a QEMU, to reboot there: SeaBIOS' bios-256k.bin
-    /// [default: where the package seabios has it]
+    /// BIOS: SeaBIOS' bios-256k.bin [default: where the package seabios has it]
+    ///
+    /// A guest without --kernel boots by it from its disks. One with --kernel gets it along when it moves
+    /// to a QEMU, to reboot there.
     #[arg(long, value_name = "FILE")]
     pub firmware: Option<PathBuf>,
 

@@ -4,6 +4,7 @@
 mod dirty_log;
 mod ioevents;
 mod routing;
+mod shadow;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -19,6 +20,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 pub use dirty_log::{DirtyLog, Slot};
 pub use ioevents::KvmIoEvents;
 pub use routing::{GsiLine, KvmMsi, KvmRouting};
+pub use shadow::{BelowOneMib, RomMemory, SEGMENTS, View};
 
 /// The device file of KVM.
 const DEV_KVM: &str = "/dev/kvm";
@@ -86,6 +88,7 @@ pub fn open() -> Result<Kvm, KvmError> {
     for (cap, name) in [
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
         (Cap::Irqfd, "KVM_CAP_IRQFD"),

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{Machine, MachineError};
 use crate::config::Boot;
 use crate::firmware;
+use crate::rom::PC_BIOS;
 use crate::selfcheck::{self, SelfcheckParams};
 
 impl Machine {
@@ -17,6 +18,7 @@ impl Machine {
     pub(super) fn boot(&self) -> Result<(), MachineError> {
         let (kernel, initrd, cmdline) = match &self.config.boot {
             Boot::Incoming {} => return Ok(()),
+            Boot::Firmware {} => return self.boot_firmware(),
             Boot::Kernel { kernel, initrd, append } => {
                 (KernelSource::File(kernel), initrd.as_deref(), append.clone())
             }
@@ -30,6 +32,7 @@ impl Machine {
                 },
             ),
         };
+        self.show_firmware()?;
         firmware::set_up(&self.bus, self.ram.size())?;
         // APIC ids are a byte, and the configuration has been checked for that.
         let vcpus = u8::try_from(self.config.smp).unwrap_or(u8::MAX);
@@ -68,10 +71,23 @@ impl Machine {
         Ok(())
     }
 
-    /// Switches the machine off and on again; it then stands at its kernel's first instruction.
-    /// The vCPUs must be paused and the devices too.
+    /// Leaves the vCPUs at the reset vector, where the firmware begins.
+    fn boot_firmware(&self) -> Result<(), MachineError> {
+        self.provide_firmware()?;
+        self.show_firmware()?;
+        for vcpu in &self.vcpus {
+            let index = vcpu.index();
+            vcpu.job(move |fd| arch::vcpu_init::reset_misc(index, fd))??;
+        }
+        Ok(())
+    }
+
+    /// Switches the machine off and on again; it then stands at the first instruction of its kernel, or
+    /// of its firmware. The vCPUs must be paused and the devices too.
     pub fn reset(&self) -> Result<(), MachineError> {
-        if matches!(self.config.boot, Boot::Incoming {}) {
+        // What came from a QEMU starts as it did there, unless a kernel was named here.
+        let incoming = matches!(self.config.boot, Boot::Incoming {});
+        if incoming && !self.ram.roms().has(PC_BIOS) {
             return Err(MachineError::NothingToBoot);
         }
         for device in &self.board.devices {
@@ -79,6 +95,9 @@ impl Machine {
         }
         self.power_on.chips.restore(&self.vm)?;
         self.restore_vcpus(&self.power_on.vcpus)?;
+        if incoming {
+            return self.boot_firmware();
+        }
         self.boot()
     }
 }

@@ -38,9 +38,12 @@ pub enum MachineError {
     /// What a firmware would have done.
     #[error(transparent)]
     Firmware(#[from] crate::firmware::FirmwareError),
-    /// The BIOS that a QEMU would be given.
+    /// The BIOS that the guest boots by, or that a QEMU would be given.
     #[error(transparent)]
     Rom(#[from] crate::rom::RomError),
+    /// What a firmware is told.
+    #[error(transparent)]
+    FirmwareFile(#[from] devices::isa::fw_cfg::FileError),
     /// The I/O thread.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -57,8 +60,9 @@ pub enum MachineError {
     },
     /// The guest asked for a reset, and there is nothing to boot.
     #[error(
-        "the guest asked for a reset, but this VM was started with no kernel to boot: give \
-         --kernel (or --selfcheck) beside --migrate-listen when a guest that may reboot is to arrive"
+        "the guest asked for a reset, but it came without a firmware, and this VM was started with no \
+         kernel to boot: give --kernel (or --selfcheck) beside --migrate-listen when a guest that may \
+         reboot is to arrive"
     )]
     NothingToBoot,
     /// The host refused something small.

@@ -2,6 +2,7 @@
 
 mod boot;
 mod error;
+mod firmware;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -105,7 +106,7 @@ impl Machine {
             ram.allocate()?;
         }
         // SAFETY: the machine keeps `ram` longer than anything that holds the VM's descriptor.
-        let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots().to_vec()) }?;
+        let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots()) }?;
 
         let bus = Arc::new(IoBus::new());
         let clock = Arc::new(VirtualClock::default());
@@ -140,6 +141,7 @@ impl Machine {
                 fd,
                 bus.clone(),
                 ram.guest().clone(),
+                events.pending().clone(),
                 Arc::new(move |report| died.send(MachineEvent::Crashed(Box::new(report)))),
             )?);
         }
@@ -162,6 +164,7 @@ impl Machine {
             ram,
             config: config.clone(),
         };
+        machine.follow_pam();
         if config.migrate_listen.is_some() {
             // Until the guest is here: a byte that a serial port took now would be overwritten by
             // the state that comes.

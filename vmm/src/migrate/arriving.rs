@@ -120,7 +120,10 @@ impl DestinationVm for Arriving<'_> {
             .install(&self.vm.machine)
             .map_err(|e| VmError::with("the vCPUs' state could not be loaded", e))?;
         self.vm.machine.board.refresh();
-        Ok(())
+        self.vm
+            .machine
+            .show_firmware()
+            .map_err(|e| VmError::with("the guest's firmware could not be put in its place", e))
     }
 
     fn take_disks(&mut self, left: &Value) -> Result<(), VmError> {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use devices::device::PowerRequest;
 use devices::virtio::DiskImage;
 use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
 use migration::handover::Arbiter;
@@ -105,13 +106,22 @@ impl SourceVm for Leaving {
         }
         self.before = Some(life.state);
         life.state = RunState::FinishMigrate;
-        Ok(())
+        match self.vm.asked() {
+            // Nobody would switch it off over there.
+            Some(PowerRequest::PowerOff) => {
+                Err(VmError::new("the guest has switched itself off meanwhile"))
+            }
+            Some(PowerRequest::Reset) | None => Ok(()),
+        }
     }
 
     fn drain(&mut self) -> Result<(), VmError> {
         if self.before == Some(RunState::Running) {
             self.vm.machine.pause_devices();
         }
+        self.vm
+            .reset_if_asked()
+            .map_err(|e| VmError::with("the reset that the guest asked for failed", e))?;
         self.vm.kvm_state.forget();
         Ok(())
     }

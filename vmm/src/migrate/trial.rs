@@ -107,7 +107,7 @@ impl Spare {
         host.setup_vm(&fd)?;
         let ram = Ram::new(vm.config().memory.0, vm.machine.cpu.phys_bits())?;
         // SAFETY: `ram` is kept longer than anything that holds the VM's descriptor.
-        let slots = unsafe { DirtyLog::new(fd.clone(), ram.slots().to_vec()) }?;
+        let slots = unsafe { DirtyLog::new(fd.clone(), ram.slots()) }?;
         let vcpu = fd.create_vcpu(0).map_err(|e| kvm::KvmError::ioctl("KVM_CREATE_VCPU 0", e))?;
         Ok(Self { host, vcpu, _slots: slots, _ram: ram })
     }

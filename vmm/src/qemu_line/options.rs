@@ -80,7 +80,7 @@ const OPTIONS: &[(&str, bool, Class)] = &[
     ("no-reboot", false, Instead("a guest that reboots is started again here; left out")),
     ("no-shutdown", false, Instead("a VM whose guest switches itself off ends here; left out")),
     ("action", true, Instead("what a guest's end leads to can't be chosen here; left out")),
-    ("boot", true, Instead("no firmware runs here that would choose; left out")),
+    ("boot", true, Instead("the firmware here boots the first disk; left out")),
     ("daemonize", false, Host),
     ("pidfile", true, Host),
     ("chroot", true, Host),

@@ -147,7 +147,7 @@ impl QemuLine {
                  but not boot it again"
                     .to_string(),
             ),
-            Boot::Incoming {} => {}
+            Boot::Firmware {} | Boot::Incoming {} => {}
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::kick::{Armed, kick};
 use super::report::{CrashKind, CrashReport};
+use crate::power::PendingPower;
 
 /// Takes the reports of vCPUs that died. Called on the vCPU's thread; must not wait.
 pub type ExitSink = Arc<dyn Fn(CrashReport) + Send + Sync>;
@@ -77,12 +78,13 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `index`, paused.
+    /// Starts the thread of vCPU `index`, paused. While something is `pending` it does not run.
     pub fn spawn(
         index: u32,
         fd: VcpuFd,
         bus: Arc<IoBus>,
         ram: GuestRamRef,
+        pending: PendingPower,
         died: ExitSink,
     ) -> Result<Self, VcpuError> {
         let shared = Arc::new(Shared {
@@ -94,7 +96,7 @@ impl Vcpu {
             }),
             changed: Condvar::new(),
         });
-        let runner = Runner { index, fd, bus, ram, died, shared: shared.clone() };
+        let runner = Runner { index, fd, bus, ram, pending, died, shared: shared.clone() };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || runner.live())
@@ -224,6 +226,7 @@ struct Runner {
     fd: VcpuFd,
     bus: Arc<IoBus>,
     ram: GuestRamRef,
+    pending: PendingPower,
     died: ExitSink,
     shared: Arc<Shared>,
 }
@@ -232,6 +235,8 @@ struct Runner {
 enum Next {
     Again,
     LookAtMailbox,
+    /// The guest has asked for a reset or to be switched off.
+    StandStill,
     Dead(CrashKind),
 }
 
@@ -254,21 +259,31 @@ impl Runner {
                             break None;
                         }
                     }
+                    Next::StandStill => {
+                        self.finish_access();
+                        self.pause_itself();
+                        break None;
+                    }
                     Next::Dead(kind) => break Some(kind),
                 }
             };
             if let Some(kind) = crash {
                 (self.died)(CrashReport::collect(self.index, kind, &self.fd, &self.ram));
-                let mut mailbox = self.shared.lock();
-                if mailbox.wanted == Wanted::Run {
-                    mailbox.wanted = Wanted::Pause;
-                }
+                self.pause_itself();
             }
         }
         let mut mailbox = self.shared.lock();
         mailbox.is = Is::Stopped;
         mailbox.jobs.clear();
         self.shared.changed.notify_all();
+    }
+
+    /// Until somebody lets it run again.
+    fn pause_itself(&self) {
+        let mut mailbox = self.shared.lock();
+        if mailbox.wanted == Wanted::Run {
+            mailbox.wanted = Wanted::Pause;
+        }
     }
 
     /// Does the jobs of a paused vCPU until it is wanted otherwise.
@@ -298,6 +313,10 @@ impl Runner {
     }
 
     fn run_once(&mut self) -> Next {
+        // Behind its own reset a firmware may have left nothing to execute.
+        if self.pending.get().is_some() {
+            return Next::StandStill;
+        }
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {

@@ -28,12 +28,16 @@ pub(super) struct Dma {
     pub(super) dma_addr: u64,
 }
 
-/// The sizes of QEMU's ACPI table blobs. This board has none of them: carried as they came.
+/// The sizes in bytes of the ACPI blobs that a firmware fetches: the files as they are offered, of which
+/// the RAM blocks that hold them are whole pages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct AcpiSizes {
-    pub(super) table_mr_size: u64,
-    pub(super) linker_mr_size: u64,
-    pub(super) rsdp_mr_size: u64,
+pub struct AcpiSizes {
+    /// `etc/acpi/tables`.
+    pub table_mr_size: u64,
+    /// `etc/table-loader`.
+    pub linker_mr_size: u64,
+    /// `etc/acpi/rsdp`.
+    pub rsdp_mr_size: u64,
 }
 
 /// The largest of QEMU's resizable ACPI blobs, and so the most that can come.

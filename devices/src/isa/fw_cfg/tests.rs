@@ -10,7 +10,7 @@ const RAM_SIZE: u64 = 0x10_0000;
 
 fn device() -> FwCfg {
     let ram = GuestRam::from_ranges(&[(GuestAddress(0), RAM_SIZE as usize)]).unwrap();
-    let mut device = FwCfg::new(Arc::new(ram), RAM_SIZE, 2, 4);
+    let mut device = FwCfg::new(Arc::new(ram), [0x77; 16], RAM_SIZE, 2, 4);
     device.add_file("opt/second", b"2nd".to_vec()).unwrap();
     device.add_file("etc/first", vec![0xa5; 300]).unwrap();
     device
@@ -52,7 +52,13 @@ fn tells_who_it_is_and_how_large_the_machine_is() {
     for (item, expected) in [
         (0x00, b"QEMU\0\0".to_vec()),
         (0x01, vec![3, 0, 0, 0]),
+        (0x02, vec![0x77; 16]),
         (0x03, vec![0, 0, 0x10, 0, 0, 0, 0, 0]),
+        (0x04, vec![1, 0]),
+        // ACPI tables and SMBIOS entries as old boards had them: none.
+        (0x8000, vec![0, 0]),
+        (0x8001, vec![0, 0]),
+        (0x4000, b"QEMU".to_vec()),
         (0x05, vec![2, 0]),
         (0x0f, vec![4, 0]),
         (0x77, vec![0, 0]),
@@ -118,7 +124,7 @@ fn dma_goes_nowhere_but_into_ram() {
 #[test]
 fn odd_accesses_do_no_harm() {
     let mut device = device();
-    for offset in 0..PORTS {
+    for offset in 0..12 {
         for len in [1, 2, 4, 8] {
             let mut data = vec![0xee; len];
             device.pio_write(PioAddress(BASE_PORT), offset, &data);
@@ -146,4 +152,43 @@ fn state_travels_whole() {
     let mut bad = sent;
     bad.subsections.acpi_mr.as_mut().unwrap().linker_mr_size = u64::MAX;
     assert_eq!(device.check(&bad).unwrap_err().field, "linker_mr_size");
+}
+
+#[test]
+fn its_dma_register_answers_where_a_guest_looks_for_it() {
+    use crate::bus::IoBus;
+    let device = Arc::new(std::sync::Mutex::new(device()));
+    let bus = IoBus::new();
+    for (base, len) in PORTS {
+        bus.map_pio(base, len, device.clone()).unwrap();
+    }
+    let mut signature = [0; 8];
+    bus.pio_read(0x514, &mut signature[..4]);
+    bus.pio_read(0x518, &mut signature[4..]);
+    assert_eq!(&signature, b"QEMU CFG");
+    // Select the RAM size, and read it to 0x2000. A firmware may leave the high half alone.
+    let control = 3 << 16 | dma::SELECT | dma::READ;
+    let raw = (u128::from(control) << 96) | (8 << 64) | 0x2000;
+    let ram = device.lock().unwrap().ram.clone();
+    ram.write_slice(&raw.to_be_bytes(), GuestAddress(0x1000)).unwrap();
+    bus.pio_write(0x518, &0x1000u32.to_be_bytes());
+    assert_eq!(ram.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 0);
+    assert_eq!(ram.read_obj::<u64>(GuestAddress(0x2000)).unwrap(), RAM_SIZE);
+}
+
+#[test]
+fn files_are_replaced_all_at_once() {
+    let mut device = device();
+    let files = [("etc/b", b"B".to_vec()), ("etc/a", b"AA".to_vec())];
+    device.replace_files(files.map(|(name, bytes)| (name.to_string(), bytes))).unwrap();
+    select(&mut device, 0x19);
+    let directory = read(&mut device, 4 + 3 * 64);
+    assert_eq!((&directory[..4], &directory[4..8]), (&[0, 0, 0, 2][..], &[0, 0, 0, 2][..]));
+    assert!(directory[12..].starts_with(b"etc/a\0") && directory[76..].starts_with(b"etc/b\0"));
+    assert!(directory[132..].iter().all(|byte| *byte == 0));
+    select(&mut device, 0x21);
+    assert_eq!(read(&mut device, 2), b"B\0");
+    device.replace_files([]).unwrap();
+    select(&mut device, 0x20);
+    assert_eq!(read(&mut device, 2), [0, 0]);
 }

@@ -65,7 +65,7 @@ fn what_the_guest_does_not_see_is_told() {
         ("-pidfile /run/x", "-pidfile /run/x: "),
         ("-daemonize", "-daemonize: "),
         ("-no-reboot", "-no-reboot: a guest that reboots is started again here"),
-        ("-boot order=c,menu=on", "-boot order=c,menu=on: no firmware runs here"),
+        ("-boot order=c,menu=on", "-boot order=c,menu=on: the firmware here boots the first disk"),
         ("-netdev tap,id=n,ifname=t", "-netdev n: no device uses it"),
         ("-drive if=none,id=d,file=x,format=raw", "-drive or -blockdev d: no device uses it"),
         ("-name 'two words'", "say another with --name"),

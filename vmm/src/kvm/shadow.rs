@@ -1,0 +1,274 @@
+//! The 256 KiB below 1 MiB, of which the chipset shows each segment as RAM or as ROM (its PAM registers),
+//! and the firmware below 4 GiB.
+//!
+//! Each segment is a memory slot of its own. KVM changes no slot from RAM to ROM: it is taken away and
+//! made again, and while that lasts there is nothing at these addresses. So do not change what a vCPU
+//! executes meanwhile; firmware does not.
+
+use std::sync::Arc;
+
+use arch::layout;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::MmapRegion;
+
+use super::KvmError;
+use super::dirty_log::{self, Slot};
+
+/// Where the segments begin.
+pub(super) const START: u64 = 0xc_0000;
+/// The first address behind them.
+pub(super) const END: u64 = 0x10_0000;
+/// How many there are.
+pub const SEGMENTS: usize = 13;
+/// Their sizes in 4 KiB pages, ascending by address: twelve of 16 KiB and one of 64 KiB (82441FX data
+/// sheet, PAM).
+const PAGES: [u64; SEGMENTS] = [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 16];
+const PAGE_SIZE: u64 = 4096;
+/// Where this window's pages are in the RAM block: one word of the log, since `START` is a multiple of
+/// 64 pages.
+const FIRST_PAGE: u64 = START / PAGE_SIZE;
+
+/// Memory that the guest can only read.
+#[derive(Clone)]
+pub struct RomMemory {
+    /// All of a ROM, which stays mapped as long as a guest is shown it.
+    pub memory: Arc<MmapRegion>,
+    /// Where in it the part begins that is shown.
+    pub offset: u64,
+}
+
+/// What a segment is.
+#[derive(Clone, Default)]
+pub enum View {
+    /// RAM.
+    #[default]
+    Ram,
+    /// RAM that ignores writes.
+    RamReadOnly,
+    /// ROM.
+    Rom(RomMemory),
+    /// Nothing answers.
+    Nothing,
+}
+
+impl View {
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Ram, Self::Ram)
+            | (Self::RamReadOnly, Self::RamReadOnly)
+            | (Self::Nothing, Self::Nothing) => true,
+            (Self::Rom(a), Self::Rom(b)) => {
+                Arc::ptr_eq(&a.memory, &b.memory) && a.offset == b.offset
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What the guest is shown.
+#[derive(Clone, Default)]
+pub struct BelowOneMib {
+    /// Each segment, ascending by address.
+    pub segments: [View; SEGMENTS],
+    /// What ends at 4 GiB.
+    pub bios: Option<Arc<MmapRegion>>,
+}
+
+impl BelowOneMib {
+    /// The segments' addresses and lengths in bytes.
+    pub fn places() -> [(u64, u64); SEGMENTS] {
+        let mut at = START;
+        PAGES.map(|pages| {
+            let place = (at, pages * PAGE_SIZE);
+            at += place.1;
+            place
+        })
+    }
+}
+
+/// The slots of the window and of the firmware below 4 GiB.
+pub(super) struct Shadow {
+    vm: Arc<VmFd>,
+    /// The RAM that is there, if the VM has as much.
+    ram: Option<Slot>,
+    first_id: u32,
+    shown: BelowOneMib,
+    logging: bool,
+    /// A slot of RAM has come or gone while writes were logged, and its log with it.
+    lost: bool,
+}
+
+impl Shadow {
+    /// Shows RAM everywhere. Takes [`SEGMENTS`] slots and one more, from `first_id` on.
+    ///
+    /// # Safety
+    /// `ram` must lie in a mapping of this process that outlives the VM.
+    pub(super) unsafe fn new(
+        vm: Arc<VmFd>,
+        ram: Option<Slot>,
+        first_id: u32,
+    ) -> Result<Self, KvmError> {
+        let shown = BelowOneMib::default();
+        let shadow = Self { vm, ram, first_id, shown, logging: false, lost: false };
+        for index in 0..SEGMENTS {
+            shadow.set(index, &View::Ram)?;
+        }
+        Ok(shadow)
+    }
+
+    /// The slot of a segment of RAM.
+    fn ram(&self, index: usize) -> Option<Slot> {
+        let ram = self.ram?;
+        let (address, len) = *BelowOneMib::places().get(index)?;
+        let skipped = address - START;
+        Some(Slot {
+            id: self.first_id + index as u32,
+            guest_address: address,
+            len,
+            host_address: ram.host_address + skipped,
+            block_offset: ram.block_offset + skipped,
+        })
+    }
+
+    fn set(&self, index: usize, view: &View) -> Result<(), KvmError> {
+        let Some(ram) = self.ram(index) else { return Ok(()) };
+        let (slot, flags) = match view {
+            View::Ram if self.logging => (ram, KVM_MEM_LOG_DIRTY_PAGES),
+            View::Ram => (ram, 0),
+            View::RamReadOnly => (ram, KVM_MEM_READONLY),
+            View::Rom(rom) => {
+                let host_address = rom.memory.as_ptr() as u64 + rom.offset;
+                (Slot { host_address, ..ram }, KVM_MEM_READONLY)
+            }
+            View::Nothing => (Slot { len: 0, ..ram }, 0),
+        };
+        // SAFETY: the slot lies in RAM, for which the caller of `new` vouched, or in a ROM that
+        // `self.shown` keeps mapped until the slot has gone.
+        unsafe { dirty_log::set_region(&self.vm, &slot, flags) }
+    }
+
+    pub(super) fn show(&mut self, what: &BelowOneMib) -> Result<(), KvmError> {
+        for (index, view) in what.segments.iter().enumerate() {
+            let Some(now) = self.shown.segments.get(index) else { continue };
+            if now.is(view) {
+                continue;
+            }
+            self.lost |= self.logging;
+            if !matches!(now, View::Nothing) {
+                self.set(index, &View::Nothing)?;
+                self.note(index, View::Nothing);
+            }
+            if !matches!(view, View::Nothing) {
+                self.set(index, view)?;
+                self.note(index, view.clone());
+            }
+        }
+        self.show_bios(what.bios.as_ref())
+    }
+
+    fn note(&mut self, index: usize, view: View) {
+        if let Some(shown) = self.shown.segments.get_mut(index) {
+            *shown = view;
+        }
+    }
+
+    /// Shows `bios` so that it ends at 4 GiB.
+    fn show_bios(&mut self, bios: Option<&Arc<MmapRegion>>) -> Result<(), KvmError> {
+        let same = match (&self.shown.bios, bios) {
+            (Some(now), Some(bios)) => Arc::ptr_eq(now, bios),
+            (None, None) => true,
+            _ => false,
+        };
+        if same {
+            return Ok(());
+        }
+        let slot = |memory: &Arc<MmapRegion>| {
+            let len = memory.size() as u64;
+            Slot {
+                id: self.first_id + SEGMENTS as u32,
+                guest_address: layout::BIOS.end() - len,
+                len,
+                host_address: memory.as_ptr() as u64,
+                block_offset: 0,
+            }
+        };
+        if let Some(now) = &self.shown.bios {
+            // SAFETY: this takes the slot away.
+            unsafe { dirty_log::set_region(&self.vm, &Slot { len: 0, ..slot(now) }, 0) }?;
+        }
+        if let Some(bios) = bios {
+            // SAFETY: `self.shown` keeps the ROM mapped until the slot has gone.
+            unsafe { dirty_log::set_region(&self.vm, &slot(bios), KVM_MEM_READONLY) }?;
+        }
+        self.shown.bios = bios.cloned();
+        Ok(())
+    }
+
+    /// The segments that are RAM, each with the number of its first page in the window.
+    fn writable(&self) -> impl Iterator<Item = (usize, u64)> {
+        let mut first = 0;
+        self.shown.segments.iter().zip(PAGES).enumerate().filter_map(
+            move |(index, (view, pages))| {
+                let at = first;
+                first += pages;
+                matches!(view, View::Ram).then_some((index, at))
+            },
+        )
+    }
+
+    pub(super) fn set_logging(&mut self, on: bool) -> Result<(), KvmError> {
+        self.logging = on;
+        self.lost = false;
+        for (index, _) in self.writable() {
+            self.set(index, &View::Ram)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn fetch(&mut self, mut found: impl FnMut(u64, &[u64])) -> Result<(), KvmError> {
+        if self.ram.is_none() {
+            return Ok(());
+        }
+        let mut word = if std::mem::take(&mut self.lost) { u64::MAX } else { 0 };
+        for (index, first) in self.writable() {
+            let Some(slot) = self.ram(index) else { continue };
+            let log = dirty_log::fetch(&self.vm, &slot)?;
+            word |= log.first().copied().unwrap_or(0) << first;
+        }
+        found(FIRST_PAGE, &[word]);
+        Ok(())
+    }
+
+    pub(super) fn clear(&self, word: u64) -> Result<(), KvmError> {
+        for (index, first) in self.writable() {
+            let Some(slot) = self.ram(index) else { continue };
+            let mask = (1 << (slot.len / PAGE_SIZE)) - 1;
+            let bits = word >> first & mask;
+            if bits != 0 {
+                dirty_log::clear(&self.vm, &slot, 0, &[bits])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_segments_fill_the_window_and_one_word() {
+        let places = BelowOneMib::places();
+        let mut at = START;
+        for (address, len) in places {
+            assert_eq!(address, at);
+            at += len;
+        }
+        assert_eq!((at, PAGES.iter().sum::<u64>(), FIRST_PAGE % 64), (END, 64, 0));
+        // As the chipset counts them.
+        let mut chipset = devices::chipset::i440fx::PAM_SEGMENTS;
+        chipset.sort_unstable();
+        assert_eq!(chipset, places);
+    }
+}

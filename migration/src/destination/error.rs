@@ -206,6 +206,29 @@ pub enum DestinationError {
         #[source]
         source: RamDifference,
     },
+    /// A device section has changed on its way.
+    #[error(
+        "device section {section} is not as the source sent it: its digest is {found:#018x}, the \
+         source's {}", expected.map_or("missing".to_owned(), |digest| format!("{digest:#018x}"))
+    )]
+    SectionDamaged {
+        /// Which.
+        section: SectionId,
+        /// The source's digest.
+        expected: Option<u64>,
+        /// This side's.
+        found: u64,
+    },
+    /// The manifest has changed on its way.
+    #[error(
+        "the manifest is not as the source sent it: its digest is {found}, the source's {expected:?}"
+    )]
+    ManifestDamaged {
+        /// The source's digest.
+        expected: String,
+        /// This side's.
+        found: String,
+    },
     /// The comparison of device state found a difference.
     #[error(
         "the comparison at the switch-over failed: section {section} differs when it is saved again: {}",

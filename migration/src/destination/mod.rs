@@ -42,7 +42,7 @@ use crate::control::Control;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
-use crate::manifest::{Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared, RamDigests};
+use crate::manifest::{Digests, Hello, Manifest, PREFLIGHT, PROTOCOL_VERSIONS, Prepared};
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::source::PROGRAM;
@@ -51,7 +51,7 @@ use crate::supplement::{self, Supplement};
 use crate::transport::{Connection, Input, StreamError, StreamReader, Supply};
 use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
-use crate::wire::command::{Command, PING_MAGIC};
+use crate::wire::command::{self, Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::ram::{SECTION, VERSION};
@@ -130,7 +130,9 @@ struct Arrival<'a> {
     manifest: Option<Manifest>,
     /// What a source that only asks was told.
     asked: Option<Asked>,
-    digests: Option<RamDigests>,
+    digests: Option<Digests>,
+    /// Of the manifest's JSON, as it came.
+    manifest_digest: String,
     loader: Loader,
     ram: RamLoader,
     ram_id: Option<u32>,
@@ -157,6 +159,7 @@ impl<'a> Arrival<'a> {
             manifest: None,
             asked: None,
             digests: None,
+            manifest_digest: String::new(),
             loader,
             ram,
             ram_id: None,
@@ -241,7 +244,7 @@ impl<'a> Arrival<'a> {
         loop {
             match section::read_part_type(&mut self.reader)? {
                 PartType::Command => {
-                    let command = Command::read(&mut self.reader)?;
+                    let command = self.read_command()?;
                     self.obey(command)?;
                 }
                 PartType::Start => self.start_section()?,
@@ -267,6 +270,21 @@ impl<'a> Arrival<'a> {
             self.receive_supplement()?;
         }
         Ok(())
+    }
+
+    /// Reads a command, and notes the digest of a manifest's JSON as it came.
+    fn read_command(&mut self) -> Result<Command, DestinationError> {
+        if self.manifest.is_none() && self.asked.is_none() {
+            self.reader.begin_body(MAX_SECTION_BODY, true);
+        }
+        let command = Command::read(&mut self.reader);
+        let bytes = self.reader.end_body().unwrap_or_default();
+        let command = command?;
+        if matches!(command, Command::Manifest(_)) {
+            let json = bytes.get(command::JSON_AT..).unwrap_or_default();
+            self.manifest_digest = verify::manifest_digest(json);
+        }
+        Ok(command)
     }
 
     /// What stands behind the end where nobody answers: the description, with what was saved for a
@@ -455,6 +473,11 @@ impl<'a> Arrival<'a> {
         self.touched = true;
         let mut prepared = Prepared::default();
         if let Some(digests) = self.digests.take() {
+            let (expected, found) = (digests.manifest.clone(), self.manifest_digest.clone());
+            if !expected.is_empty() && expected != found {
+                return Err(DestinationError::ManifestDamaged { expected, found });
+            }
+            self.loader.check_digests(&digests.sections)?;
             prepared.verified_ram_bytes = verify::compare(&*self.vm.ram(), &digests)
                 .map_err(|source| DestinationError::Memory { source })?
                 .map_err(|source| DestinationError::RamDiffers { source })?;

@@ -6,6 +6,7 @@ use super::inbox::NoMessage;
 use super::{Migration, SourceError};
 use crate::handover::Peer;
 use crate::manifest::{Hello, Manifest, PROTOCOL_VERSIONS, SectionManifest, Verdict};
+use crate::verify;
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::return_path::Message;
@@ -94,6 +95,9 @@ impl Migration<'_> {
             });
         };
         let manifest = Manifest { only_asking, ..self.manifest(protocol) };
+        // Plain values always have a JSON form.
+        let json = serde_json::to_vec(&manifest).unwrap_or_default();
+        self.manifest_digest = verify::manifest_digest(&json);
         self.out.command(&Command::Manifest(Box::new(manifest)));
         self.send("the manifest")?;
         match self.await_message("its verdict on the VM was awaited", true)? {

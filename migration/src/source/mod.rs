@@ -147,6 +147,8 @@ struct Migration<'a> {
     /// The parameters at the start; those that may change are asked for anew.
     parameters: Parameters,
     tracker: Option<Box<dyn DirtyTracker>>,
+    /// Of the manifest's JSON, as it was sent.
+    manifest_digest: String,
 }
 
 impl<'a> Migration<'a> {
@@ -158,7 +160,7 @@ impl<'a> Migration<'a> {
         parameters: Parameters,
     ) -> Self {
         let out = Out::new(channel, vm.ram(), control);
-        Self { vm, control, inbox, out, parameters, tracker: None }
+        Self { vm, control, inbox, out, parameters, tracker: None, manifest_digest: String::new() }
     }
 
     fn run(mut self) -> Outcome {

@@ -83,7 +83,8 @@ pub enum SelfcheckError {
 }
 
 const KEYS: [&str; 12] = [
-    "fill", "set", "rate", "verify", "spread", "full", "hz", "vcpus", "seed", "every", "skew", "disk",
+    "fill", "set", "rate", "verify", "spread", "full", "hz", "vcpus", "seed", "every", "skew",
+    "disk",
 ];
 
 /// The parameter that was probably meant, else all of them.
@@ -187,8 +188,7 @@ mod tests {
 
     #[test]
     fn what_is_displayed_is_parsed_back() {
-        let text =
-            "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,disk=9";
+        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,disk=9";
         let params: SelfcheckParams = text.parse().unwrap();
         assert_eq!(params.fill, Some(64 << 20));
         assert_eq!(params.set, 1 << 20);

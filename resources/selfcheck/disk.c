@@ -73,8 +73,8 @@ static u64 passed_nonce, pass_position; /* of the complete reading that is under
 
 /* What the request under way is for. */
 static enum { IDLE, LOOKING, WRITING, FLUSHING, READING, PASSING } doing;
-/* The step that failed last, to be tried again. */
-static u32 again;
+/* The step of a record that failed last, to be tried again; whether the last reading failed. */
+static u32 again, pass_failed;
 
 u64 disk_records(void) { return seq; }
 u64 disk_errors(void) { return errors; }
@@ -219,12 +219,13 @@ static int pass_is_over(void)
 static void finish(u64 up_ms)
 {
     u32 done = doing;
+    u32 *failed = done == PASSING ? &pass_failed : &again;
     doing = IDLE;
-    again = IDLE;
+    *failed = IDLE;
     if (result) {
         if (!errors++)
             print("selfcheck: disk error step=%u record=%u result=%u", (u64)done, seq, (u64)result);
-        again = done;
+        *failed = done;
         return;
     }
     switch (done) {
@@ -271,13 +272,13 @@ int disk_work(u64 now_ticks, u64 up_ms, int verify)
         if (doing)
             return 0;
     }
-    if (verify && (!again || again == PASSING)) {
+    if (verify) {
         if (pass_is_over()) {
             pass_position = passed_nonce = 0;
             return 1;
         }
         /* A disk that fails is asked again at the next tick only. */
-        if (!again || passed)
+        if (!pass_failed || passed)
             begin(PASSING);
         return 0;
     }

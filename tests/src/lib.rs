@@ -4,6 +4,7 @@
 //! process in a runtime directory of its own, [`qmp::Qmp`] its control socket, and
 //! [`wait::until`] the only way to wait: for a condition, with a deadline.
 
+pub mod broken_disk;
 pub mod faults;
 pub mod guest;
 pub mod linux;

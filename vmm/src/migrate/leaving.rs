@@ -131,7 +131,7 @@ impl SourceVm for Leaving {
 
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError> {
         let board = &self.vm.machine.board;
-        match board.open_backends() {
+        match board.reopen_backends() {
             Ok(()) => Ok(self.left.changed().map_or(TakenBack::AsLeft, TakenBack::Changed)),
             Err(e) if disks::is_held(&e) => Ok(TakenBack::Held(crate::error_chain(&e))),
             Err(e) => Err(VmError::with("a disk could not be taken back", e)),

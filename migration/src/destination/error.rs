@@ -1,11 +1,12 @@
 //! Why a destination did not take the VM.
 
 use std::io;
+use std::time::Duration;
 
 use crate::guest::VmError;
 use crate::handover::destination::Event;
 use crate::manifest::{PROTOCOL_VERSIONS, Problem};
-use crate::transport::StreamError;
+use crate::transport::{StreamError, is_stall};
 use crate::verify::RamDifference;
 use crate::vmstate::{FieldError, SectionId, StateError};
 use crate::wire::WireError;
@@ -278,6 +279,15 @@ pub enum DestinationError {
         /// In its words.
         reason: String,
     },
+    /// The source has said nothing for too long.
+    #[error("the source stands still: nothing for {timeout:?}")]
+    Stalled {
+        /// How long this side has waited.
+        timeout: Duration,
+        /// What was to come.
+        #[source]
+        source: Box<DestinationError>,
+    },
     /// Someone on this side asked for it.
     #[error("the migration was given up on this side")]
     Cancelled,
@@ -305,10 +315,22 @@ impl DestinationError {
         match self {
             Self::Disks { .. } => Event::DisksRefused,
             Self::Start { .. } => Event::StartFailed,
-            Self::Answer { .. } | Self::Page { .. } => Event::Lost,
+            Self::Answer { .. } | Self::Page { .. } | Self::Stalled { .. } => Event::Lost,
             Self::Wire(error) if error.io().is_some() => Event::Lost,
             _ => Event::Failed,
         }
+    }
+
+    /// Whether nothing came in time.
+    pub(super) fn is_stall(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = cause {
+            if error.downcast_ref::<io::Error>().is_some_and(is_stall) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
     }
 
     /// The error and its causes, as one line.

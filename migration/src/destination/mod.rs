@@ -228,7 +228,14 @@ impl<'a> Arrival<'a> {
         }
         let broken = error.event() == Event::Lost;
         let words = self.reader.supply().filter(|_| broken).and_then(Supply::why_broken);
-        words.map_or(error, |source| DestinationError::Stream { source })
+        match words {
+            Some(source) => DestinationError::Stream { source },
+            None if error.is_stall() => {
+                let timeout = self.parameters.stall_timeout;
+                DestinationError::Stalled { timeout, source: Box::new(error) }
+            }
+            None => error,
+        }
     }
 
     /// Reads the whole stream.

@@ -179,11 +179,32 @@ pub struct Prepared {
     pub verified_sections: u64,
 }
 
-/// Digests of the source's RAM, taken while it stands still.
+/// Digests of what the source has sent, taken while it stands still.
+///
+/// A name that is not known is refused: it may be one of these that has changed on its way, and what
+/// it stood for would not be compared. A release that adds one says so in its hello first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RamDigests {
-    /// One entry for each block of the manifest.
+#[serde(deny_unknown_fields)]
+pub struct Digests {
+    /// RAM: one entry for each block of the manifest.
     pub blocks: Vec<BlockDigests>,
+    /// The device sections, as they were sent. Empty: the source does not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sections: Vec<SectionDigest>,
+    /// The manifest's JSON, as it was sent, in 16 hexadecimal digits. Empty: the source does not say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub manifest: String,
+}
+
+/// The digest of one device section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SectionDigest {
+    /// Its name on the wire.
+    pub id: String,
+    /// Its instance.
+    pub instance: u32,
+    /// Of its version and its body.
+    pub digest: u64,
 }
 
 /// Digests of one RAM block.

@@ -13,7 +13,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::{Manifest, RamDigests};
+use crate::manifest::{Digests, Manifest};
 use crate::vmstate::{ByteSource, SectionId};
 use crate::wire::limits::MAX_SAVED_DESCRIPTION;
 use crate::wire::{WireError, read_bytes, read_u32};
@@ -29,7 +29,7 @@ pub(crate) struct Supplement {
     pub(crate) sections: Vec<FullerSection>,
     /// Digests of RAM, if they were asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) digests: Option<RamDigests>,
+    pub(crate) digests: Option<Digests>,
 }
 
 /// One section as another mini-vmm gets it.

@@ -28,9 +28,11 @@ static const struct {
     { "seed", &params.seed, 0, ~0UL },
     { "every", &params.every, 10, 1UL << 40 },
     { "skew", &params.skew, 0, 1UL << 40 },
+    { "disk", &params.disk, 0, 1UL << 20 },
 };
 
 static volatile u32 go, paused;
+static u32 log_verified;
 static volatile u64 pass_wanted;
 static u64 pass_reported, image_sum, next_status, started;
 
@@ -120,10 +122,12 @@ static void print_status(u64 now)
 {
     struct cpu *self = &cpus[0];
     print("selfcheck: up_ms=%u gen=%u pages=%u verified=%u rewritten=%u ticks=%u gap_us=%u "
-          "max_gap_us=%u guest_gap_us=%u max_guest_gap_us=%u skew_us=%u vcpus=%u",
+          "max_gap_us=%u guest_gap_us=%u max_guest_gap_us=%u skew_us=%u vcpus=%u records=%u "
+          "disk_errors=%u",
           (now - started) / 1000000, self->generation, memory_pages(), TOTAL(verified),
           TOTAL(rewritten), TOTAL(ticks), self->real_gap / 1000, self->max_real_gap / 1000,
-          HIGHEST(gap) / 1000, HIGHEST(max_gap) / 1000, HIGHEST(skew_ns) / 1000, params.vcpus);
+          HIGHEST(gap) / 1000, HIGHEST(max_gap) / 1000, HIGHEST(skew_ns) / 1000, params.vcpus,
+          disk_records(), disk_errors());
     self->real_gap = 0;
     for (u64 i = 0; i < params.vcpus; i++)
         cpus[i].gap = 0;
@@ -169,11 +173,13 @@ static void attend(struct cpu *cpu)
         u64 done = 0;
         while (done < params.vcpus && cpus[done].pass == pass_wanted)
             done++;
-        if (done == params.vcpus) {
+        if (done == params.vcpus && log_verified) {
             if (sum_image() != image_sum)
                 fail("program sum expected=%x found=%x", image_sum, sum_image());
-            print("selfcheck: verified all pages=%u ok", memory_pages());
+            print("selfcheck: verified all pages=%u ok records=%u", memory_pages(),
+                  disk_records());
             pass_reported = pass_wanted;
+            log_verified = 0;
         }
     }
     if (now >= next_status) {
@@ -251,6 +257,9 @@ __attribute__((noreturn)) static void run(struct cpu *cpu)
                 attend(cpu);
         }
         int more = work(cpu);
+        if (!cpu->index)
+            log_verified |= disk_work(cpu->seen_ticks, (clock_now(cpu) - started) / 1000000,
+                                      pass_wanted != pass_reported && !log_verified);
         interrupts_off();
         clock_check(cpu);
         if (more || cpu->ticks != cpu->seen_ticks)
@@ -303,6 +312,7 @@ void main(u64 start_info)
     clock_init();
     cpu_init(cpu);
     clock_calibrate(cpu);
+    disk_init();
     cpus_start();
     started = clock_now(cpu);
     next_status = started + params.every * 1000000;

@@ -16,6 +16,19 @@ typedef unsigned long u64;
 
 static inline void out8(u16 port, u8 v) { asm volatile("outb %0, %1" ::"a"(v), "Nd"(port)); }
 static inline void out16(u16 port, u16 v) { asm volatile("outw %0, %1" ::"a"(v), "Nd"(port)); }
+static inline void out32(u16 port, u32 v) { asm volatile("outl %0, %1" ::"a"(v), "Nd"(port)); }
+static inline u16 in16(u16 port)
+{
+    u16 v;
+    asm volatile("inw %1, %0" : "=a"(v) : "Nd"(port));
+    return v;
+}
+static inline u32 in32(u16 port)
+{
+    u32 v;
+    asm volatile("inl %1, %0" : "=a"(v) : "Nd"(port));
+    return v;
+}
 static inline u8 in8(u16 port)
 {
     u8 v;
@@ -81,7 +94,7 @@ struct cpu {
 } __attribute__((aligned(64)));
 
 struct params {
-    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew;
+    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, disk;
 };
 
 extern struct params params;
@@ -134,5 +147,11 @@ void memory_fill(struct cpu *cpu, void (*meanwhile)(struct cpu *));
 void memory_rewrite(struct cpu *cpu, u64 count);
 void memory_verify(struct cpu *cpu, u64 page, u64 count);
 u64 memory_corrupt(struct cpu *cpu);
+
+/* disk.c */
+void disk_init(void);
+int disk_work(u64 ticks, u64 up_ms, int verify);
+u64 disk_records(void);
+u64 disk_errors(void);
 
 #endif

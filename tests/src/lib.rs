@@ -5,6 +5,8 @@
 //! [`wait::until`] the only way to wait: for a condition, with a deadline.
 
 pub mod bootdisk;
+pub mod broken_disk;
+pub mod faults;
 pub mod guest;
 pub mod linux;
 pub mod network;

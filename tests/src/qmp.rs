@@ -1,7 +1,7 @@
 //! A small blocking QMP client.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -46,26 +46,63 @@ impl Qmp {
         qmp
     }
 
-    fn read(&mut self) -> Value {
+    /// Connects to a process that may end or stand still meanwhile, and waits `patience` for each
+    /// answer. After an error the connection is of no use any more.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub fn attempt(path: &Path, patience: Duration) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
+        let writer = stream.try_clone()?;
+        let mut qmp = Self { reader: BufReader::new(stream), writer, events: VecDeque::new() };
+        qmp.try_read()?;
+        qmp.try_execute("qmp_capabilities", json!({}))?.map_err(io::Error::other)?;
+        Ok(qmp)
+    }
+
+    fn try_read(&mut self) -> io::Result<Value> {
         let mut line = String::new();
-        let n = self.reader.read_line(&mut line).expect("a line from the control socket");
-        assert!(n > 0, "the control socket was closed");
-        serde_json::from_str(&line).unwrap_or_else(|e| panic!("not JSON ({e}): {line}"))
+        if self.reader.read_line(&mut line)? == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the control socket was closed",
+            ));
+        }
+        serde_json::from_str(&line).map_err(|e| io::Error::other(format!("not JSON ({e}): {line}")))
+    }
+
+    fn read(&mut self) -> Value {
+        self.try_read().unwrap_or_else(|e| panic!("no line from the control socket: {e}"))
     }
 
     /// Sends a command and gives its answer; events that come first are kept.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let answered = self.try_execute(command, arguments);
+        answered.unwrap_or_else(|e| panic!("{command}: no answer from the control socket: {e}"))
+    }
+
+    /// The same, of a process that may end meanwhile.
+    ///
+    /// # Errors
+    /// No answer came.
+    pub fn try_execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> io::Result<Result<Value, QmpError>> {
         let request = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.writer, "{request}").expect("a write to the control socket");
+        writeln!(self.writer, "{request}")?;
         loop {
-            let mut answer = self.read();
+            let mut answer = self.try_read()?;
             if answer.get("event").is_some() {
                 self.events.push_back(answer);
             } else if let Some(error) = answer.get("error") {
                 let text = |key: &str| error[key].as_str().unwrap_or_default().to_string();
-                return Err(QmpError { class: text("class"), desc: text("desc") });
+                return Ok(Err(QmpError { class: text("class"), desc: text("desc") }));
             } else {
-                return Ok(answer["return"].take());
+                return Ok(Ok(answer["return"].take()));
             }
         }
     }

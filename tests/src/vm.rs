@@ -55,6 +55,7 @@ pub struct Vm {
 #[derive(Default)]
 pub struct VmArgs {
     args: Vec<String>,
+    env: Vec<(String, PathBuf)>,
     serial: Option<String>,
 }
 
@@ -68,6 +69,12 @@ impl VmArgs {
     /// One argument as it is.
     pub fn arg(mut self, arg: impl Into<String>) -> Self {
         self.args.push(arg.into());
+        self
+    }
+
+    /// A variable for the process' environment.
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<PathBuf>) -> Self {
+        self.env.push((name.into(), value.into()));
         self
     }
 
@@ -102,6 +109,7 @@ impl VmArgs {
         let child = command(dir.path())
             .args(["run", "--name", &name, "--serial", &serial])
             .args(&self.args)
+            .envs(self.env)
             .stdout(stderr.try_clone().expect("a second handle"))
             .stderr(stderr)
             .spawn()

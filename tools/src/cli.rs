@@ -58,6 +58,8 @@ enum Command {
         #[arg(long, value_name = "NUMBER")]
         seed: Option<u64>,
     },
+    /// Attack migrations, each in a way that follows from a seed and a number (docs/faults.md)
+    Faults(FaultsArgs),
     /// Read the streams in a folder to their last bytes, and write them the same
     ///
     /// Files may be packed with xz, gzip or zstd.
@@ -212,6 +214,44 @@ struct BenchArgs {
 }
 
 #[derive(Args)]
+struct FaultsArgs {
+    /// Decides all that is done
+    #[arg(long, default_value_t = 1, value_name = "NUMBER")]
+    seed: u64,
+    /// How many cases
+    #[arg(long, default_value_t = 2000, value_name = "N")]
+    cases: u64,
+    /// The first case's number
+    #[arg(long, default_value_t = 0, value_name = "NUMBER")]
+    first: u64,
+    /// This case alone
+    #[arg(long, value_name = "NUMBER", conflicts_with_all = ["cases", "first"])]
+    case: Option<u64>,
+    /// How many at a time
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    jobs: usize,
+    /// Say something about each
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+impl FaultsArgs {
+    /// As the program that runs them takes it.
+    fn words(&self) -> Vec<String> {
+        let mut words = vec![format!("--seed={}", self.seed), format!("--jobs={}", self.jobs)];
+        match self.case {
+            Some(case) => words.push(format!("--case={case}")),
+            None => {
+                words
+                    .extend([format!("--cases={}", self.cases), format!("--first={}", self.first)]);
+            }
+        }
+        words.extend(self.verbose.then(|| "--verbose".to_owned()));
+        words
+    }
+}
+
+#[derive(Args)]
 struct HostArgs {
     /// The lab host's kernel
     #[arg(long, default_value = "default")]
@@ -255,6 +295,10 @@ impl Cli {
             Command::Bench(args) => args.run().map(|()| 0),
             Command::Fuzz { time, seed } => {
                 xtask::suite::fuzz(time, seed)?;
+                Ok(0)
+            }
+            Command::Faults(args) => {
+                xtask::suite::faults(&args.words())?;
                 Ok(0)
             }
             Command::Golden { folder, strip } => {

@@ -138,6 +138,14 @@ pub fn fuzz(time: Duration, seed: Option<u64>) -> Result<()> {
     cargo(&[test.as_slice(), &["--", "--nocapture"]].concat(), &env)
 }
 
+/// Attacks migrations of this build's program, with these arguments for the one that does it.
+pub fn faults(args: &[String]) -> Result<()> {
+    let vmm = build_vmm(&[])?.display().to_string();
+    let run = ["run", "--package", "system-tests", "--bin", "faults", "--quiet", "--"];
+    let args: Vec<&str> = run.into_iter().chain(args.iter().map(String::as_str)).collect();
+    cargo(&args, &[("MINI_VMM", vmm.as_str())])
+}
+
 fn verdict(result: &Result<()>) -> &'static str {
     if result.is_ok() { "passed" } else { "FAILED" }
 }

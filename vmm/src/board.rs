@@ -101,6 +101,9 @@ pub enum BoardError {
 type MakeSection = Box<dyn Fn() -> Box<dyn Section> + Send + Sync>;
 
 /// A virtio function and where it is.
+/// A network device's number (virtio 1.2, 5).
+const VIRTIO_NET: u16 = 1;
+
 struct VirtioSlot {
     slot: u8,
     version: VirtioVersion,
@@ -369,12 +372,31 @@ impl Board {
     /// Opens the host sides of all devices for use by this machine, disks with their locks. When
     /// one can't be opened, all are closed again.
     pub fn open_backends(&self) -> Result<(), BackendError> {
+        self.open_all(false)
+    }
+
+    /// The same for a guest that goes on here: an interface that is not there any more is said, and
+    /// done without, as the guest may have done before.
+    pub fn reopen_backends(&self) -> Result<(), BackendError> {
+        self.open_all(true)
+    }
+
+    fn open_all(&self, without_lost_networks: bool) -> Result<(), BackendError> {
         for VirtioSlot { function, .. } in &self.virtio {
             // Not in the condition: its lock would be held while all are closed again.
             let opened = lock(function).open();
-            if let Err(e) = opened {
-                let _ = self.close_backends();
-                return Err(e);
+            match opened {
+                Ok(()) => {}
+                Err(e) if without_lost_networks && is_lost_network(function, &e) => {
+                    tracing::warn!(
+                        "the guest goes on without this network: {}",
+                        crate::error_chain(&e)
+                    );
+                }
+                Err(e) => {
+                    let _ = self.close_backends();
+                    return Err(e);
+                }
             }
         }
         Ok(())
@@ -491,6 +513,12 @@ impl Board {
     pub fn sections(&self) -> Vec<Box<dyn Section>> {
         self.sections.iter().map(|make| make()).collect()
     }
+}
+
+/// Whether it is a network whose interface is gone.
+fn is_lost_network(function: &Mutex<VirtioPci>, error: &BackendError) -> bool {
+    let net = lock(function).device().kind().id == VIRTIO_NET;
+    net && error.source.kind() == std::io::ErrorKind::NotFound
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

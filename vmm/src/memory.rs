@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 
 use devices::memory::GuestRamRef;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -210,7 +210,9 @@ impl Ram {
 /// where both its addresses are on one. Linux has done so by itself since 6.7.
 fn map_aligned(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegionError> {
     let map = || {
-        MmapRegionBuilder::<AtomicBitmap>::new(len as usize)
+        // The builder's own bitmap has no bits: what devices write would be lost.
+        let bitmap = AtomicBitmap::with_len(len as usize);
+        MmapRegionBuilder::new_with_bitmap(len as usize, bitmap)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
@@ -255,6 +257,10 @@ fn allocate(address: u64, len: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
+    use vm_memory::Bytes;
+
     use super::*;
 
     #[test]
@@ -290,6 +296,24 @@ mod tests {
         ram.allocate().unwrap();
         assert!(absent().iter().all(|word| *word == 0));
         assert!(ram.is_zero(0, 66 << 20));
+    }
+
+    #[test]
+    fn what_a_device_writes_is_marked_in_every_slot() {
+        let ram = Ram::new(5 << 30, 40).unwrap();
+        for (index, slot) in ram.slots().iter().enumerate() {
+            let bitmap = ram.device_bitmap(index).unwrap();
+            assert_eq!(bitmap.len() as u64, slot.len / PAGE_SIZE);
+            bitmap.reset();
+            for page in [0, 7, slot.len / PAGE_SIZE - 1] {
+                let address = GuestAddress(slot.guest_address + page * PAGE_SIZE + 8);
+                ram.guest().write_slice(b"device", address).unwrap();
+                ram.guest().store(1_u16, address, Ordering::Relaxed).unwrap();
+                let marked = bitmap.get_and_reset();
+                let expected = |n| if n == page / 64 { 1 << (page % 64) } else { 0_u64 };
+                assert!((0..).zip(&marked).all(|(n, word)| *word == expected(n)), "page {page}");
+            }
+        }
     }
 
     #[test]

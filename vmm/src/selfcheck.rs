@@ -38,6 +38,8 @@ pub struct SelfcheckParams {
     pub every: u64,
     /// By how many µs two vCPUs' clocks may differ.
     pub skew: u64,
+    /// Records written to the first disk in a second; 0: none.
+    pub disk: u64,
 }
 
 impl Default for SelfcheckParams {
@@ -54,6 +56,7 @@ impl Default for SelfcheckParams {
             seed: 1,
             every: 1000,
             skew: 1000,
+            disk: 0,
         }
     }
 }
@@ -79,8 +82,11 @@ pub enum SelfcheckError {
     },
 }
 
-const KEYS: [&str; 11] =
-    ["fill", "set", "rate", "verify", "spread", "full", "hz", "vcpus", "seed", "every", "skew"];
+const KEYS: [&str; 12] = [
+    "fill", "set", "rate", "verify", "spread", "full", "hz", "vcpus", "seed", "every", "skew",
+    "disk",
+];
+
 /// The parameter that was probably meant, else all of them.
 fn known(key: &str) -> String {
     match nearest(key, KEYS) {
@@ -91,6 +97,8 @@ fn known(key: &str) -> String {
 
 /// A bound that keeps the guest's arithmetic from overflowing, and that nobody meets.
 const MANY: u64 = 1 << 40;
+/// The most records in a second.
+const MOST_RECORDS: u64 = 1 << 20;
 
 fn size(key: &'static str, text: &str) -> Result<u64, SelfcheckError> {
     let plain = || text.parse().ok();
@@ -142,6 +150,7 @@ impl FromStr for SelfcheckParams {
                 "seed" => params.seed = number("seed", value, 0, u64::MAX)?,
                 "every" => params.every = number("every", value, 10, MANY)?,
                 "skew" => params.skew = number("skew", value, 0, MANY)?,
+                "disk" => params.disk = number("disk", value, 0, MOST_RECORDS)?,
                 _ => return Err(SelfcheckError::UnknownKey { key: key.into() }),
             }
         }
@@ -157,7 +166,7 @@ impl fmt::Display for SelfcheckParams {
         }
         write!(
             f,
-            ",set={},rate={},verify={},spread={},full={},hz={},vcpus={},seed={},every={},skew={}",
+            ",set={},rate={},verify={},spread={},full={},hz={},vcpus={},seed={},every={},skew={},disk={}",
             self.set,
             self.rate,
             self.verify,
@@ -168,6 +177,7 @@ impl fmt::Display for SelfcheckParams {
             self.seed,
             self.every,
             self.skew,
+            self.disk,
         )
     }
 }
@@ -178,8 +188,7 @@ mod tests {
 
     #[test]
     fn what_is_displayed_is_parsed_back() {
-        let text =
-            "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5";
+        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,disk=9";
         let params: SelfcheckParams = text.parse().unwrap();
         assert_eq!(params.fill, Some(64 << 20));
         assert_eq!(params.set, 1 << 20);

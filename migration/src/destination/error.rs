@@ -7,7 +7,7 @@ use crate::fate::MigrationId;
 use crate::guest::VmError;
 use crate::handover::destination::Event;
 use crate::manifest::{PROTOCOL_VERSIONS, Problem};
-use crate::transport::StreamError;
+use crate::transport::{StreamError, is_stall};
 use crate::verify::RamDifference;
 use crate::vmstate::{FieldError, SectionId, StateError};
 use crate::wire::WireError;
@@ -245,6 +245,29 @@ pub enum DestinationError {
         #[source]
         source: RamDifference,
     },
+    /// A device section has changed on its way.
+    #[error(
+        "device section {section} is not as the source sent it: its digest is {found:#018x}, the \
+         source's {}", expected.map_or("missing".to_owned(), |digest| format!("{digest:#018x}"))
+    )]
+    SectionDamaged {
+        /// Which.
+        section: SectionId,
+        /// The source's digest.
+        expected: Option<u64>,
+        /// This side's.
+        found: u64,
+    },
+    /// The manifest has changed on its way.
+    #[error(
+        "the manifest is not as the source sent it: its digest is {found}, the source's {expected:?}"
+    )]
+    ManifestDamaged {
+        /// The source's digest.
+        expected: String,
+        /// This side's.
+        found: String,
+    },
     /// The comparison of device state found a difference.
     #[error(
         "the comparison at the switch-over failed: section {section} differs when it is saved again: {}",
@@ -294,6 +317,15 @@ pub enum DestinationError {
         /// In its words.
         reason: String,
     },
+    /// The source has said nothing for too long.
+    #[error("the source stands still: nothing for {timeout:?}")]
+    Stalled {
+        /// How long this side has waited.
+        timeout: Duration,
+        /// What was to come.
+        #[source]
+        source: Box<DestinationError>,
+    },
     /// Someone on this side asked for it.
     #[error("the migration was given up on this side")]
     Cancelled,
@@ -321,10 +353,22 @@ impl DestinationError {
         match self {
             Self::Disks { .. } => Event::DisksRefused,
             Self::Start { .. } => Event::StartFailed,
-            Self::Answer { .. } | Self::Page { .. } => Event::Lost,
+            Self::Answer { .. } | Self::Page { .. } | Self::Stalled { .. } => Event::Lost,
             Self::Wire(error) if error.io().is_some() => Event::Lost,
             _ => Event::Failed,
         }
+    }
+
+    /// Whether nothing came in time.
+    pub(super) fn is_stall(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = cause {
+            if error.downcast_ref::<io::Error>().is_some_and(is_stall) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
     }
 
     /// The error and its causes, as one line.

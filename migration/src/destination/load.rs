@@ -4,8 +4,10 @@ use std::any::Any;
 
 use super::DestinationError;
 use crate::guest::DestinationVm;
+use crate::manifest::SectionDigest;
 use crate::supplement::FullerSection;
 use crate::transport::StreamReader;
+use crate::verify::section_digest;
 use crate::vmstate::{Audience, FieldError, Section, SectionId, SliceSource, StateError};
 use crate::wire::section::SectionHeader;
 
@@ -100,6 +102,24 @@ impl Loader {
         if let Some(Some(loaded)) = slot {
             loaded.body = body;
         }
+    }
+
+    /// Compares what has come with the source's digests of what it has sent, if it says them.
+    pub(super) fn check_digests(&self, digests: &[SectionDigest]) -> Result<(), DestinationError> {
+        if digests.is_empty() {
+            return Ok(());
+        }
+        for (id, loaded) in self.ids.iter().zip(&self.loaded) {
+            let Some(Loaded { version, body: Some(body), .. }) = loaded else { continue };
+            let theirs = digests.iter().find(|d| d.id == id.idstr && d.instance == id.instance);
+            let expected = theirs.map(|theirs| theirs.digest);
+            let found = section_digest(*version, body);
+            if expected != Some(found) {
+                let section = id.clone();
+                return Err(DestinationError::SectionDamaged { section, expected, found });
+            }
+        }
+        Ok(())
     }
 
     /// The sections of this machine that have not come.

@@ -49,7 +49,7 @@ use crate::fate::Fate;
 use crate::guest::DestinationVm;
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
-use crate::manifest::{Manifest, PROTOCOL_VERSIONS, Prepared, RamDigests};
+use crate::manifest::{Digests, Manifest, PROTOCOL_VERSIONS, Prepared};
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::{Report, Step};
@@ -58,7 +58,7 @@ use crate::transport::{Connection, Input, StreamError, StreamReader, Supply, is_
 use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
 use crate::wire::WireError;
-use crate::wire::command::{Command, Commit, PING_MAGIC};
+use crate::wire::command::{self, Command, Commit, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::ram::{SECTION, VERSION};
@@ -144,7 +144,9 @@ struct Arrival<'a> {
     rehearsal: Option<rehearse::Rehearsal>,
     /// It could not be undone.
     spoiled: bool,
-    digests: Option<RamDigests>,
+    digests: Option<Digests>,
+    /// Of the manifest's JSON, as it came.
+    manifest_digest: String,
     loader: Loader,
     ram: RamLoader,
     channels: Channels,
@@ -184,6 +186,7 @@ impl<'a> Arrival<'a> {
             rehearsal: None,
             spoiled: false,
             digests: None,
+            manifest_digest: String::new(),
             loader,
             ram,
             channels: Channels::default(),
@@ -263,7 +266,14 @@ impl<'a> Arrival<'a> {
         }
         let broken = error.event() == Event::Lost;
         let words = self.reader.supply().filter(|_| broken).and_then(Supply::why_broken);
-        words.map_or(error, |source| DestinationError::Stream { source })
+        match words {
+            Some(source) => DestinationError::Stream { source },
+            None if error.is_stall() => {
+                let timeout = self.parameters.stall_timeout;
+                DestinationError::Stalled { timeout, source: Box::new(error) }
+            }
+            None => error,
+        }
     }
 
     /// Reads the whole stream.
@@ -279,7 +289,7 @@ impl<'a> Arrival<'a> {
         loop {
             match section::read_part_type(&mut self.reader)? {
                 PartType::Command => {
-                    let command = Command::read(&mut self.reader)?;
+                    let command = self.read_command()?;
                     self.obey(command)?;
                 }
                 PartType::Start => self.start_section()?,
@@ -305,6 +315,21 @@ impl<'a> Arrival<'a> {
             self.receive_supplement()?;
         }
         Ok(())
+    }
+
+    /// Reads a command, and notes the digest of a manifest's JSON as it came.
+    fn read_command(&mut self) -> Result<Command, DestinationError> {
+        if self.manifest.is_none() && self.asked.is_none() {
+            self.reader.begin_body(MAX_SECTION_BODY, true);
+        }
+        let command = Command::read(&mut self.reader);
+        let bytes = self.reader.end_body().unwrap_or_default();
+        let command = command?;
+        if matches!(command, Command::Manifest(_)) {
+            let json = bytes.get(command::JSON_AT..).unwrap_or_default();
+            self.manifest_digest = verify::manifest_digest(json);
+        }
+        Ok(command)
     }
 
     /// What stands behind the end where nobody answers: the description, with what was saved for a
@@ -531,6 +556,11 @@ impl<'a> Arrival<'a> {
         self.touched = true;
         let mut prepared = Prepared::default();
         if let Some(digests) = self.digests.take() {
+            let (expected, found) = (digests.manifest.clone(), self.manifest_digest.clone());
+            if !expected.is_empty() && expected != found {
+                return Err(DestinationError::ManifestDamaged { expected, found });
+            }
+            self.loader.check_digests(&digests.sections)?;
             prepared.verified_ram_bytes = verify::compare(&*self.vm.ram(), &digests)
                 .map_err(|source| DestinationError::Memory { source })?
                 .map_err(|source| DestinationError::RamDiffers { source })?;

@@ -11,6 +11,7 @@ use crate::handover::Peer;
 use crate::manifest::{
     CHANNELS, Channels, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict,
 };
+use crate::verify;
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::return_path::Message;
@@ -130,6 +131,9 @@ impl Migration<'_> {
         let can_be_asked = hello.can(FATE);
         self.id = (can_be_asked && !only_asking).then(MigrationId::random);
         let manifest = Manifest { only_asking, channels, ..self.manifest(protocol) };
+        // Plain values always have a JSON form.
+        let json = serde_json::to_vec(&manifest).unwrap_or_default();
+        self.manifest_digest = verify::manifest_digest(&json);
         self.out.command(&Command::Manifest(Box::new(manifest)));
         self.send("the manifest")?;
         match self.await_message("its verdict on the VM was awaited", true)? {

@@ -170,6 +170,8 @@ struct Migration<'a> {
     agreed: Option<Duration>,
     /// When it said PREPARED.
     prepared: Option<Instant>,
+    /// Of the manifest's JSON, as it was sent.
+    manifest_digest: String,
 }
 
 impl<'a> Migration<'a> {
@@ -194,6 +196,7 @@ impl<'a> Migration<'a> {
             id: None,
             agreed: None,
             prepared: None,
+            manifest_digest: String::new(),
         }
     }
 

@@ -23,7 +23,7 @@ use super::{Migration, SourceError};
 use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
-use crate::manifest::PROTOCOL_VERSIONS;
+use crate::manifest::{PROTOCOL_VERSIONS, SectionDigest};
 use crate::phase::Phase;
 use crate::stats::Step;
 use crate::supplement::{FullerSection, Supplement};
@@ -165,8 +165,19 @@ impl Migration<'_> {
         self.send_last_pages(passes)?;
         self.stop_tracking();
         let digests = if self.parameters.verify && peer != Peer::Qemu {
-            let digests =
-                verify::digest(&*self.vm.ram()).map_err(|source| SourceError::Memory { source })?;
+            let ram = verify::digest(&*self.vm.ram());
+            let mut digests = ram.map_err(|source| SourceError::Memory { source })?;
+            if peer == Peer::MiniVmm {
+                digests.manifest = self.manifest_digest.clone();
+                digests.sections = saved
+                    .iter()
+                    .map(|(header, body)| SectionDigest {
+                        id: header.key.idstr.clone(),
+                        instance: header.key.instance,
+                        digest: verify::section_digest(header.version, body),
+                    })
+                    .collect();
+            }
             Some(digests)
         } else {
             None

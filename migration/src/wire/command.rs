@@ -11,7 +11,7 @@ use super::limits::{MAX_JSON, MAX_PROBE, MAX_SHORT_PAYLOAD};
 use super::section::PartType;
 use super::{WireError, read_bytes, read_json, read_u16, read_u32, skip, write_json};
 use crate::fate::Question;
-use crate::manifest::{Manifest, RamDigests, Rehearse};
+use crate::manifest::{Digests, Manifest, Rehearse};
 use crate::vmstate::ByteSource;
 
 /// The value of our ping. A QEMU echoes it; a mini-vmm knows by it who asks, and says hello first.
@@ -35,6 +35,10 @@ const ASK: u16 = 0x4d06;
 const SETTLED: u16 = 0x4d07;
 const REHEARSE: u16 = 0x4d08;
 
+/// Where in one of our own commands the JSON begins, counted from behind the type byte: number,
+/// length, and the JSON's own length.
+pub(crate) const JSON_AT: usize = 8;
+
 /// What a source tells a destination outside of the sections.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
@@ -47,7 +51,7 @@ pub enum Command {
     /// What the VM is and needs.
     Manifest(Box<Manifest>),
     /// Digests to compare RAM with.
-    Verify(RamDigests),
+    Verify(Digests),
     /// The destination is to run the VM; the source has given it up.
     Commit(Commit),
     /// The source goes on running the VM itself.
@@ -278,7 +282,7 @@ mod tests {
     use super::*;
     use crate::fate::MigrationId;
     use crate::guest::RamBlock;
-    use crate::manifest::{BlockDigests, Scrap, SectionManifest};
+    use crate::manifest::{BlockDigests, Scrap, SectionDigest, SectionManifest};
     use crate::vmstate::SliceSource;
 
     fn manifest() -> Manifest {
@@ -317,8 +321,10 @@ mod tests {
 
     #[test]
     fn every_command_comes_back_as_it_went() {
-        let digests = RamDigests {
+        let digests = Digests {
             blocks: vec![BlockDigests { name: "pc.ram".into(), chunk: 4096, digests: vec![7] }],
+            sections: vec![SectionDigest { id: "timer".into(), instance: 0, digest: u64::MAX }],
+            manifest: "0123456789abcdef".into(),
         };
         for command in [
             Command::OpenReturnPath,

@@ -6,8 +6,10 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use crate::common::*;
+use migration::params::Parameters;
 use migration::source::Outcome;
 use migration::transport::Connection;
 use migration::wire::command::{Command, Commit};
@@ -24,8 +26,9 @@ const ALL: Budget = Budget { forth: usize::MAX, back: usize::MAX };
 /// What passed, in each direction.
 type Passed = Arc<Mutex<(Vec<u8>, Vec<u8>)>>;
 
-/// Two connections with a wire between them that breaks when a budget is spent.
-fn wire(budget: Budget) -> (Connection, Connection, Passed) {
+/// Two connections with a wire between them that breaks when a budget is spent, and changes a bit of
+/// the byte at `flip` on its way forth.
+fn wire(budget: Budget, flip: Option<usize>) -> (Connection, Connection, Passed) {
     let (a, a_end) = UnixStream::pair().unwrap();
     let (b, b_end) = UnixStream::pair().unwrap();
     let passed = Passed::default();
@@ -36,8 +39,13 @@ fn wire(budget: Budget) -> (Connection, Connection, Passed) {
         let passed = passed.clone();
         thread::spawn(move || {
             let mut buf = [0; 65536];
+            let mut begin = 0;
             while left > 0 {
                 let Ok(n @ 1..) = (&from).read(&mut buf) else { break };
+                if let Some(at) = flip.filter(|at| forth && (begin..begin + n).contains(at)) {
+                    buf[at - begin] ^= 1 << (at % 8);
+                }
+                begin += n;
                 let n = n.min(left);
                 left -= n;
                 let mut passed = passed.lock().unwrap();
@@ -63,7 +71,7 @@ fn wire(budget: Budget) -> (Connection, Connection, Passed) {
 
 fn run(budget: Budget, verify: bool) -> (Ended, Vec<u8>, Vec<u8>) {
     let (source, destination, _) = two_vms(24);
-    let (a, b, passed) = wire(budget);
+    let (a, b, passed) = wire(budget, None);
     let control = control_with(|p| p.verify = verify);
     let ended = migrate(source, destination, (a, b), (control, crate::common::control()));
     let passed = passed.lock().unwrap().clone();
@@ -130,4 +138,41 @@ fn the_stream_is_cut_everywhere() {
         in_doubt += usize::from(matches!(ended.outcome, Outcome::InDoubt { .. }));
     }
     assert!(in_doubt > 0, "no cut of shut(0) left a doubt");
+}
+
+#[test]
+fn a_bit_that_changes_on_its_way_is_noticed_wherever_it_matters() {
+    let find = |text: &[u8], bytes: &[u8]| text.windows(bytes.len()).position(|w| w == bytes);
+    let (ended, forth, _) = run(ALL, true);
+    assert_moved(&ended);
+    let manifest = find(&forth, b"{\"protocol\"").unwrap();
+    let ram = find(&forth, b"\x03ram\0\0\0\0").unwrap();
+    let devices = find(&forth, b"\x03cpu\0\0\0").unwrap() - 5;
+    let end = find(&forth, b"\0\x06").unwrap();
+    assert!(manifest < ram && ram < devices && devices < end, "{manifest} {ram} {devices} {end}");
+    let mut refused = 0;
+    for at in (manifest..ram - 5).chain(devices..end).step_by(5) {
+        let (source, destination, world) = two_vms(24);
+        let (a, b, _) = wire(ALL, Some(at));
+        // A length that has changed makes both sides wait.
+        let quick = |p: &mut Parameters| p.stall_timeout = Duration::from_millis(200);
+        let controls = (
+            control_with(|p| {
+                p.verify = true;
+                quick(p);
+            }),
+            control_with(quick),
+        );
+        let ended = migrate(source, destination, (a, b), controls);
+        let place = String::from_utf8_lossy(&forth[at - 20..at + 20]).into_owned();
+        assert!(
+            matches!(ended.outcome, Outcome::Kept { .. }),
+            "{at}, in {place:?}: {:?}",
+            ended.outcome
+        );
+        assert!(ended.arrived.is_err(), "{at}");
+        assert_eq!(world.runs(), Some("source"), "{at}");
+        refused += 1;
+    }
+    assert!(refused > 100, "{refused}");
 }

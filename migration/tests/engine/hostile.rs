@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -130,6 +131,27 @@ fn a_run_that_leaves_its_block_is_refused() {
             let known = ["Illegal RAM offset", "pages in a run"];
             assert!(known.iter().any(|known| words.contains(known)), "{words}");
         }
+    }
+}
+
+#[test]
+fn a_source_that_stands_still_is_said_to_wherever_it_stops() {
+    let (source, _, _) = two_vms(16);
+    let bytes = stream(&source);
+    let page = bytes.windows(64).position(|w| w == [7; 64]).unwrap();
+    let commit = bytes.len() - 3;
+    let device = commit - 300;
+    for at in [3, 30, 60, page + 10, device, commit] {
+        let (_, mut destination, _) = two_vms(16);
+        let (mut a, b) = UnixStream::pair().unwrap();
+        a.write_all(&bytes[..at]).unwrap();
+        let connection = Connection::from_unix(b, "unix:b".into());
+        let control = control_with(|p| p.stall_timeout = Duration::from_millis(150));
+        let ended = destination::run(&mut destination, connection, &control);
+        let words = ended.map(|_| ()).unwrap_err().error.chain();
+        let stalled = "the source stands still: nothing for 150ms: the stream broke off at offset";
+        assert!(words.contains(stalled) || words.contains("no migration source"), "{at}: {words}");
+        drop(a);
     }
 }
 

@@ -160,7 +160,7 @@ impl SourceVm for Leaving {
 
     fn reacquire_disks(&mut self) -> Result<TakenBack, VmError> {
         let board = &self.vm.machine.board;
-        match board.open_backends() {
+        match board.reopen_backends() {
             Ok(()) => Ok(self.left.changed().map_or_else(
                 || {
                     if let Err(e) = self.left.touch() {

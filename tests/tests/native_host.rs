@@ -94,6 +94,8 @@ fn a_disk_that_another_vm_writes_to_is_not_opened() {
     File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
     let disk = format!("--disk path={}", image.display());
     let mut first = Vm::selfcheck("64M", 1, "").args(&disk).start();
+    // Its socket is there before its disks are open; it answers afterwards.
+    assert_eq!(first.qmp().status(), "running");
     for second in ["", ",readonly=on"] {
         let script = format!("exec {RUN} --disk path=$1/disk.img{second}");
         let out = in_namespace(&[], dir.path(), &script);

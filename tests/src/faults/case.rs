@@ -234,6 +234,7 @@ impl Case {
         let nth = match unit.as_str() {
             "page" => dice.below(2000),
             "zero page" => dice.below(4000),
+            "pages" | "zero pages" => dice.below(16),
             "ping" | "pong" | "ram part" | "ram mark" | "ram footer" => dice.below(3),
             _ => 0,
         };

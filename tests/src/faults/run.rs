@@ -246,6 +246,8 @@ impl Trial {
             "x-timeout": 2000,
             "x-on-timeout": "force",
             "x-verify": verify,
+            // The case plays the operator; `native_settle` lets the source ask by itself.
+            "x-settle": false,
         });
         qmp.execute("migrate-set-parameters", parameters).map_err(said)?;
         let capability = json!({ "capability": "pause-before-switchover", "state": stops_before });
@@ -699,8 +701,8 @@ pub fn stage(at: &str) -> &'static str {
         "ping" | "pong" => "pings",
         "prepared" => "prepared",
         "commit" => "commit",
-        "shut" => "last word",
-        _ if at.starts_with("ram") || at.ends_with("page") => "memory",
+        "shut" | "settled" => "last word",
+        _ if at.starts_with("ram") || at.ends_with("page") || at.ends_with("pages") => "memory",
         _ => "devices",
     }
 }

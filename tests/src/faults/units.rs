@@ -119,6 +119,7 @@ impl Splitter {
             0x4d02 => "verdict",
             0x4d03 => "prepared",
             0x4d04 => "failed",
+            0x4d05 => "fate",
             _ => return self.unknown(),
         };
         let short = matches!(name, "shut" | "pong");
@@ -153,6 +154,7 @@ impl Splitter {
             0x4d02 => "verify",
             0x4d03 => "commit",
             0x4d04 => "abort",
+            0x4d07 => "settled",
             _ => return self.unknown(),
         };
         let json = if number > 0x4d00 { self.number(5, 4)? } else { 0 };
@@ -185,6 +187,12 @@ impl Splitter {
         match flags & !0x20 {
             0x02 => Ok(("zero page".to_owned(), content()? + 1)),
             0x08 => Ok(("page".to_owned(), content()? + PAGE)),
+            // Many that follow each other.
+            0x402 => Ok(("zero pages".to_owned(), content()? + 5)),
+            0x408 => {
+                let count = content()?;
+                Ok(("pages".to_owned(), count + 4 + self.number(count, 4)? * PAGE))
+            }
             0x10 => Ok(("ram mark".to_owned(), 8)),
             0x04 => {
                 let mut left = self.number(0, 8)? & !(PAGE - 1);
@@ -213,7 +221,9 @@ mod tests {
         out.extend_from_slice(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
         out.extend_from_slice(b"\x02\0\0\0\x02\0\0\0\0\0\0\0\x08\x06pc.ram");
         out.extend_from_slice(&[7; PAGE]);
-        out.extend_from_slice(b"\0\0\0\0\0\0\x10\x22\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
+        out.extend_from_slice(b"\0\0\0\0\0\0\x10\x22\0\0\0\0\0\0\0\x14\x28\0\0\0\x02");
+        out.extend_from_slice(&[8; 2 * PAGE]);
+        out.extend_from_slice(b"\0\0\0\0\0\0\x14\x22\0\0\0\x03\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
         out.extend_from_slice(
             b"\x04\0\0\0\x03\x05i8259\0\0\0\x01\0\0\0\x01abc\x7e\0\x7e\0\0\0\x03",
         );
@@ -221,7 +231,7 @@ mod tests {
         out
     }
 
-    const NAMES: [&str; 18] = [
+    const NAMES: [&str; 20] = [
         "header",
         "configuration",
         "open return path",
@@ -234,6 +244,8 @@ mod tests {
         "ram part",
         "page",
         "zero page",
+        "pages",
+        "zero pages",
         "ram mark",
         "ram footer",
         "section i8259 1",

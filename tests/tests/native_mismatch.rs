@@ -8,6 +8,7 @@ use serde_json::json;
 use system_tests::guest::Guest;
 use system_tests::proxy::{Direction, Harm, Proxy};
 use system_tests::vm::command;
+use system_tests::wait;
 
 /// A difference: what is started, and the words that name it.
 struct Difference {
@@ -37,10 +38,15 @@ fn is_locked(disk: &str) {
 /// Both sides have said these words, the source in `said`; its guest runs, and the destination waits,
 /// untouched, for a source that fits.
 fn named_on_both_sides(words: &[&str], here: &Guest, said: &str, there: &Guest) {
-    let answered = there.vm.stderr();
     for words in words {
         assert!(said.contains(words), "'{words}' is not in the source's words: {said}");
-        assert!(answered.contains(words), "'{words}' is not in the destination's: {answered}");
+        // The destination answers first, and writes to its log then.
+        wait::until(
+            &format!("'{words}' in the destination's words"),
+            20,
+            || there.vm.stderr().contains(words).then_some(()),
+            || there.vm.stderr(),
+        );
     }
     assert_eq!(here.vm.qmp().status(), "running", "{said}");
     assert_eq!(there.vm.qmp().status(), "inmigrate", "{said}");

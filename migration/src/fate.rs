@@ -18,6 +18,11 @@ impl MigrationId {
     pub fn random() -> Self {
         Self(Uuid::new_v4())
     }
+
+    /// Its bytes, for where there is no JSON.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.into_bytes()
+    }
 }
 
 impl std::fmt::Display for MigrationId {

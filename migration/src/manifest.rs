@@ -109,8 +109,8 @@ pub struct Manifest {
 pub struct Channels {
     /// How many.
     pub count: u8,
-    /// What each of them begins with, in hexadecimal: 32 bytes that only this migration's have.
-    pub token: String,
+    /// What each of them begins with.
+    pub token: MigrationId,
 }
 
 /// One device section that will come.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::{Arrival, DestinationError};
 use crate::guest::{GuestRam, PAGE_SIZE};
-use crate::manifest::Manifest;
+use crate::manifest::Channels as Announced;
 use crate::stats::{MigrationStats, Moved};
 use crate::transport::{Connection, StreamReader};
 use crate::vmstate::ByteSource;
@@ -22,8 +22,6 @@ use crate::wire::multifd::{Initial, MAX_CHANNELS, Packet};
 /// How often whoever waits looks whether anything has come.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// The digits of a token in the manifest.
-const TOKEN_DIGITS: usize = 64;
 /// How long a connection may take to say whose it is, which its source does at once.
 const FIRST_WORD: Duration = Duration::from_secs(1);
 
@@ -60,7 +58,7 @@ impl Arrival<'_> {
     pub(super) fn take_channels(
         &mut self,
         count: u8,
-        token: Option<[u8; 32]>,
+        token: Option<[u8; 16]>,
     ) -> Result<(), DestinationError> {
         let stall = self.parameters.stall_timeout;
         let begin = Instant::now();
@@ -88,27 +86,20 @@ impl Arrival<'_> {
         Ok(())
     }
 
-    /// What `manifest` says of further connections; nothing if it says nothing.
-    pub(super) fn announced_channels(
-        &self,
-        manifest: &Manifest,
-    ) -> Result<Option<(u8, [u8; 32])>, DestinationError> {
-        let Some(announced) = &manifest.channels else { return Ok(None) };
-        let bad = || {
-            self.out_of_turn(
-                "a manifest with a number or a token of connections that no source says",
-            )
-        };
-        let bytes = announced.token.as_bytes();
-        let mut token = [0; 32];
-        if bytes.len() != TOKEN_DIGITS || !(1..=MAX_CHANNELS).contains(&announced.count.into()) {
-            return Err(bad());
+    /// Takes the connections that `manifest` announces, if it does.
+    pub(super) fn take_announced(
+        &mut self,
+        announced: Option<Announced>,
+    ) -> Result<(), DestinationError> {
+        match announced {
+            None => Ok(()),
+            Some(Announced { count, token })
+                if (1..=MAX_CHANNELS).contains(&usize::from(count)) =>
+            {
+                self.take_channels(count, Some(token.to_bytes()))
+            }
+            Some(_) => Err(self.out_of_turn("a manifest with more connections than may be")),
         }
-        for (byte, digits) in token.iter_mut().zip(bytes.chunks(2)) {
-            let digits = std::str::from_utf8(digits).map_err(|_| bad())?;
-            *byte = u8::from_str_radix(digits, 16).map_err(|_| bad())?;
-        }
-        Ok(Some((announced.count, token)))
     }
 }
 

@@ -45,15 +45,12 @@ impl Arrival<'_> {
         for warning in &verdict.warnings {
             tracing::warn!("{}: {warning}", warning.code);
         }
-        let announced = self.announced_channels(&manifest)?;
+        let announced = manifest.channels.clone();
         self.manifest = Some(manifest);
         if !verdict.problems.is_empty() {
             return Err(DestinationError::Refused { problems: verdict.problems });
         }
-        match announced {
-            Some((count, token)) => self.take_channels(count, Some(token)),
-            None => Ok(()),
-        }
+        self.take_announced(announced)
     }
 
     /// Bytes have come for a measurement, and are gone. They may only follow a question, and a

@@ -40,6 +40,8 @@ pub(super) struct Channels {
 
 struct Shared {
     ram: Arc<dyn GuestRam>,
+    /// The names of its blocks.
+    names: Vec<String>,
     state: Mutex<State>,
     /// Something is to be done.
     work: Condvar,
@@ -65,7 +67,6 @@ struct State {
 struct Chunk {
     generation: u64,
     block: usize,
-    name: Arc<str>,
     offsets: Vec<u64>,
 }
 
@@ -83,8 +84,10 @@ impl Channels {
     ) -> Result<Self, SourceError> {
         let thread = |e| SourceError::send("pages: their thread could not be started", e);
         let state = State { synced: vec![0; connections.len()], ..State::default() };
+        let names = ram.blocks().into_iter().map(|block| block.name).collect();
         let shared = Arc::new(Shared {
             ram,
+            names,
             state: Mutex::new(state),
             work: Condvar::new(),
             done: Condvar::new(),
@@ -105,11 +108,10 @@ impl Channels {
         Ok(channels)
     }
 
-    /// Hands over pages of `block`, whose name is `name`, at these offsets; waits for room.
+    /// Hands over pages of `block` at these offsets; waits for room.
     pub(super) fn submit(
         &mut self,
         block: usize,
-        name: &Arc<str>,
         offsets: Vec<u64>,
         control: &Control,
     ) -> Result<(), SourceError> {
@@ -117,7 +119,7 @@ impl Channels {
         let most = WAITING * self.connections.len();
         let mut state = self.wait(control, |state| state.chunks.len() < most)?;
         let generation = state.generation;
-        state.chunks.push_back(Chunk { generation, block, name: name.clone(), offsets });
+        state.chunks.push_back(Chunk { generation, block, offsets });
         count(&mut state, control);
         drop(state);
         self.shared.work.notify_one();
@@ -253,9 +255,10 @@ impl Shared {
 
     fn send(&self, to: &Connection, chunk: &Chunk, head: &mut Vec<u8>) -> io::Result<Moved> {
         let mut moved = Moved::default();
+        let name = self.names.get(chunk.block).map_or("", String::as_str);
         for offsets in chunk.offsets.chunks(MAX_PAGES) {
             head.clear();
-            self.head(false, &chunk.name, offsets).write(head);
+            self.head(false, name, offsets).write(head);
             let mut parts = Vec::with_capacity(offsets.len() + 1);
             parts.push(IoPart::Bytes(head));
             for offset in offsets {
@@ -298,7 +301,7 @@ impl Shared {
 pub(super) fn introduce(
     connections: &[Connection],
     uuid: [u8; 16],
-    token: [u8; 32],
+    token: [u8; 16],
 ) -> Result<(), SourceError> {
     for (connection, channel) in connections.iter().zip(0..) {
         let mut first = Vec::with_capacity(Initial::LEN);

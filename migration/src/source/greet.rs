@@ -1,12 +1,11 @@
 //! The first words: who is there, and would it work.
 
-use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::channels::introduce;
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
-use crate::fate::{FATE, MigrationId};
+use crate::fate::FATE;
 use crate::handover::Peer;
 use crate::manifest::{
     CHANNELS, Channels, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict,
@@ -97,9 +96,7 @@ impl Migration<'_> {
             return Ok(First::Nobody);
         }
         // A QEMU that has been told to expect several reads none before all are there.
-        let token = new_token();
-        introduce(&self.links, self.vm.uuid(), token)?;
-        self.token = token;
+        introduce(&self.links, self.vm.uuid(), self.name.to_bytes())?;
         self.out.command(&Command::OpenReturnPath);
         self.out.command(&Command::Ping(PING_MAGIC));
         self.send("the header")?;
@@ -126,10 +123,9 @@ impl Migration<'_> {
             });
         };
         let count = u8::try_from(self.links.len()).unwrap_or_default();
-        let token = self.token.iter().map(|byte| format!("{byte:02x}")).collect();
-        let channels = (count > 0 && hello.can(CHANNELS)).then_some(Channels { count, token });
-        let can_be_asked = hello.can(FATE);
-        self.id = (can_be_asked && !only_asking).then(MigrationId::random);
+        let channels =
+            (count > 0 && hello.can(CHANNELS)).then_some(Channels { count, token: self.name });
+        self.id = (hello.can(FATE) && !only_asking).then_some(self.name);
         let manifest = Manifest { only_asking, channels, ..self.manifest(protocol) };
         // Plain values always have a JSON form.
         let json = serde_json::to_vec(&manifest).unwrap_or_default();
@@ -191,17 +187,6 @@ impl Migration<'_> {
             NoMessage::Cancelled => SourceError::Cancelled,
         })
     }
-}
-
-/// Bytes that no other migration has.
-fn new_token() -> [u8; 32] {
-    let mut token = [0; 32];
-    for part in token.chunks_mut(size_of::<u64>()) {
-        // The keys come from the operating system, and differ for each of them.
-        let random = RandomState::new().hash_one(0);
-        part.copy_from_slice(&random.to_ne_bytes());
-    }
-    token
 }
 
 /// The host's wall clock; 0, which says nothing, where it is before 1970.

@@ -160,8 +160,8 @@ struct Migration<'a> {
     tracker: Option<Box<dyn DirtyTracker>>,
     /// Connections for pages that nobody uses yet.
     links: Vec<Connection>,
-    /// What each of them began with.
-    token: [u8; 32],
+    /// What this attempt is called, and what each of them began with.
+    name: MigrationId,
     /// Those that are in use.
     channels: Option<Channels>,
     /// What the destination knows this attempt by, if it can be asked for it.
@@ -191,7 +191,7 @@ impl<'a> Migration<'a> {
             parameters,
             tracker: None,
             links: Vec::new(),
-            token: [0; 32],
+            name: MigrationId::random(),
             channels: None,
             id: None,
             agreed: None,

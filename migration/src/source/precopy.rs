@@ -9,7 +9,6 @@
 //!                       for each 2 MiB: clear the log's bits, then read and send the pages
 //! ```
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Migration, SourceError};
@@ -40,7 +39,6 @@ const SAMPLE: Duration = Duration::from_millis(100);
 /// What is left of RAM, and how fast it goes.
 pub(super) struct Passes {
     blocks: Vec<RamBlock>,
-    names: Vec<Arc<str>>,
     dirty: DirtyBitmap,
     /// No page has been sent before.
     first: bool,
@@ -69,10 +67,8 @@ impl Passes {
         let mut dirty = DirtyBitmap::new(&blocks);
         dirty.set_all();
         let now = Instant::now();
-        let names = blocks.iter().map(|block| block.name.as_str().into()).collect();
         Self {
             blocks,
-            names,
             dirty,
             first: true,
             rate: Rate::default(),
@@ -230,7 +226,7 @@ impl Migration<'_> {
                         }
                     }
                 }
-                self.submit(passes, block, chunk)?;
+                self.submit(block, chunk)?;
                 if !running {
                     continue;
                 }
@@ -258,17 +254,11 @@ impl Migration<'_> {
     }
 
     /// Gives a chunk's pages to the connections that they go through.
-    fn submit(
-        &mut self,
-        passes: &Passes,
-        block: usize,
-        chunk: Vec<u64>,
-    ) -> Result<(), SourceError> {
+    fn submit(&mut self, block: usize, chunk: Vec<u64>) -> Result<(), SourceError> {
         let Some(channels) = self.channels.as_mut().filter(|_| !chunk.is_empty()) else {
             return Ok(());
         };
-        let Some(name) = passes.names.get(block) else { return Ok(()) };
-        let done = channels.submit(block, name, chunk, self.control);
+        let done = channels.submit(block, chunk, self.control);
         done.map_err(|e| self.write_failed(e))?;
         self.check()
     }

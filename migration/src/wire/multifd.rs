@@ -11,7 +11,7 @@
 //! A RAM section has ended when its EOS and one SYNC on each connection have come. What belongs to the
 //! next section is not read before, so that an older page never overwrites a newer one.
 //!
-//! QEMU leaves 40 bytes of the initial packet zero; between mini-vmms the last 32 of them hold a token
+//! QEMU leaves 40 bytes of the initial packet zero; between mini-vmms the last 16 of them hold a token
 //! from the [manifest](crate::manifest::Channels).
 
 use super::{WireError, read_array, read_u8, read_u32, read_u64};
@@ -41,7 +41,7 @@ pub struct Initial {
     /// The connection's number, from 0 on.
     pub channel: u8,
     /// What the manifest said; zero from and to a QEMU.
-    pub token: [u8; 32],
+    pub token: [u8; 16],
 }
 
 impl Initial {
@@ -54,7 +54,7 @@ impl Initial {
         out.extend_from_slice(&VERSION.to_be_bytes());
         out.extend_from_slice(&self.uuid);
         out.push(self.channel);
-        out.extend_from_slice(&[0; 7]);
+        out.extend_from_slice(&[0; 23]);
         out.extend_from_slice(&self.token);
     }
 
@@ -63,7 +63,7 @@ impl Initial {
         begin(source)?;
         let uuid = read_array(source, "a channel's UUID")?;
         let channel = read_u8(source, "a channel's number")?;
-        read_array::<7>(source, "a channel's first packet")?;
+        read_array::<23>(source, "a channel's first packet")?;
         let token = read_array(source, "a channel's first packet")?;
         Ok(Self { uuid, channel, token })
     }
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn packets_are_qemus_bytes_and_come_back() {
-        let initial = Initial { uuid: [7; 16], channel: 3, token: [9; 32] };
+        let initial = Initial { uuid: [7; 16], channel: 3, token: [9; 16] };
         let mut out = Vec::new();
         initial.write(&mut out);
         assert_eq!(out.len(), Initial::LEN);

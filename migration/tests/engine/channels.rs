@@ -77,7 +77,7 @@ fn whoever_else_connects_is_no_channel() {
     let connections = links(2, &mut destination);
     let (stranger, end) = pair();
     let mut first = Vec::new();
-    Initial { uuid: [0; 16], channel: 1, token: [1; 32] }.write(&mut first);
+    Initial { uuid: [0; 16], channel: 1, token: [1; 16] }.write(&mut first);
     (&stranger).write_all(&first).unwrap();
     let (silent, other_end) = pair();
     destination.beside.insert(0, end);
@@ -177,7 +177,7 @@ fn an_older_page_never_lies_over_a_newer_one() {
     let mut open = |channel| {
         let (mut mine, its) = UnixStream::pair().unwrap();
         let mut first = Vec::new();
-        Initial { uuid: [0; 16], channel, token: [0; 32] }.write(&mut first);
+        Initial { uuid: [0; 16], channel, token: [0; 16] }.write(&mut first);
         mine.write_all(&first).unwrap();
         ends.push(Connection::from_unix(its, "unix:channel".into()));
         mine
@@ -251,7 +251,7 @@ fn a_packet_is_checked_before_anything_is_written() {
         let (_, mut destination, _) = two_vms(16);
         let (mut channel, end) = UnixStream::pair().unwrap();
         let mut first = Vec::new();
-        Initial { uuid: [0; 16], channel: 0, token: [0; 32] }.write(&mut first);
+        Initial { uuid: [0; 16], channel: 0, token: [0; 16] }.write(&mut first);
         channel.write_all(&first).unwrap();
         channel.write_all(&packet).unwrap();
         destination.beside.push(Connection::from_unix(end, "unix:channel".into()));

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::case::{Action, Case, Map, Place, Side, Variant};
+use super::case::{Action, Case, Map, Side, Variant};
 use super::relay::{Fault, Pids, Relay};
 use super::witness::{Witness, told_ticks};
 use crate::guest::Guest;
@@ -708,9 +708,6 @@ pub fn stage(at: &str) -> &'static str {
 }
 
 /// The place of a case as its table has it.
-pub fn stage_of(place: &Place, at: Option<&str>) -> &'static str {
-    match (at, place) {
-        (Some(at), _) => stage(at),
-        (None, _) => "its place never came",
-    }
+pub fn stage_of(at: Option<&str>) -> &'static str {
+    at.map_or("its place never came", stage)
 }

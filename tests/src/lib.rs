@@ -8,6 +8,7 @@ pub mod bootdisk;
 pub mod broken_disk;
 pub mod faults;
 pub mod guest;
+pub mod image;
 pub mod linux;
 pub mod network;
 pub mod pair;

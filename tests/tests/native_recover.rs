@@ -1,47 +1,17 @@
 //! A hand-over that was cut when nobody could know any more who has the guest, and the operator who
 //! settles it: what he is told, what he is granted and what not.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
-use std::path::PathBuf;
-
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use system_tests::guest::Guest;
+use system_tests::image::{COMMIT, Disk};
 use system_tests::proxy::{Direction, Harm, Proxy};
 use system_tests::vm::Vm;
 use system_tests::wait;
 
 const MEMORY: &str = "64M";
-/// COMMIT: type, number and length.
-const COMMIT: &[u8] = b"\x08\x4d\x03\0\x04";
 /// The beginning of shut(0).
 const SHUT: &[u8] = b"\0\x01\0\x04\0";
-
-/// A disk that both sides see.
-struct Disk {
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Disk {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk.img");
-        File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        Self { path, _dir: dir }
-    }
-
-    fn argument(&self) -> String {
-        format!("--disk path={}", self.path.display())
-    }
-
-    fn write(&self) {
-        let mut file = OpenOptions::new().write(true).open(&self.path).unwrap();
-        file.seek(SeekFrom::Start(4096)).unwrap();
-        file.write_all(b"somebody was here").unwrap();
-    }
-}
 
 /// A source in doubt, and its destination: cut in the order to run, which the destination then never
 /// does, or in its last word, when it runs.

@@ -1,10 +1,9 @@
 //! A hand-over that was cut when nobody could know any more who has the guest, and nobody there to
 //! decide: the source asks the destination, or looks at the disks, and it settles by itself.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -14,12 +13,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use system_tests::guest::Guest;
+use system_tests::image::{COMMIT, Disk};
 use system_tests::wait;
 
 const MEMORY: &str = "64M";
 const WORK: &str = "set=16M,rate=0,verify=20000";
-/// COMMIT: type, number and length.
-const COMMIT: &[u8] = b"\x08\x4d\x03\0\x04";
 /// shut(0).
 const SHUT: &[u8] = b"\0\x01\0\x04\0\0\0\0";
 
@@ -143,25 +141,6 @@ fn back(mut far: &TcpStream, mut near: &TcpStream, cut: Option<Cut>) {
         let _ = near.shutdown(Shutdown::Both);
     } else {
         hang_up(near, far);
-    }
-}
-
-/// A disk that both sides see.
-struct Disk {
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Disk {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk.img");
-        File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        Self { path, _dir: dir }
-    }
-
-    fn argument(&self) -> String {
-        format!("--disk path={}", self.path.display())
     }
 }
 

@@ -100,17 +100,23 @@ fn a_listener_that_says_nothing_or_hangs_up_is_no_destination() {
         let (mut stream, _) = listener.accept().unwrap();
         // Until the other side has had enough.
         let _ = stream.read_to_end(&mut Vec::new());
+        listener
     });
     let mut qmp = here.begin(&uri, &quick);
     stays(&mut here, &mut qmp, "failed", "stands still: nothing for 1s");
-    mute.join().unwrap();
+    drop(mute.join().unwrap());
 
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
-    let hangs_up = thread::spawn(move || drop(listener.accept().unwrap()));
+    let hangs_up = thread::spawn(move || {
+        drop(listener.accept().unwrap());
+        // It listens on: a port that is closed refuses the second of several connections, and the
+        // migration doesn't even start.
+        listener
+    });
     let mut qmp = here.begin(&uri, &quick);
     stays(&mut here, &mut qmp, "failed", "");
-    hangs_up.join().unwrap();
+    drop(hangs_up.join().unwrap());
     without_limits(here);
 }
 

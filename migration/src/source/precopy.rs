@@ -3,7 +3,7 @@
 //! ```text
 //! start the log → pass 1: every page
 //!                 wait until the destination has taken it in
-//!                 fetch the log → few enough? ──yes──→ switch-over
+//!                 fetch the log → few enough, and no fewer after another pass? ──yes──→ switch-over
 //!                   ↑               │no
 //!                   └── pass n: ←───┘
 //!                       for each 2 MiB: clear the log's bits, then read and send the pages
@@ -115,6 +115,7 @@ impl Migration<'_> {
                 self.control.enter(Phase::Active);
             }
             let begin = Instant::now();
+            let before = passes.remaining();
             let end = self.send_pass(&mut passes, PartType::Part)?;
             passes.first = false;
             if end == PassEnd::Whole {
@@ -137,6 +138,8 @@ impl Migration<'_> {
             }
             let decision = decide(&Progress {
                 forecast,
+                remaining,
+                before,
                 downtime_limit: parameters.downtime_limit,
                 elapsed: passes.started.elapsed(),
                 timeout: parameters.timeout,

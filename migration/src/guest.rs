@@ -9,8 +9,9 @@
 //! blockers · manifest parts (machine_type, vcpus, ram, sections, details) or prepare_for_qemu
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
-//! stop (tracker) → release_disks → hand_over                          the other side runs it
-//!                  reacquire_disks → resume                           or this side goes on
+//! release_disks → hand_over                                           the other side runs it
+//!                 reacquire_disks → resume                            or this side goes on
+//! stop (tracker)                                                      whatever it was
 //! ```
 //!
 //! and on the destination:

@@ -12,11 +12,10 @@ use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use migration::vmstate::{
-    Audience, ByteSource, Decoder, Describer, Encoder, FieldError, FixedVec, LayoutDigest, Pad,
-    Section, SectionId, StateError, check_version,
+    Audience, ByteSource, Decoder, Describer, Description, Encoder, FieldError, FixedVec,
+    LayoutDigest, Pad, Section, SectionId, StateError, check_version,
 };
 
 use super::core::status;
@@ -260,11 +259,15 @@ impl Section for VirtioSection {
         Ok(())
     }
 
-    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Description), StateError> {
         let bytes = self.save(audience)?;
+        let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let mut describer = Describer::new(&self.id, self.version);
-        describer.opaque("virtio", "virtio", u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-        Ok((bytes, describer.finish()))
+        let description = move || {
+            describer.opaque("virtio", "virtio", size);
+            Ok(describer.finish())
+        };
+        Ok((bytes, Box::new(description)))
     }
 
     fn layout_digest(&self) -> u64 {

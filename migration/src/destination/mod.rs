@@ -303,9 +303,8 @@ impl<'a> Arrival<'a> {
         }
         self.accept()?;
         if self.answer.peer() == Peer::MiniVmm {
-            match section::read_part_type(&mut self.reader)? {
-                PartType::Description => section::skip_description(&mut self.reader)?,
-                _ => return Err(self.out_of_turn("no description at the end")),
+            if self.rehearsal.is_some() {
+                self.skip_description()?;
             }
             let missing = self.loader.missing();
             if !missing.is_empty() {
@@ -315,6 +314,14 @@ impl<'a> Arrival<'a> {
             self.receive_supplement()?;
         }
         Ok(())
+    }
+
+    /// Passes by the description, which a source makes while this side loads what it describes.
+    fn skip_description(&mut self) -> Result<(), DestinationError> {
+        match section::read_part_type(&mut self.reader)? {
+            PartType::Description => Ok(section::skip_description(&mut self.reader)?),
+            _ => Err(self.out_of_turn("no description at the end")),
+        }
     }
 
     /// Reads a command, and notes the digest of a manifest's JSON as it came.
@@ -579,6 +586,8 @@ impl<'a> Arrival<'a> {
         let (ram, sections) = (prepared.verified_ram_bytes, prepared.verified_sections);
         self.control.stats().verified(ram, sections);
         if self.answer.peer() == Peer::MiniVmm {
+            // Only when nothing more is on its way: a connection that breaks before that leaves no doubt.
+            self.skip_description()?;
             self.prepared = true;
             self.answer.send(&Message::Prepared(prepared))?;
         }

@@ -7,13 +7,15 @@
 //! drain devices      nothing is in flight, disks are flushed, nobody writes to RAM any more
 //! save every section reading vCPU state can make the hypervisor write to guest memory (kvmclock)
 //! last bitmap        so it comes after
-//! last pages, device sections, end of the stream
+//! last pages, device sections, end of the stream, their description while the other side loads them
 //! PREPARED → release disks → COMMIT → shut(0)             to a mini-vmm
 //!            release disks → end of the stream → shut(0)  to a QEMU
 //!            release disks → end of the stream → flushed, the command has succeeded, renamed
 //! ```
 
 use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value};
 
 use super::doubt::{Objection, finish};
 use super::inbox::NoMessage;
@@ -23,15 +25,25 @@ use super::{Migration, SourceError};
 use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
-use crate::manifest::{PROTOCOL_VERSIONS, SectionDigest};
+use crate::manifest::{Digests, PROTOCOL_VERSIONS, SectionDigest};
 use crate::phase::Phase;
 use crate::stats::Step;
 use crate::supplement::{FullerSection, Supplement};
 use crate::verify;
-use crate::vmstate::Audience;
+use crate::vmstate::{Audience, Description};
 use crate::wire::command::{Command, Commit};
 use crate::wire::return_path::Message;
 use crate::wire::section::{self, PartType, SectionHeader};
+
+/// What there is beside RAM, as it goes out.
+#[derive(Default)]
+struct Saved {
+    sections: Vec<(SectionHeader, Vec<u8>)>,
+    /// One for each.
+    descriptions: Vec<Description>,
+    /// Of those that a QEMU would get shorter.
+    fuller: Vec<FullerSection>,
+}
 
 /// What went wrong on the way, if anything did.
 #[derive(Debug, Default)]
@@ -130,10 +142,44 @@ impl Migration<'_> {
     fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
         let stats = self.control.stats();
         stats.step(Step::VcpuState);
-        let (mut saved, mut descriptions, mut fuller) = (Vec::new(), Vec::new(), Vec::new());
+        let saved = self.save_sections(peer)?;
+
+        stats.step(Step::LastPages);
+        // The log goes on: to stop it takes KVM a grace period for each slot, and the guest waits.
+        self.send_last_pages(passes)?;
+        let digests = self.digests(peer, &saved)?;
+
+        stats.step(Step::Devices);
+        for (header, body) in &saved.sections {
+            self.out.put(|out| {
+                section::write_header(out, PartType::Full, header);
+                out.extend_from_slice(body);
+                section::write_footer(out, header.id);
+            });
+        }
+        if peer == Peer::MiniVmm {
+            if let Some(digests) = digests.clone() {
+                self.out.command(&Command::Verify(digests));
+            }
+            self.out.put(section::write_eof);
+        }
+        // The other side loads them while they are being described.
+        self.send("the device sections")?;
+        let description = self.describe(peer, saved, digests)?;
+        if peer == Peer::MiniVmm {
+            self.out.put(|out| section::write_description(out, &description));
+            self.send("the sections' description")?;
+        }
+        self.check()?;
+        Ok(description)
+    }
+
+    /// Reads the state of everything but RAM.
+    fn save_sections(&mut self, peer: Peer) -> Result<Saved, SourceError> {
+        let failed = |source| SourceError::State { source };
+        let mut saved = Saved::default();
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
-            let failed = |source| SourceError::State { source };
             let (body, description) = match peer {
                 Peer::MiniVmm => section.save_described(Audience::MiniVmm).map_err(failed)?,
                 Peer::Qemu => section.save_described(Audience::Qemu).map_err(failed)?,
@@ -143,7 +189,7 @@ impl Migration<'_> {
                         Ok((body, _)) if body == full.0 => full,
                         Ok(plain) => {
                             let (key, version) = (&header.key, header.version);
-                            fuller.push(FullerSection::new(key, version, full.0));
+                            saved.fuller.push(FullerSection::new(key, version, full.0));
                             plain
                         }
                         Err(error) => {
@@ -157,62 +203,56 @@ impl Migration<'_> {
                     }
                 }
             };
-            descriptions.push(description);
-            saved.push((header, body));
+            saved.descriptions.push(description);
+            saved.sections.push((header, body));
         }
+        Ok(saved)
+    }
 
-        stats.step(Step::LastPages);
-        self.send_last_pages(passes)?;
-        self.stop_tracking();
-        let digests = if self.parameters.verify && peer != Peer::Qemu {
-            let ram = verify::digest(&*self.vm.ram());
-            let mut digests = ram.map_err(|source| SourceError::Memory { source })?;
-            if peer == Peer::MiniVmm {
-                digests.manifest = self.manifest_digest.clone();
-                digests.sections = saved
-                    .iter()
-                    .map(|(header, body)| SectionDigest {
-                        id: header.key.idstr.clone(),
-                        instance: header.key.instance,
-                        digest: verify::section_digest(header.version, body),
-                    })
-                    .collect();
-            }
-            Some(digests)
-        } else {
-            None
-        };
-
-        self.control.stats().step(Step::Devices);
-        for (header, body) in &saved {
-            self.out.put(|out| {
-                section::write_header(out, PartType::Full, header);
-                out.extend_from_slice(body);
-                section::write_footer(out, header.id);
-            });
+    /// What `--verify` compares, if it is asked for and somebody will.
+    fn digests(&self, peer: Peer, saved: &Saved) -> Result<Option<Digests>, SourceError> {
+        if !self.parameters.verify || peer == Peer::Qemu {
+            return Ok(None);
         }
-        let page_size = crate::guest::PAGE_SIZE;
-        let mut description =
-            serde_json::json!({ "page_size": page_size, "devices": descriptions });
+        let ram = verify::digest(&*self.vm.ram());
+        let mut digests = ram.map_err(|source| SourceError::Memory { source })?;
+        if peer == Peer::MiniVmm {
+            digests.manifest = self.manifest_digest.clone();
+            digests.sections = saved
+                .sections
+                .iter()
+                .map(|(header, body)| SectionDigest {
+                    id: header.key.idstr.clone(),
+                    instance: header.key.instance,
+                    digest: verify::section_digest(header.version, body),
+                })
+                .collect();
+        }
+        Ok(Some(digests))
+    }
+
+    /// The JSON at the stream's end. What nobody answers has there what else a mini-vmm wants to know.
+    fn describe(
+        &self,
+        peer: Peer,
+        saved: Saved,
+        digests: Option<Digests>,
+    ) -> Result<String, SourceError> {
+        let devices: Result<Vec<Value>, _> =
+            saved.descriptions.into_iter().map(|describe| describe()).collect();
+        let devices = devices.map_err(|source| SourceError::State { source })?;
+        let mut description = Map::new();
+        description.insert("page_size".to_owned(), crate::guest::PAGE_SIZE.into());
+        description.insert("devices".to_owned(), Value::Array(devices));
         if peer == Peer::Nobody {
             let protocol = PROTOCOL_VERSIONS.first().copied().unwrap_or_default();
             let manifest = self.manifest(protocol);
-            let supplement = Supplement { manifest, sections: fuller, digests };
+            let supplement = Supplement { manifest, sections: saved.fuller, digests };
             // Plain values always have a JSON form.
             let supplement = serde_json::to_value(supplement).unwrap_or_default();
-            if let Some(members) = description.as_object_mut() {
-                members.insert("mini-vmm".to_owned(), supplement);
-            }
-        } else if let Some(digests) = digests {
-            self.out.command(&Command::Verify(digests));
+            description.insert("mini-vmm".to_owned(), supplement);
         }
-        let description = description.to_string();
-        if peer == Peer::MiniVmm {
-            self.out.put(|out| section::write_end(out, &description));
-        }
-        self.send("the device sections")?;
-        self.check()?;
-        Ok(description)
+        Ok(Value::Object(description).to_string())
     }
 
     fn await_prepared(&mut self) -> Result<(), SourceError> {

@@ -3,11 +3,9 @@
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use serde_json::Value;
-
 use super::{
-    Audience, ByteSource, FieldError, Migratable, Section, SectionId, StateError, VmState,
-    describe, from_source, layout_digest, to_bytes,
+    Audience, ByteSource, Description, FieldError, Migratable, Section, SectionId, StateError,
+    VmState, describe, from_source, layout_digest, to_bytes,
 };
 
 /// The section of a device that others hold as well.
@@ -70,9 +68,9 @@ impl<D: Migratable + Send + 'static> Section for SectionOf<D> {
         })?;
         self.lock()?.restore(*state).map_err(|error| self.field_error(error))
     }
-    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
-        let state = self.state(audience)?;
-        Ok((to_bytes(&self.id, &state)?, describe(&self.id, &state)?))
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Description), StateError> {
+        let (id, state) = (self.id.clone(), self.state(audience)?);
+        Ok((to_bytes(&id, &state)?, Box::new(move || describe(&id, &state))))
     }
     fn layout_digest(&self) -> u64 {
         layout_digest::<D::State>()

@@ -57,7 +57,7 @@ pub use describe::{Describer, describe};
 pub use error::{FieldError, StateError};
 pub use layout::{LayoutDigest, layout, layout_digest};
 pub use read::{Decoder, SliceSource, check_version, from_source};
-pub use section::{Audience, ByteSource, Migratable, Section, SectionId, VmState};
+pub use section::{Audience, ByteSource, Description, Migratable, Section, SectionId, VmState};
 pub use ser::{Encoder, to_bytes};
 pub use types::{Counted, FixedVec, Pad, Str8, Timer};
 pub use walk::SUBSECTION;

@@ -82,6 +82,9 @@ pub trait Migratable {
     fn restore(&mut self, state: Self::State) -> Result<(), FieldError>;
 }
 
+/// Makes a section's description in QEMU's words.
+pub type Description = Box<dyn FnOnce() -> Result<Value, StateError>>;
+
 /// One section of a machine, whatever device stands behind it.
 pub trait Section: Send {
     /// Its key on the wire.
@@ -100,9 +103,10 @@ pub trait Section: Send {
     ) -> Result<Box<dyn Any + Send>, StateError>;
     /// Takes what [`decode`](Self::decode) gave.
     fn apply(&mut self, state: Box<dyn Any + Send>) -> Result<(), StateError>;
-    /// The same with its description in QEMU's words, both of one and the same state. The device is
-    /// read once: this happens while the guest stands still.
-    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError>;
+    /// The same with its description, both of one and the same state. The device is read once, and the
+    /// description is not made before it is asked for: the guest stands still, and the other side can
+    /// already load what has been sent.
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Description), StateError>;
     /// A digest of everything that [`save`](Self::save) could write: two sides whose digests are
     /// equal understand each other.
     fn layout_digest(&self) -> u64;

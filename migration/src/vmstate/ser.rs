@@ -73,19 +73,20 @@ impl Sink for Bytes {
 }
 
 /// Walks over `value`.
-pub(super) fn walk<T: Serialize + ?Sized>(value: &T, sink: &mut dyn Sink) -> Result<(), Fault> {
+pub(super) fn walk<T: Serialize + ?Sized>(value: &T, sink: &mut impl Sink) -> Result<(), Fault> {
     let mut walker = Walker { sink, path: Path::default(), depth: 0 };
     value.serialize(&mut walker).map_err(|fault| fault.at(&walker.path, 0))
 }
 
-struct Walker<'a> {
-    sink: &'a mut dyn Sink,
+/// One for each kind of sink: the guest stands still while tens of thousands of values are written.
+struct Walker<'a, S> {
+    sink: &'a mut S,
     path: Path,
     depth: usize,
 }
 
-impl<'a> Walker<'a> {
-    fn open(&mut self, group: Group) -> Result<Parts<'_, 'a>, Fault> {
+impl<'a, S: Sink> Walker<'a, S> {
+    fn open(&mut self, group: Group) -> Result<Parts<'_, 'a, S>, Fault> {
         self.deeper()?;
         self.sink.open(group);
         Ok(Parts { walker: self, group, index: 0 })
@@ -185,15 +186,15 @@ macro_rules! leaves {
     };
 }
 
-impl<'w, 'a> serde::Serializer for &'w mut Walker<'a> {
+impl<'w, 'a, S: Sink> serde::Serializer for &'w mut Walker<'a, S> {
     type Ok = ();
     type Error = Fault;
     type SerializeSeq = Impossible<(), Fault>;
-    type SerializeTuple = Parts<'w, 'a>;
-    type SerializeTupleStruct = Parts<'w, 'a>;
+    type SerializeTuple = Parts<'w, 'a, S>;
+    type SerializeTupleStruct = Parts<'w, 'a, S>;
     type SerializeTupleVariant = Impossible<(), Fault>;
     type SerializeMap = Impossible<(), Fault>;
-    type SerializeStruct = Parts<'w, 'a>;
+    type SerializeStruct = Parts<'w, 'a, S>;
     type SerializeStructVariant = Impossible<(), Fault>;
 
     fn is_human_readable(&self) -> bool {
@@ -263,13 +264,13 @@ impl<'w, 'a> serde::Serializer for &'w mut Walker<'a> {
 }
 
 /// The parts of a group, one after the other.
-struct Parts<'w, 'a> {
-    walker: &'w mut Walker<'a>,
+struct Parts<'w, 'a, S> {
+    walker: &'w mut Walker<'a, S>,
     group: Group,
     index: usize,
 }
 
-impl Parts<'_, '_> {
+impl<S: Sink> Parts<'_, '_, S> {
     fn element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
         let step = self.group.step(self.index);
         self.index = self.index.saturating_add(1);
@@ -283,7 +284,7 @@ impl Parts<'_, '_> {
     }
 }
 
-impl SerializeTuple for Parts<'_, '_> {
+impl<S: Sink> SerializeTuple for Parts<'_, '_, S> {
     type Ok = ();
     type Error = Fault;
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
@@ -294,7 +295,7 @@ impl SerializeTuple for Parts<'_, '_> {
     }
 }
 
-impl SerializeTupleStruct for Parts<'_, '_> {
+impl<S: Sink> SerializeTupleStruct for Parts<'_, '_, S> {
     type Ok = ();
     type Error = Fault;
     fn serialize_field<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
@@ -305,7 +306,7 @@ impl SerializeTupleStruct for Parts<'_, '_> {
     }
 }
 
-impl SerializeStruct for Parts<'_, '_> {
+impl<S: Sink> SerializeStruct for Parts<'_, '_, S> {
     type Ok = ();
     type Error = Fault;
     fn serialize_field<T: Serialize + ?Sized>(
@@ -338,12 +339,12 @@ impl SerializeStruct for Parts<'_, '_> {
 }
 
 /// The field of a struct of subsections: an `Option`, and nothing when it is `None`.
-struct Subsection<'w, 'a> {
-    walker: &'w mut Walker<'a>,
+struct Subsection<'w, 'a, S> {
+    walker: &'w mut Walker<'a, S>,
     name: &'static str,
 }
 
-impl serde::Serializer for Subsection<'_, '_> {
+impl<S: Sink> serde::Serializer for Subsection<'_, '_, S> {
     type Ok = ();
     type Error = Fault;
     type SerializeSeq = Impossible<(), Fault>;

@@ -72,6 +72,16 @@ pub(super) unsafe fn set_region(vm: &VmFd, slot: &Slot, flags: u32) -> Result<()
     })
 }
 
+/// Maps `ram` into a VM whose guest never runs: no log, no window below 1 MiB. Each slot is a grace period
+/// of the kernel's, and milliseconds on a busy host.
+///
+/// # Safety
+/// Every slot must lie in a mapping of this process that outlives the VM.
+pub unsafe fn map_plainly(vm: &VmFd, ram: &[Slot]) -> Result<(), KvmError> {
+    // SAFETY: the caller vouches for the mapping behind every slot.
+    ram.iter().try_for_each(|slot| unsafe { set_region(vm, slot, 0) })
+}
+
 /// The pages of `slot` written since they were last cleared, one bit a page, page 0 in bit 0 of word
 /// 0. Without manual protection this clears the log as well.
 pub(super) fn fetch(vm: &VmFd, slot: &Slot) -> Result<Vec<u64>, KvmError> {

@@ -17,7 +17,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-pub use dirty_log::{DirtyLog, Slot};
+pub use dirty_log::{DirtyLog, Slot, map_plainly};
 pub use ioevents::KvmIoEvents;
 pub use routing::{GsiLine, KvmMsi, KvmRouting};
 pub use shadow::{BelowOneMib, RomMemory, SEGMENTS, View};

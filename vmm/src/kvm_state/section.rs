@@ -7,9 +7,8 @@ use std::sync::Arc;
 use arch::wire::{self, VcpuWire};
 use devices::chipset::holders::GlobalState;
 use migration::vmstate::{
-    self, Audience, ByteSource, FieldError, Section, SectionId, StateError, VmState,
+    self, Audience, ByteSource, Description, FieldError, Section, SectionId, StateError, VmState,
 };
-use serde_json::Value;
 
 use super::{Arrived, Snapshot};
 use crate::control::RunState;
@@ -86,9 +85,9 @@ impl<T: VmState> Section for Part<T> {
         (self.keep)(&mut self.vm.kvm_state.arrived(), *state);
         Ok(())
     }
-    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
-        let state = self.state(audience)?;
-        Ok((vmstate::to_bytes(&self.id, &state)?, vmstate::describe(&self.id, &state)?))
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Description), StateError> {
+        let (id, state) = (self.id.clone(), self.state(audience)?);
+        Ok((vmstate::to_bytes(&id, &state)?, Box::new(move || vmstate::describe(&id, &state))))
     }
     fn layout_digest(&self) -> u64 {
         vmstate::layout_digest::<T>()

@@ -1,14 +1,16 @@
 //! The source's vCPUs, tried out on a spare one in a VM of its own: what this host's KVM would
 //! refuse when it is too late is known before a page has come.
 
+use std::sync::Arc;
+
 use arch::host::KvmHost;
 use arch::msr;
 use arch::trial::{Refusal, VcpuNeeds};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use migration::problem::{Problem, kind};
 
 use super::details::Details;
-use crate::kvm::{self, DirtyLog};
+use crate::kvm;
 use crate::machine::MachineError;
 use crate::memory::Ram;
 use crate::vm::Vm;
@@ -93,7 +95,7 @@ fn problem(vcpu: &VcpuNeeds, refusal: Refusal) -> Problem {
 struct Spare {
     host: KvmHost,
     vcpu: VcpuFd,
-    _slots: DirtyLog,
+    _vm: Arc<VmFd>,
     /// As large as the guest's, for registers that name an address in it; hardly any of it is ever
     /// touched. Last, since KVM points into it.
     _ram: Ram,
@@ -107,8 +109,8 @@ impl Spare {
         host.setup_vm(&fd)?;
         let ram = Ram::new(vm.config().memory.0, vm.machine.cpu.phys_bits())?;
         // SAFETY: `ram` is kept longer than anything that holds the VM's descriptor.
-        let slots = unsafe { DirtyLog::new(fd.clone(), ram.slots()) }?;
+        unsafe { kvm::map_plainly(&fd, ram.slots()) }?;
         let vcpu = fd.create_vcpu(0).map_err(|e| kvm::KvmError::ioctl("KVM_CREATE_VCPU 0", e))?;
-        Ok(Self { host, vcpu, _slots: slots, _ram: ram })
+        Ok(Self { host, vcpu, _vm: fd, _ram: ram })
     }
 }

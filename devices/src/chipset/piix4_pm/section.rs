@@ -3,8 +3,9 @@
 use std::any::Any;
 use std::sync::{Arc, Mutex};
 
-use migration::vmstate::{Audience, ByteSource, Section, SectionId, SectionOf, StateError};
-use serde_json::Value;
+use migration::vmstate::{
+    Audience, ByteSource, Description, Section, SectionId, SectionOf, StateError,
+};
 
 use super::Piix4Pm;
 use super::state::with_cpus;
@@ -51,8 +52,8 @@ impl Section for PmSection {
         self.inner.apply(state)
     }
 
-    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Value), StateError> {
-        with_cpus(self.cpus, || self.inner.save_described(audience))
+    fn save_described(&self, audience: Audience) -> Result<(Vec<u8>, Description), StateError> {
+        self.inner.save_described(audience)
     }
 
     fn layout_digest(&self) -> u64 {

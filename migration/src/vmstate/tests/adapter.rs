@@ -69,6 +69,7 @@ fn from_one_device_to_another() {
     assert_eq!(bytes, b"\x05\x05\x0emini-vmm/latch\0\0\0\x01\x09");
     let (same, described) = source.save_described(Audience::MiniVmm).unwrap();
     assert_eq!(same, bytes);
+    let described = described().unwrap();
     assert_eq!(described["subsections"][0]["vmsd_name"], "mini-vmm/latch");
     assert_eq!(source.layout_digest(), layout_digest::<LatchState>());
     assert_eq!((source.version(), source.min_version()), (2, 1));

@@ -49,6 +49,8 @@ enum Command {
     /// Measure mini-vmm against QEMU, and others, in one run with interleaved rounds
     #[command(long_about = BENCH_ABOUT)]
     Bench(BenchArgs),
+    /// Measure what a move costs more for each MiB, vCPU and device
+    Growth(GrowthArgs),
     /// Give every section of a machine bytes as a hostile source would send them
     Fuzz {
         /// For how long: 60s, 8h
@@ -214,6 +216,31 @@ struct BenchArgs {
 }
 
 #[derive(Args)]
+struct GrowthArgs {
+    /// How often each size is measured
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// What grows: memory, vcpus, devices, sparse (repeatable; all when not given)
+    #[arg(long = "series", value_name = "NAME", value_parser = series)]
+    series: Vec<bench::growth::Series>,
+    /// Draw it, in files of this directory
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+    /// Write the results to a file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fail if a target is missed
+    #[arg(long)]
+    check: bool,
+}
+
+fn series(name: &str) -> std::result::Result<bench::growth::Series, String> {
+    let all = bench::growth::Series::ALL;
+    let found = all.into_iter().find(|series| series.name() == name);
+    found.ok_or_else(|| format!("expected one of {}", all.map(|series| series.name()).join(", ")))
+}
+
+#[derive(Args)]
 struct FaultsArgs {
     /// Decides all that is done
     #[arg(long, default_value_t = 1, value_name = "NUMBER")]
@@ -293,6 +320,7 @@ impl Cli {
             }
             Command::Test { native_only } => xtask::suite::run(native_only).map(|()| 0),
             Command::Bench(args) => args.run().map(|()| 0),
+            Command::Growth(args) => args.run().map(|()| 0),
             Command::Fuzz { time, seed } => {
                 xtask::suite::fuzz(time, seed)?;
                 Ok(0)
@@ -389,6 +417,22 @@ impl BenchArgs {
         };
         let report = bench::Report { json: self.json, compare: self.compare, check: self.check };
         bench::run(&options, &report)
+    }
+}
+
+impl GrowthArgs {
+    fn run(self) -> Result<()> {
+        setup::toolchain()?;
+        let all = bench::growth::Series::ALL.to_vec();
+        let series = if self.series.is_empty() { all } else { self.series };
+        bench::growth::run(&bench::growth::Options {
+            program: xtask::suite::build_vmm(&["--release"])?,
+            rounds: self.rounds,
+            series,
+            plots: self.plots,
+            json: self.json,
+            check: self.check,
+        })
     }
 }
 

@@ -7,8 +7,10 @@
 //! a difference ends the run, whatever its figures.
 
 pub mod figures;
+pub mod growth;
 pub mod host;
 pub mod memory;
+pub mod plot;
 pub mod report;
 pub mod rival;
 pub mod scenario;
@@ -224,7 +226,6 @@ impl Bench<'_> {
     ) -> Result<()> {
         let ram = self.options.memory_mib << 20;
         let mut add = |metric, value| samples.add(scenario.name, &rival.name, metric, value);
-        let number = |value: &Value| value.as_f64().unwrap_or_default();
 
         let mut source = self.start(rival, &Role::Source(scenario))?;
         source.line(0, "selfcheck: ready")?;
@@ -239,33 +240,16 @@ impl Bench<'_> {
         for (command, arguments) in rival.listen(port) {
             destination.ask(command, arguments)?;
         }
-        // From here on the guest's longest gap counts; its answer says that it has heard.
-        source.say(b'r')?;
-        let from = source.say(b's')?;
-        source.line(from, "up_ms=")?;
-        for (command, arguments) in rival.several().into_iter().chain(orders(&port.to_string())) {
-            source.ask(command, arguments)?;
-        }
-        let info = source.migrated()?;
-        let total = number(&info["total-time"]);
-        let bytes = number(&info["ram"]["transferred"]);
-        let downtime = number(&info["downtime"]);
+        let moved = move_guest(source, &mut destination, rival, port)?;
+        let Moved { total, downtime, gap, .. } = moved;
+        let throughput = moved.bytes / MIB / (total / 1e3).max(1e-3);
         add(Metric::Total, total);
         add(Metric::Downtime, downtime);
-        let throughput = bytes / MIB / (total / 1e3).max(1e-3);
         add(Metric::Throughput, throughput);
         add(Metric::OfIperf, throughput / limit);
-        drop(source);
-
-        let from = destination.say(b's')?;
-        let line = destination.line(from, "max_gap_us=")?;
-        let gap = figure(&line, "max_gap_us").unwrap_or_default() / 1e3;
         add(Metric::Gap, gap);
-        let from = destination.say(b'v')?;
-        destination.line(from, "selfcheck: verified all")?;
-        if rival.kind == rival::Kind::MiniVmm {
-            let report = destination.ask("x-mini-vmm-status", json!({}))?["report"].take();
-            add(Metric::DowntimeDestination, number(&report["downtime-ms"]));
+        if let Some(downtime) = moved.downtime_destination {
+            add(Metric::DowntimeDestination, downtime);
         }
         add(Metric::MemoryDestination, destination.memory(ram)?.pss as f64 / MIB);
         println!(
@@ -275,6 +259,50 @@ impl Bench<'_> {
         );
         Ok(())
     }
+}
+
+/// What a move came to; times in ms.
+struct Moved {
+    total: f64,
+    bytes: f64,
+    downtime: f64,
+    downtime_destination: Option<f64>,
+    gap: f64,
+}
+
+/// Moves a guest that is ready to a destination that listens at this port, ends its source, and has it
+/// verify all of its memory. Both are connected.
+fn move_guest(mut source: Vm, destination: &mut Vm, rival: &Rival, port: u16) -> Result<Moved> {
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    // From here on the guest's longest gap counts; its answer says that it has heard.
+    source.say(b'r')?;
+    let from = source.say(b's')?;
+    source.line(from, "up_ms=")?;
+    for (command, arguments) in rival.several().into_iter().chain(orders(&port.to_string())) {
+        source.ask(command, arguments)?;
+    }
+    let info = source.migrated()?;
+    drop(source);
+
+    let from = destination.say(b's')?;
+    let line = destination.line(from, "max_gap_us=")?;
+    let gap = figure(&line, "max_gap_us").unwrap_or_default() / 1e3;
+    let from = destination.say(b'v')?;
+    destination.line(from, "selfcheck: verified all")?;
+    let downtime_destination = match rival.kind {
+        rival::Kind::MiniVmm => {
+            let report = destination.ask("x-mini-vmm-status", json!({}))?["report"].take();
+            Some(number(&report["downtime-ms"]))
+        }
+        rival::Kind::Qemu => None,
+    };
+    Ok(Moved {
+        total: number(&info["total-time"]),
+        bytes: number(&info["ram"]["transferred"]),
+        downtime: number(&info["downtime"]),
+        downtime_destination,
+        gap,
+    })
 }
 
 /// The number behind `key=` in a line of the guest.

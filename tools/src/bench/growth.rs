@@ -1,0 +1,412 @@
+//! `cargo xtask growth`: what a move costs more for each MiB, vCPU and device.
+//!
+//! One thing grows at a time, everything else stays as small as it can be. Every move is one of the
+//! self-checking guest over loopback, as in the [benchmark](super), and its memory is verified after it.
+
+use std::fmt::Write;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::figures::Summary;
+use super::host::{self, Machine};
+use super::plot;
+use super::rival::{Rival, Role, Way};
+use super::scenario::Scenario;
+use super::vm::Vm;
+use super::{OURS, move_guest};
+use crate::error::{Doing, Error, Result};
+use crate::{process, setup};
+
+/// Memory of the guests of which something else grows, in MiB.
+const SMALL_MIB: u64 = 512;
+/// One vCPU more may make the pause longer by this, in ms.
+const PER_VCPU_MS: f64 = 0.3;
+/// One device more may make it longer by this, in ms.
+const PER_DEVICE_MS: f64 = 0.1;
+/// A guest that uses little of much memory may take this much of the time of one that has little.
+const SPARSE: f64 = 1.3;
+/// How many times a guest's memory must be free: two guests, and something for everyone else.
+const ROOM: f64 = 2.3;
+
+/// What grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Series {
+    /// MiB of memory, all of it in use.
+    Memory,
+    /// vCPUs.
+    Vcpus,
+    /// Disks.
+    Devices,
+    /// MiB of memory, of which 256 are in use.
+    Sparse,
+}
+
+impl Series {
+    /// All, in the order in which they are measured.
+    pub const ALL: [Series; 4] = [Series::Memory, Series::Vcpus, Series::Devices, Series::Sparse];
+
+    /// The sizes that are measured.
+    pub fn sizes(self) -> &'static [u64] {
+        match self {
+            Series::Memory => &[512, 1024, 2048, 4096, 8192],
+            Series::Vcpus => &[1, 2, 4, 8],
+            Series::Devices => &[1, 4, 8, 16],
+            Series::Sparse => &[256, 8192],
+        }
+    }
+
+    /// What a size counts.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Series::Memory => "MiB in use",
+            Series::Vcpus => "vCPUs",
+            Series::Devices => "disks",
+            Series::Sparse => "MiB, 256 in use",
+        }
+    }
+
+    /// Its name in file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Series::Memory => "memory",
+            Series::Vcpus => "vcpus",
+            Series::Devices => "devices",
+            Series::Sparse => "sparse",
+        }
+    }
+
+    fn guest(self, size: u64) -> Guest {
+        let idle = "set=0,verify=0,hz=250";
+        let small = Guest { memory_mib: SMALL_MIB, vcpus: 1, disks: 0, parameters: idle.into() };
+        match self {
+            Series::Memory => Guest { memory_mib: size, ..small },
+            Series::Vcpus => {
+                Guest { vcpus: size, parameters: format!("{idle},vcpus={size}"), ..small }
+            }
+            Series::Devices => Guest { disks: size, ..small },
+            Series::Sparse => {
+                Guest { memory_mib: size, parameters: format!("{idle},fill=200M"), ..small }
+            }
+        }
+    }
+}
+
+struct Guest {
+    memory_mib: u64,
+    vcpus: u64,
+    disks: u64,
+    parameters: String,
+}
+
+/// What one size came to, in ms.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// What grows.
+    pub series: Series,
+    /// How much of it there is.
+    pub size: u64,
+    /// From the order to migrate to its completion.
+    pub total: Summary,
+    /// How long the guest stood still, as the destination says.
+    pub downtime: Summary,
+    /// The longest time between two of the guest's timer interrupts, 4 ms apart.
+    pub gap: Summary,
+}
+
+/// All of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Growth {
+    /// Where it was measured.
+    pub machine: Machine,
+    /// What the program says of itself.
+    pub version: String,
+    /// How often each was measured.
+    pub rounds: u32,
+    /// What came of it.
+    pub points: Vec<Point>,
+}
+
+/// What to measure, and what to do with it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// This project's program.
+    pub program: PathBuf,
+    /// Rounds, at least 1.
+    pub rounds: u32,
+    /// What grows.
+    pub series: Vec<Series>,
+    /// Draw it there.
+    pub plots: Option<PathBuf>,
+    /// Write it there as JSON.
+    pub json: Option<PathBuf>,
+    /// A missed target is an error.
+    pub check: bool,
+}
+
+/// Measures, prints, draws.
+///
+/// # Errors
+/// Also if a guest was not what it was after a move, and with `check` for a missed target.
+pub fn run(options: &Options) -> Result<()> {
+    setup::measuring()?;
+    let growth = measure(options)?;
+    println!("\n{}", growth.table());
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&growth).unwrap_or_default();
+        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))?;
+    }
+    if let Some(dir) = &options.plots {
+        growth.draw(dir)?;
+    }
+    let missed = growth.missed();
+    match missed.is_empty() {
+        true => println!("every target is met"),
+        false if options.check => return Err(Error::Targets { missed: missed.join("\n") }),
+        false => missed.iter().for_each(|target| println!("missed: {target}")),
+    }
+    Ok(())
+}
+
+fn measure(options: &Options) -> Result<Growth> {
+    let rival = Rival::new(OURS, &options.program, Way { channels: None, prealloc: true })?;
+    let dir = TempDir::with_prefix("mini-vmm-growth-")
+        .doing(|| "create a temporary directory".to_owned())?;
+    let image = dir.path().join("selfcheck.elf");
+    process::output(Command::new(&options.program).arg("selfcheck-image").arg(&image))?;
+
+    let mut taken: Vec<(Series, u64, [Vec<f64>; 3])> = Vec::new();
+    for series in &options.series {
+        for size in series.sizes() {
+            let needed = series.guest(*size).memory_mib as f64 * ROOM;
+            if host::available_mib() as f64 > needed {
+                taken.push((*series, *size, Default::default()));
+            } else {
+                println!("{size} {}: left out, {needed:.0} MiB are not free", series.unit());
+            }
+        }
+    }
+    let bench = Bench { rival: &rival, dir: dir.path(), image: &image };
+    println!("not counted");
+    bench.one(&Series::Vcpus.guest(1))?;
+    for round in 0..options.rounds.max(1) {
+        println!("round {} of {}", round + 1, options.rounds.max(1));
+        for (series, size, figures) in &mut taken {
+            let found = bench.one(&series.guest(*size))?;
+            let [total, downtime, gap] = found;
+            println!(
+                "  {size:5} {:16} {total:7.0} ms, stood still {downtime:.1} ms, felt {gap:.1} ms",
+                series.unit()
+            );
+            figures.iter_mut().zip(found).for_each(|(all, one)| all.push(one));
+        }
+    }
+    let points = taken.iter().filter_map(|(series, size, [total, downtime, gap])| {
+        Some(Point {
+            series: *series,
+            size: *size,
+            total: Summary::of(total)?,
+            downtime: Summary::of(downtime)?,
+            gap: Summary::of(gap)?,
+        })
+    });
+    Ok(Growth {
+        machine: Machine::this()?,
+        version: rival.version.clone(),
+        rounds: options.rounds.max(1),
+        points: points.collect(),
+    })
+}
+
+struct Bench<'a> {
+    rival: &'a Rival,
+    dir: &'a Path,
+    image: &'a Path,
+}
+
+impl Bench<'_> {
+    /// Moves a guest of this kind: total time, downtime and gap, in ms.
+    fn one(&self, guest: &Guest) -> Result<[f64; 3]> {
+        let scenario = Scenario { name: "growth", guest: guest.parameters.clone() };
+        let mut source = self.start(guest, &Role::Source(&scenario))?;
+        source.line(0, "selfcheck: ready")?;
+        source.connect()?;
+        let port = host::free_port()?;
+        let mut destination = self.start(guest, &Role::Destination(port))?;
+        destination.connect()?;
+        let moved = move_guest(source, &mut destination, self.rival, port)?;
+        let downtime = moved.downtime_destination.unwrap_or_default();
+        Ok([moved.total, downtime, moved.gap])
+    }
+
+    fn start(&self, guest: &Guest, role: &Role<'_>) -> Result<Vm> {
+        let side = match role {
+            Role::Source(_) => "source",
+            Role::Destination(_) => "destination",
+        };
+        let qmp = self.dir.join(format!("{side}.qmp"));
+        let _ = fs::remove_file(&qmp);
+        let mut command = self.rival.command(guest.memory_mib, role, self.image, &qmp);
+        command.args(["--smp", &guest.vcpus.to_string()]);
+        for disk in 0..guest.disks {
+            let path = self.dir.join(format!("{disk}.img"));
+            let made = File::create(&path).and_then(|file| file.set_len(1 << 20));
+            made.doing(|| format!("create {}", path.display()))?;
+            command.args(["--disk", &format!("path={}", path.display())]);
+        }
+        Vm::start(format!("{OURS}, {side}"), command, &qmp, self.dir)
+    }
+}
+
+/// The slope of the line that fits best, by least squares; `None` of fewer than two sizes.
+fn slope(points: &[(f64, f64)]) -> Option<f64> {
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
+    let spread: f64 = points.iter().map(|p| (p.0 - x).powi(2)).sum();
+    let common: f64 = points.iter().map(|p| (p.0 - x) * (p.1 - y)).sum();
+    (spread > 0.0).then(|| common / spread)
+}
+
+impl Growth {
+    fn of(&self, series: Series) -> impl Iterator<Item = &Point> {
+        self.points.iter().filter(move |point| point.series == series)
+    }
+
+    fn line(&self, series: Series, of: fn(&Point) -> f64) -> Vec<(f64, f64)> {
+        self.of(series).map(|point| (point.size as f64, of(point))).collect()
+    }
+
+    /// How much longer the pause is for one more, in ms.
+    fn downtime_slope(&self, series: Series) -> Option<f64> {
+        slope(&self.line(series, |point| point.downtime.median))
+    }
+
+    /// The time of a guest that uses little of much memory, in times of one that has little.
+    fn sparse(&self) -> Option<f64> {
+        let points: Vec<&Point> = self.of(Series::Sparse).collect();
+        let [small, large] = points[..] else { return None };
+        Some(large.total.median / small.total.median)
+    }
+
+    /// The figures in Markdown.
+    pub fn table(&self) -> String {
+        let Machine { cpu, cpus, memory_mib, kernel } = &self.machine;
+        let mut text = format!(
+            "machine   {cpu}, {cpus} processors, {memory_mib} MiB, Linux {kernel}\n\
+             program   {}, {} rounds; median (least .. most), ms\n\n\
+             | | total | downtime | longest gap the guest felt |\n|---|---|---|---|\n",
+            self.version, self.rounds
+        );
+        let cell = |Summary { median, min, max, .. }: &Summary, digits: usize| {
+            format!("{median:.digits$} ({min:.digits$} .. {max:.digits$})")
+        };
+        for Point { series, size, total, downtime, gap } in &self.points {
+            let (total, downtime, gap) = (cell(total, 0), cell(downtime, 1), cell(gap, 1));
+            let _ = writeln!(text, "| {size} {} | {total} | {downtime} | {gap} |", series.unit());
+        }
+        text.push('\n');
+        if let Some(ms) = slope(&self.line(Series::Memory, |point| point.total.median)) {
+            let _ = writeln!(text, "each GiB more takes {:.0} ms longer", ms * 1024.0);
+        }
+        for (series, what) in [(Series::Vcpus, "vCPU"), (Series::Devices, "disk")] {
+            if let Some(ms) = self.downtime_slope(series) {
+                let _ = writeln!(text, "each {what} more makes the pause {ms:.2} ms longer");
+            }
+        }
+        if let Some(times) = self.sparse() {
+            let _ =
+                writeln!(text, "8 GiB of which little is used take {times:.2} of a small guest's");
+        }
+        text
+    }
+
+    /// The targets that are missed, each a sentence.
+    pub fn missed(&self) -> Vec<String> {
+        let mut missed = Vec::new();
+        let mut check = |what: &str, found: Option<f64>, most: f64| {
+            if let Some(found) = found.filter(|found| *found > most) {
+                missed.push(format!("{what}: {found:.2}, at most {most} is wanted"));
+            }
+        };
+        let (vcpus, devices) = (Series::Vcpus, Series::Devices);
+        check("ms of downtime for a vCPU", self.downtime_slope(vcpus), PER_VCPU_MS);
+        check("ms of downtime for a device", self.downtime_slope(devices), PER_DEVICE_MS);
+        check("8 GiB with little in use, in times of a small guest", self.sparse(), SPARSE);
+        missed
+    }
+
+    /// Draws each series that has at least two sizes.
+    fn draw(&self, dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir).doing(|| format!("create {}", dir.display()))?;
+        for series in Series::ALL.into_iter().filter(|series| *series != Series::Sparse) {
+            let total = series == Series::Memory;
+            let (what, line) = match total {
+                true => ("total time, ms", self.line(series, |point| point.total.median)),
+                false => ("downtime, ms", self.line(series, |point| point.downtime.median)),
+            };
+            if line.len() > 1 {
+                let path = dir.join(format!("growth-{}.svg", series.name()));
+                plot::line(&path, series.unit(), what, &line)?;
+                println!("{}", path.display());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn growth(series: Series, figures: &[(u64, f64)]) -> Growth {
+        let summary = |value: f64| Summary::of(&[value]).unwrap();
+        let point = |&(size, ms): &(u64, f64)| Point {
+            series,
+            size,
+            total: summary(ms),
+            downtime: summary(ms),
+            gap: summary(ms),
+        };
+        Growth {
+            machine: Machine { cpu: "c".into(), cpus: 1, memory_mib: 1, kernel: "k".into() },
+            version: "1".into(),
+            rounds: 1,
+            points: figures.iter().map(point).collect(),
+        }
+    }
+
+    #[test]
+    fn the_slope_is_that_of_the_line() {
+        assert_eq!(slope(&[(1.0, 5.0), (2.0, 7.0), (4.0, 11.0)]), Some(2.0));
+        assert_eq!(slope(&[(1.0, 5.0)]), None);
+        assert_eq!(slope(&[]), None);
+    }
+
+    #[test]
+    fn what_grows_too_fast_is_named() {
+        assert_eq!(growth(Series::Vcpus, &[(1, 3.0), (2, 3.2), (4, 3.6)]).missed().len(), 0);
+        let missed = growth(Series::Vcpus, &[(1, 3.0), (2, 4.0)]).missed();
+        assert_eq!(missed, ["ms of downtime for a vCPU: 1.00, at most 0.3 is wanted"]);
+        assert_eq!(growth(Series::Devices, &[(1, 3.0), (11, 6.0)]).missed().len(), 1);
+        assert_eq!(growth(Series::Sparse, &[(256, 100.0), (8192, 131.0)]).missed().len(), 1);
+        assert_eq!(growth(Series::Sparse, &[(256, 100.0), (8192, 129.0)]).missed().len(), 0);
+    }
+
+    #[test]
+    fn a_series_becomes_a_table_and_a_picture() {
+        let growth = growth(Series::Memory, &[(512, 300.0), (1024, 600.0)]);
+        let table = growth.table();
+        assert!(table.contains("| 512 MiB in use | 300 (300 .. 300) | 300.0 "), "{table}");
+        assert!(table.contains("each GiB more takes 600 ms longer"), "{table}");
+        let dir = TempDir::new().unwrap();
+        growth.draw(dir.path()).unwrap();
+        let svg = fs::read_to_string(dir.path().join("growth-memory.svg")).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("MiB in use"), "{svg}");
+        assert!(!dir.path().join("growth-vcpus.svg").exists());
+    }
+}

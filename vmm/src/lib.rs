@@ -31,6 +31,7 @@ pub mod timers;
 pub mod vcpu;
 pub mod vm;
 mod vm_control;
+mod zero;
 
 /// An error and all its causes as one line: "this: because of that: because of that".
 #[must_use]

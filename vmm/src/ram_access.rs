@@ -1,7 +1,7 @@
 //! The migration's way to guest memory: vectored reads and writes straight between a socket and
 //! the guest's pages, with no copy in user space.
 //!
-//! This file is the only place where guest memory is reached by raw pointer. Guest memory is
+//! This file, with [`zero`], is the only place where guest memory is reached by raw pointer. Guest memory is
 //! shared with running vCPUs, so no Rust reference to it is ever made: the kernel reads and writes
 //! it, and the few loops here use volatile accesses.
 
@@ -16,6 +16,7 @@ use migration::guest::{GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart};
 use crate::memory::Ram;
 use crate::pagemap;
 use crate::rom::RomList;
+use crate::zero;
 
 /// The name of the board's RAM on the wire.
 pub const PC_RAM: &str = "pc.ram";
@@ -244,20 +245,8 @@ impl GuestRam for Ram {
     fn is_zero(&self, block: usize, offset: u64) -> bool {
         let mut zero = true;
         let whole = self.stretches(&roms(self, block), block, offset, PAGE_SIZE, |p, n| {
-            let words = p.cast::<u64>();
-            // Eight words at a time: the page most often differs in its first cache line.
-            for at in (0..n / 8).step_by(8) {
-                let mut any = 0;
-                for i in at..(at + 8).min(n / 8) {
-                    // SAFETY: a page is aligned and `i` is inside the stretch; the guest may
-                    // write at the same time, hence volatile.
-                    any |= unsafe { ptr::read_volatile(words.add(i)) };
-                }
-                if any != 0 {
-                    zero = false;
-                    return;
-                }
-            }
+            // SAFETY: the stretch lies inside one of this RAM's mappings, and is a whole page.
+            zero &= unsafe { zero::is_zero(p, n) };
         });
         whole.is_ok() && zero
     }

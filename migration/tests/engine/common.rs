@@ -17,7 +17,7 @@ use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::source::{self, Outcome};
 use migration::stats::Report;
-use migration::transport::{Connection, Links};
+use migration::transport::{Address, Connection, Links, Listener};
 
 pub(crate) use guest::FakeState;
 pub(crate) use memory::FakeRam;
@@ -60,6 +60,14 @@ pub(crate) fn control_with(change: impl FnOnce(&mut Parameters)) -> Arc<Control>
 pub(crate) fn pair() -> (Connection, Connection) {
     let (a, b) = UnixStream::pair().unwrap();
     (Connection::from_unix(a, "unix:a".into()), Connection::from_unix(b, "unix:b".into()))
+}
+
+/// The two ends of a connection over loopback.
+pub(crate) fn tcp_pair() -> (Connection, Connection) {
+    let listener = Listener::bind(&Address::Tcp { host: "127.0.0.1".into(), port: 0 }).unwrap();
+    let a = Connection::connect(listener.address(), DEADLINE).unwrap();
+    let b = listener.accept(DEADLINE).unwrap().unwrap();
+    (a, b)
 }
 
 /// A source with content and a destination without, in one world.

@@ -10,7 +10,6 @@ use migration::params::OnTimeout;
 use migration::phase::Phase;
 use migration::source::Outcome;
 use migration::stats::Step;
-use migration::transport::{Address, Connection, Listener};
 
 #[test]
 fn a_quiet_guest_arrives() {
@@ -37,10 +36,7 @@ fn a_block_that_the_destination_can_keep_arrives_with_the_rest() {
 
 #[test]
 fn a_guest_that_writes_without_pause_arrives_over_tcp_and_is_verified() {
-    let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
-    let listener = Listener::bind(&address).unwrap();
-    let a = Connection::connect(listener.address(), DEADLINE).unwrap();
-    let b = listener.accept(DEADLINE).unwrap().unwrap();
+    let (a, b) = tcp_pair();
     let (mut source, destination, _) = two_vms(4096);
     source.dirty(300, 20);
     let control = control_with(|p| p.verify = true);

@@ -5,6 +5,7 @@ mod channels;
 mod common;
 mod cut;
 mod failures;
+mod guards;
 mod hostile;
 mod loopback;
 mod preflight;

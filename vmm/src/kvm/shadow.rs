@@ -1,7 +1,9 @@
 //! The 256 KiB below 1 MiB, of which the chipset shows each segment as RAM or as ROM (its PAM registers),
 //! and the firmware below 4 GiB.
 //!
-//! Each segment is a memory slot of its own. KVM changes no slot from RAM to ROM: it is taken away and
+//! Each segment is a memory slot of its own, once one of them is something else than RAM; until then, which
+//! is for ever where no firmware runs, all of them are one: whatever is done to a slot takes KVM a grace
+//! period, and milliseconds on a busy host. KVM changes no slot from RAM to ROM: it is taken away and
 //! made again, and while that lasts there is nothing at these addresses. So do not change what a vCPU
 //! executes meanwhile; firmware does not.
 
@@ -94,6 +96,8 @@ pub(super) struct Shadow {
     ram: Option<Slot>,
     first_id: u32,
     shown: BelowOneMib,
+    /// Each segment has its own slot.
+    split: bool,
     logging: bool,
     /// A slot of RAM has come or gone while writes were logged, and its log with it.
     lost: bool,
@@ -110,11 +114,36 @@ impl Shadow {
         first_id: u32,
     ) -> Result<Self, KvmError> {
         let shown = BelowOneMib::default();
-        let shadow = Self { vm, ram, first_id, shown, logging: false, lost: false };
-        for index in 0..SEGMENTS {
-            shadow.set(index, &View::Ram)?;
-        }
+        let shadow = Self { vm, ram, first_id, shown, split: false, logging: false, lost: false };
+        shadow.set_whole()?;
         Ok(shadow)
+    }
+
+    /// The slot of all segments.
+    fn whole(&self) -> Option<Slot> {
+        let (guest_address, len) = (START, END - START);
+        self.ram.map(|ram| Slot { id: self.first_id, guest_address, len, ..ram })
+    }
+
+    fn set_whole(&self) -> Result<(), KvmError> {
+        let Some(slot) = self.whole() else { return Ok(()) };
+        let flags = if self.logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        // SAFETY: the slot lies in RAM, for which the caller of `new` vouched.
+        unsafe { dirty_log::set_region(&self.vm, &slot, flags) }
+    }
+
+    /// Gives each segment its own slot.
+    fn split(&mut self) -> Result<(), KvmError> {
+        if self.split {
+            return Ok(());
+        }
+        if let Some(whole) = self.whole() {
+            // SAFETY: this takes the slot away.
+            unsafe { dirty_log::set_region(&self.vm, &Slot { len: 0, ..whole }, 0) }?;
+        }
+        self.split = true;
+        self.lost |= self.logging;
+        (0..SEGMENTS).try_for_each(|index| self.set(index, &View::Ram))
     }
 
     /// The slot of a segment of RAM.
@@ -154,8 +183,10 @@ impl Shadow {
             if now.is(view) {
                 continue;
             }
+            let something = !matches!(now, View::Nothing);
+            self.split()?;
             self.lost |= self.logging;
-            if !matches!(now, View::Nothing) {
+            if something {
                 self.set(index, &View::Nothing)?;
                 self.note(index, View::Nothing);
             }
@@ -205,23 +236,32 @@ impl Shadow {
         Ok(())
     }
 
-    /// The segments that are RAM, each with the number of its first page in the window.
-    fn writable(&self) -> impl Iterator<Item = (usize, u64)> {
+    /// The slots of RAM, each with the number of its first page in the window.
+    fn writable(&self) -> Vec<(Slot, u64)> {
+        if !self.split {
+            return self.whole().map(|slot| (slot, 0)).into_iter().collect();
+        }
         let mut first = 0;
-        self.shown.segments.iter().zip(PAGES).enumerate().filter_map(
-            move |(index, (view, pages))| {
-                let at = first;
-                first += pages;
-                matches!(view, View::Ram).then_some((index, at))
-            },
-        )
+        let mut slots = Vec::new();
+        for ((index, view), pages) in self.shown.segments.iter().enumerate().zip(PAGES) {
+            if matches!(view, View::Ram) {
+                slots.extend(self.ram(index).map(|slot| (slot, first)));
+            }
+            first += pages;
+        }
+        slots
     }
 
     pub(super) fn set_logging(&mut self, on: bool) -> Result<(), KvmError> {
         self.logging = on;
         self.lost = false;
-        for (index, _) in self.writable() {
-            self.set(index, &View::Ram)?;
+        if !self.split {
+            return self.set_whole();
+        }
+        for (index, view) in self.shown.segments.iter().enumerate() {
+            if matches!(view, View::Ram) {
+                self.set(index, view)?;
+            }
         }
         Ok(())
     }
@@ -231,8 +271,7 @@ impl Shadow {
             return Ok(());
         }
         let mut word = if std::mem::take(&mut self.lost) { u64::MAX } else { 0 };
-        for (index, first) in self.writable() {
-            let Some(slot) = self.ram(index) else { continue };
+        for (slot, first) in self.writable() {
             let log = dirty_log::fetch(&self.vm, &slot)?;
             word |= log.first().copied().unwrap_or(0) << first;
         }
@@ -241,9 +280,8 @@ impl Shadow {
     }
 
     pub(super) fn clear(&self, word: u64) -> Result<(), KvmError> {
-        for (index, first) in self.writable() {
-            let Some(slot) = self.ram(index) else { continue };
-            let mask = (1 << (slot.len / PAGE_SIZE)) - 1;
+        for (slot, first) in self.writable() {
+            let mask = u64::MAX >> (u64::BITS as u64 - slot.len / PAGE_SIZE);
             let bits = word >> first & mask;
             if bits != 0 {
                 dirty_log::clear(&self.vm, &slot, 0, &[bits])?;
@@ -256,6 +294,57 @@ impl Shadow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Ram;
+
+    /// What the log says of the window's pages.
+    fn fetched(shadow: &mut Shadow) -> u64 {
+        let mut word = 0;
+        shadow
+            .fetch(|first, bits| {
+                assert_eq!((first, bits.len()), (FIRST_PAGE, 1));
+                word = bits[0];
+            })
+            .unwrap();
+        word
+    }
+
+    #[test]
+    fn the_window_is_one_slot_until_a_segment_differs_and_its_log_is_whole_all_the_while() {
+        let kvm = super::super::open().unwrap();
+        let vm = super::super::create_vm(&kvm).unwrap();
+        super::super::enable_manual_dirty_log(&vm).unwrap();
+        let memory = Ram::new(64 << 20, 40).unwrap();
+        let window = memory.slots().first().map(|ram| Slot {
+            guest_address: START,
+            len: END - START,
+            host_address: ram.host_address + START,
+            block_offset: START,
+            ..*ram
+        });
+        // SAFETY: the memory outlives the VM.
+        let mut shadow = unsafe { Shadow::new(vm, window, 5) }.unwrap();
+        assert_eq!(shadow.writable().len(), 1);
+        shadow.set_logging(true).unwrap();
+        // As the log begins, and then what has been written since: nothing.
+        let _ = fetched(&mut shadow);
+        shadow.clear(u64::MAX).unwrap();
+        assert_eq!(fetched(&mut shadow), 0);
+        shadow.show(&BelowOneMib::default()).unwrap();
+        assert!(!shadow.split, "nothing has changed");
+
+        let mut some = BelowOneMib::default();
+        some.segments[2] = View::RamReadOnly;
+        some.segments[12] = View::Nothing;
+        shadow.show(&some).unwrap();
+        let firsts: Vec<_> = shadow.writable().iter().map(|(_, first)| *first).collect();
+        assert_eq!(firsts, [0, 4, 12, 16, 20, 24, 28, 32, 36, 40, 44]);
+        assert_eq!(fetched(&mut shadow), u64::MAX, "its log went with the slot");
+        shadow.clear(u64::MAX).unwrap();
+        assert_eq!(fetched(&mut shadow), 0);
+        shadow.show(&BelowOneMib::default()).unwrap();
+        assert_eq!(shadow.writable().len(), SEGMENTS);
+        shadow.set_logging(false).unwrap();
+    }
 
     #[test]
     fn the_segments_fill_the_window_and_one_word() {

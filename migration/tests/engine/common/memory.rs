@@ -8,7 +8,21 @@ use std::sync::{Arc, Mutex};
 use migration::dirty::DirtyBitmap;
 use migration::guest::{DirtyTracker, GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart, VmError};
 
+/// How often the engine has asked for what.
+#[derive(Default)]
+pub(crate) struct Calls {
+    /// Vectored writes.
+    pub(crate) writes: AtomicU64,
+    /// Vectored reads.
+    pub(crate) reads: AtomicU64,
+    /// Looks at a page, whether it is zero.
+    pub(crate) looks: AtomicU64,
+    /// Bytes that were copied from a buffer, and not read straight into memory.
+    pub(crate) copied: AtomicU64,
+}
+
 pub(crate) struct FakeRam {
+    pub(crate) calls: Calls,
     blocks: Mutex<Vec<RamBlock>>,
     data: Mutex<Vec<Vec<u8>>>,
     /// The log; `None` while nobody asks for it.
@@ -31,6 +45,7 @@ impl FakeRam {
             .collect();
         let data = blocks.iter().map(|b| vec![0; b.len as usize]).collect();
         Arc::new(Self {
+            calls: Calls::default(),
             blocks: Mutex::new(blocks),
             data: Mutex::new(data),
             log: Mutex::new(None),
@@ -65,6 +80,11 @@ impl FakeRam {
         self.data.lock().unwrap().clone()
     }
 
+    fn put(&self, block: usize, offset: u64, bytes: &[u8]) {
+        let at = offset as usize;
+        self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
     fn check(&self, block: usize, offset: u64, len: u64) -> io::Result<()> {
         let inside = self
             .blocks
@@ -87,6 +107,7 @@ impl GuestRam for FakeRam {
         parts: &[IoPart<'_>],
         full: &mut dyn FnMut() -> io::Result<()>,
     ) -> io::Result<()> {
+        self.calls.writes.fetch_add(1, Ordering::Relaxed);
         let mut all = Vec::new();
         for part in parts {
             match *part {
@@ -115,6 +136,7 @@ impl GuestRam for FakeRam {
             ReadPart::Bytes(b) => b.len(),
             ReadPart::Ram { len, .. } => *len,
         };
+        self.calls.reads.fetch_add(1, Ordering::Relaxed);
         let mut all = vec![0; parts.iter().map(len).sum()];
         let n = loop {
             match nix::unistd::read(from, &mut all) {
@@ -129,7 +151,7 @@ impl GuestRam for FakeRam {
                 ReadPart::Bytes(b) => b[..head.len()].copy_from_slice(head),
                 ReadPart::Ram { block, offset, len } => {
                     self.check(*block, *offset, *len as u64)?;
-                    self.copy_in(*block, *offset, head)?;
+                    self.put(*block, *offset, head);
                 }
             }
             rest = tail;
@@ -138,9 +160,9 @@ impl GuestRam for FakeRam {
     }
 
     fn copy_in(&self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.calls.copied.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.check(block, offset, bytes.len() as u64)?;
-        let at = offset as usize;
-        self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
+        self.put(block, offset, bytes);
         Ok(())
     }
 
@@ -161,6 +183,7 @@ impl GuestRam for FakeRam {
     fn populate(&self, _block: usize, _offset: u64, _len: u64) {}
 
     fn is_zero(&self, block: usize, offset: u64) -> bool {
+        self.calls.looks.fetch_add(1, Ordering::Relaxed);
         let at = offset as usize;
         self.data.lock().unwrap()[block][at..at + PAGE_SIZE as usize].iter().all(|b| *b == 0)
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::throttle::Limits;
 use crate::wire::multifd::MAX_CHANNELS;
 
 /// What happens when a migration's time is over and it has not converged.
@@ -52,6 +53,12 @@ pub struct Parameters {
     pub pause_before_switchover: bool,
     /// `events` (a capability): send MIGRATION and MIGRATION_PASS events.
     pub events: bool,
+    /// `auto-converge` (a capability): make the vCPUs rest when the guest writes faster than can be
+    /// sent.
+    pub auto_converge: bool,
+    /// How much: `cpu-throttle-initial`, `cpu-throttle-increment`, `max-cpu-throttle`,
+    /// `cpu-throttle-tailslow`, `throttle-trigger-threshold`.
+    pub throttle: Limits,
     /// Parameters of QEMU's that the engine has no use for, kept as they were set.
     carried: BTreeMap<&'static str, u64>,
 }
@@ -70,6 +77,8 @@ impl Default for Parameters {
             stall_timeout: Duration::from_secs(30),
             pause_before_switchover: false,
             events: false,
+            auto_converge: false,
+            throttle: Limits::default(),
             carried: INTEGERS.iter().filter(|p| p.carried).map(|p| (p.name, p.default)).collect(),
         }
     }
@@ -103,11 +112,11 @@ const INTEGERS: &[Integer] = &[
     integer("announce-max", 550, 0, 100_000, true),
     integer("announce-rounds", 5, 0, 1000, true),
     integer("announce-step", 100, 1, 10_000, true),
-    integer("cpu-throttle-increment", 10, 1, 99, true),
-    integer("cpu-throttle-initial", 20, 1, 99, true),
-    integer("max-cpu-throttle", 99, 1, 99, true),
+    integer("cpu-throttle-increment", 10, 1, 99, false),
+    integer("cpu-throttle-initial", 20, 1, 99, false),
+    integer("max-cpu-throttle", 99, 1, 99, false),
     integer("max-postcopy-bandwidth", 0, 0, i64::MAX as u64, true),
-    integer("throttle-trigger-threshold", 50, 1, 100, true),
+    integer("throttle-trigger-threshold", 50, 1, 100, false),
     integer("xbzrle-cache-size", 64 << 20, 4096, i64::MAX as u64, true),
 ];
 
@@ -170,6 +179,11 @@ impl Parameters {
                 self.settle = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
                 return Ok(());
             }
+            "cpu-throttle-tailslow" => {
+                self.throttle.tailslow =
+                    value.as_bool().ok_or_else(|| bad("true or false".into()))?;
+                return Ok(());
+            }
             // What libvirt and others set to its neutral value as a matter of course.
             "tls-creds" | "tls-hostname" | "tls-authz" => {
                 return if value.as_str() == Some("") {
@@ -202,6 +216,10 @@ impl Parameters {
             "x-timeout" => {
                 self.timeout = (number != 0).then(|| Duration::from_millis(number));
             }
+            "cpu-throttle-initial" => self.throttle.initial = number as u8,
+            "cpu-throttle-increment" => self.throttle.increment = number as u8,
+            "max-cpu-throttle" => self.throttle.max = number as u8,
+            "throttle-trigger-threshold" => self.throttle.trigger = number as u8,
             "x-stall-timeout" => self.stall_timeout = Duration::from_millis(number),
             _ => {
                 self.carried.insert(p.name, number);
@@ -220,6 +238,11 @@ impl Parameters {
             ("downtime-limit".to_owned(), json!(ms(self.downtime_limit))),
             ("multifd-channels".to_owned(), json!(self.multifd_channels)),
             ("multifd-compression".to_owned(), json!("none")),
+            ("cpu-throttle-initial".to_owned(), json!(self.throttle.initial)),
+            ("cpu-throttle-increment".to_owned(), json!(self.throttle.increment)),
+            ("max-cpu-throttle".to_owned(), json!(self.throttle.max)),
+            ("cpu-throttle-tailslow".to_owned(), json!(self.throttle.tailslow)),
+            ("throttle-trigger-threshold".to_owned(), json!(self.throttle.trigger)),
             ("tls-creds".to_owned(), json!("")),
             ("tls-hostname".to_owned(), json!("")),
             ("tls-authz".to_owned(), json!("")),
@@ -238,6 +261,7 @@ impl Parameters {
             "events" => self.events = state,
             "pause-before-switchover" => self.pause_before_switchover = state,
             "multifd" => self.multifd = state,
+            "auto-converge" => self.auto_converge = state,
             _ => {
                 let fixed = FIXED.iter().find(|c| c.name == name);
                 let Some(c) = fixed else {
@@ -254,6 +278,7 @@ impl Parameters {
     /// All capabilities and their states, as `query-migrate-capabilities` lists them.
     pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
         let mut all: Vec<_> = FIXED.iter().map(|c| (c.name, c.state)).collect();
+        all.push(("auto-converge", self.auto_converge));
         all.push(("events", self.events));
         all.push(("multifd", self.multifd));
         all.push(("pause-before-switchover", self.pause_before_switchover));
@@ -284,7 +309,6 @@ const FIXED: &[Fixed] = &[
         state: true,
         why: "a source must learn whether its guest arrived",
     },
-    off("auto-converge"),
     off("background-snapshot"),
     off("block"),
     off("compress"),
@@ -329,6 +353,11 @@ mod tests {
             ("max-bandwidth", json!(1.5)),
             ("x-on-timeout", json!("explode")),
             ("x-verify", json!(1)),
+            ("cpu-throttle-initial", json!(0)),
+            ("cpu-throttle-increment", json!(0)),
+            ("max-cpu-throttle", json!(100)),
+            ("throttle-trigger-threshold", json!(101)),
+            ("cpu-throttle-tailslow", json!("on")),
             ("tls-creds", json!("tls0")),
             ("multifd-compression", json!("zstd")),
         ] {
@@ -341,6 +370,14 @@ mod tests {
         assert_eq!(p, Parameters::default());
         p.set("downtime-limit", &json!(50)).unwrap();
         p.set("x-timeout", &json!(1000)).unwrap();
+        p.set("cpu-throttle-initial", &json!(40)).unwrap();
+        p.set("cpu-throttle-increment", &json!(5)).unwrap();
+        p.set("max-cpu-throttle", &json!(80)).unwrap();
+        p.set("cpu-throttle-tailslow", &json!(true)).unwrap();
+        p.set("throttle-trigger-threshold", &json!(70)).unwrap();
+        let limits = Limits { initial: 40, increment: 5, max: 80, tailslow: true, trigger: 70 };
+        assert_eq!(p.throttle, limits);
+        assert_eq!(p.to_json()["cpu-throttle-initial"], 40);
         p.set("announce-rounds", &json!(7)).unwrap();
         assert_eq!(p.downtime_limit, Duration::from_millis(50));
         assert_eq!(p.timeout, Some(Duration::from_secs(1)));

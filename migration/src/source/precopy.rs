@@ -15,8 +15,9 @@ use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
 use crate::dirty::{DirtyBitmap, has, runs};
 use crate::guest::{PAGE_SIZE, RamBlock};
-use crate::params::OnTimeout;
+use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
+use crate::throttle::Pass;
 use crate::vmstate::SectionId;
 use crate::wire::command::Command;
 use crate::wire::ram;
@@ -114,7 +115,7 @@ impl Migration<'_> {
             if self.control.pass() == 1 {
                 self.control.enter(Phase::Active);
             }
-            let begin = Instant::now();
+            let (begin, sent) = (Instant::now(), self.sent());
             let end = self.send_pass(&mut passes, PartType::Part)?;
             passes.first = false;
             if end == PassEnd::Whole {
@@ -123,7 +124,8 @@ impl Migration<'_> {
             let left = passes.dirty.count();
             self.fetch(&mut passes)?;
             let dirtied = passes.dirty.count().saturating_sub(left);
-            let rate = dirtied as f64 / begin.elapsed().as_secs_f64().max(1e-6);
+            let time = begin.elapsed();
+            let rate = dirtied as f64 / time.as_secs_f64().max(1e-6);
             self.control.stats().dirty_rate(rate as u64);
 
             let parameters = self.control.parameters();
@@ -143,11 +145,32 @@ impl Migration<'_> {
                 on_timeout: parameters.on_timeout,
             });
             match decision {
-                Decision::GoOn => self.check()?,
+                Decision::GoOn => {
+                    self.check()?;
+                    let pass = Pass {
+                        time,
+                        sent: self.sent().saturating_sub(sent),
+                        dirtied: dirtied * PAGE_SIZE,
+                        forecast,
+                        downtime_limit: parameters.downtime_limit,
+                    };
+                    self.slow_down(&pass, &parameters)?;
+                }
                 Decision::Switch | Decision::Force => return Ok(passes),
                 Decision::GiveUp => return Err(self.not_converged(&passes)),
             }
         }
+    }
+
+    /// Makes the vCPUs rest more, if the user allows it and it is needed.
+    fn slow_down(&mut self, pass: &Pass, parameters: &Parameters) -> Result<(), SourceError> {
+        if !parameters.auto_converge {
+            return Ok(());
+        }
+        let Some(percent) = self.throttle.after(pass, &parameters.throttle) else { return Ok(()) };
+        tracing::info!(percent, "the guest writes faster than can be sent: its vCPUs rest");
+        self.control.stats().throttle(percent);
+        self.vm.throttle(percent).map_err(SourceError::vm("making the vCPUs rest"))
     }
 
     /// Waits until the destination has taken in what was sent. The sockets hold megabytes, and a

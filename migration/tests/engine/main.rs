@@ -12,3 +12,4 @@ mod qemu;
 mod recorded;
 mod recover;
 mod saved;
+mod throttle;

@@ -47,6 +47,10 @@ pub(super) struct MigrateArgs {
     /// Connections that memory goes through, 1 to 16: several where one doesn't fill the network [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CHANNELS as i64))]
     channels: Option<u8>,
+    /// Slow the guest where it writes faster than can be sent: its vCPUs rest for a growing share of the
+    /// time, 20 % at first and 99 % at last, until the rest fits --downtime
+    #[arg(long)]
+    auto_converge: bool,
     /// Move nothing: say what 'preflight' says, and load the state of devices and vCPUs there for show, for
     /// which the guest stands still for about a millisecond
     #[arg(long, conflicts_with = "detach")]
@@ -116,8 +120,10 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     client.execute("migrate-set-parameters", parameters)?;
     if client.is_mini_vmm() || args.channels.is_some() {
         let several = args.channels.is_some_and(|channels| channels > 1);
-        let multifd = json!([{ "capability": "multifd", "state": several }]);
-        client.execute("migrate-set-capabilities", json!({ "capabilities": multifd }))?;
+        set_capability(&mut client, "multifd", several)?;
+    }
+    if client.is_mini_vmm() || args.auto_converge {
+        set_capability(&mut client, "auto-converge", args.auto_converge)?;
     }
     signal_hook::flag::register(SIGINT, interrupted.clone())
         .map_err(CliError::io("cannot watch for Ctrl-C"))?;
@@ -153,6 +159,12 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
             last["error-desc"].as_str().unwrap_or("the VM gives no reason")
         ))),
     }
+}
+
+fn set_capability(client: &mut QmpClient, name: &str, state: bool) -> Result<(), CliError> {
+    let list = json!([{ "capability": name, "state": state }]);
+    client.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
+    Ok(())
 }
 
 /// A descriptor that this command has goes to the VM; a number that it has not may be one of the VM's
@@ -225,6 +237,9 @@ fn show(info: &Value, bar: &ProgressBar) {
         HumanBytes(n("dirty-pages-rate").saturating_mul(page)),
         HumanBytes(remaining),
     );
+    if let Some(percent) = info["cpu-throttle-percentage"].as_u64() {
+        text.push_str(&format!(", vCPUs rest {percent} %"));
+    }
     if let Some(ms) = info["expected-downtime"].as_u64() {
         text.push_str(&format!(", downtime about {ms} ms"));
     }
@@ -243,6 +258,9 @@ fn print_report(report: &Value) {
         n("zero-pages"),
         HumanBytes(report["bytes-per-second"].as_f64().unwrap_or(0.0) as u64),
     );
+    if n("throttle-percent") != 0 {
+        println!("the vCPUs rested for {} % of the time at last", n("throttle-percent"));
+    }
     println!("the guest stood still for {:.1} ms:", ms("downtime-ms"));
     for step in report["downtime-steps"].as_array().into_iter().flatten() {
         let name = step["step"].as_str().unwrap_or("?");

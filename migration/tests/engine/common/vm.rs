@@ -86,6 +86,7 @@ const SCRAP: u64 = 5 * PAGE_SIZE + 100;
 pub(crate) enum Fault {
     #[default]
     None,
+    Throttle,
     Pause,
     Drain,
     ReleaseDisks,
@@ -232,6 +233,13 @@ impl SourceVm for FakeVm {
     }
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         Ok(Box::new(FakeLog(self.ram.clone())))
+    }
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
+        self.world.note(format!("throttle {percent}"));
+        if let Some(guest) = &self.guest {
+            guest.throttle(percent);
+        }
+        self.fault(Fault::Throttle)
     }
     fn pause(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Pause)?;

@@ -34,6 +34,7 @@ pub mod guest;
 pub mod handover;
 pub mod inspect;
 pub mod manifest;
+pub(crate) mod pace;
 pub mod params;
 pub mod phase;
 pub mod problem;

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::throttle::Limits;
 use crate::wire::multifd::MAX_CHANNELS;
+use crate::wire::zstd::MAX_LEVEL;
 
 /// What happens when a migration's time is over and it has not converged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +22,17 @@ pub enum OnTimeout {
     Cancel,
     /// The guest is stopped and moved, however long that takes.
     Force,
+}
+
+/// How pages are compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// By zstd.
+    Zstd,
 }
 
 /// The parameters.
@@ -35,6 +47,11 @@ pub struct Parameters {
     pub multifd: bool,
     /// `multifd-channels`: how many, from 1 to [`MAX_CHANNELS`]. 2.
     pub multifd_channels: u8,
+    /// `multifd-compression` and `multifd-zstd-level` (up to [`MAX_LEVEL`], 1): how pages on those
+    /// connections are compressed. What comes is taken however it is.
+    pub compression: Compression,
+    /// The level for when it is zstd.
+    pub zstd_level: u8,
     /// `x-timeout`, in ms: how long the guest may be migrated before `x-on-timeout` happens; 0, the
     /// default, is for ever.
     pub timeout: Option<Duration>,
@@ -70,6 +87,8 @@ impl Default for Parameters {
             downtime_limit: Duration::from_millis(300),
             multifd: false,
             multifd_channels: 2,
+            compression: Compression::None,
+            zstd_level: 1,
             timeout: None,
             on_timeout: OnTimeout::Cancel,
             verify: false,
@@ -106,6 +125,8 @@ const INTEGERS: &[Integer] = &[
     // QEMU takes up to 2000 s.
     integer("downtime-limit", 300, 0, 2_000_000, false),
     integer("multifd-channels", 2, 1, MAX_CHANNELS as u64, false),
+    integer("multifd-zstd-level", 1, 0, MAX_LEVEL as u64, false),
+    integer("multifd-zlib-level", 1, 0, 9, true),
     integer("x-timeout", 0, 0, 30 * DAY_MS, false),
     integer("x-stall-timeout", 30_000, 100, DAY_MS, false),
     integer("announce-initial", 50, 0, 100_000, true),
@@ -193,11 +214,9 @@ impl Parameters {
                 };
             }
             "multifd-compression" => {
-                return if value.as_str() == Some("none") {
-                    Ok(())
-                } else {
-                    Err(bad("\"none\"".into()))
-                };
+                self.compression = serde_json::from_value(value.clone())
+                    .map_err(|_| bad("\"none\" or \"zstd\"".into()))?;
+                return Ok(());
             }
             _ => {}
         }
@@ -213,6 +232,7 @@ impl Parameters {
             "max-bandwidth" => self.max_bandwidth = number,
             "downtime-limit" => self.downtime_limit = Duration::from_millis(number),
             "multifd-channels" => self.multifd_channels = number as u8,
+            "multifd-zstd-level" => self.zstd_level = number as u8,
             "x-timeout" => {
                 self.timeout = (number != 0).then(|| Duration::from_millis(number));
             }
@@ -237,7 +257,8 @@ impl Parameters {
             ("max-bandwidth".to_owned(), json!(self.max_bandwidth)),
             ("downtime-limit".to_owned(), json!(ms(self.downtime_limit))),
             ("multifd-channels".to_owned(), json!(self.multifd_channels)),
-            ("multifd-compression".to_owned(), json!("none")),
+            ("multifd-compression".to_owned(), json!(self.compression)),
+            ("multifd-zstd-level".to_owned(), json!(self.zstd_level)),
             ("cpu-throttle-initial".to_owned(), json!(self.throttle.initial)),
             ("cpu-throttle-increment".to_owned(), json!(self.throttle.increment)),
             ("max-cpu-throttle".to_owned(), json!(self.throttle.max)),
@@ -284,6 +305,11 @@ impl Parameters {
         all.push(("pause-before-switchover", self.pause_before_switchover));
         all.sort_unstable();
         all
+    }
+
+    /// The level at which pages are to be compressed by zstd, if they are.
+    pub(crate) fn zstd(&self) -> Option<u8> {
+        (self.compression == Compression::Zstd).then_some(self.zstd_level)
     }
 
     /// A carried parameter of QEMU's, for example `announce-rounds`.
@@ -359,7 +385,8 @@ mod tests {
             ("throttle-trigger-threshold", json!(101)),
             ("cpu-throttle-tailslow", json!("on")),
             ("tls-creds", json!("tls0")),
-            ("multifd-compression", json!("zstd")),
+            ("multifd-compression", json!("zlib")),
+            ("multifd-zstd-level", json!(21)),
         ] {
             assert!(matches!(p.set(name, &value), Err(ParameterError::Value { .. })), "{name}");
         }
@@ -379,6 +406,10 @@ mod tests {
         assert_eq!(p.throttle, limits);
         assert_eq!(p.to_json()["cpu-throttle-initial"], 40);
         p.set("announce-rounds", &json!(7)).unwrap();
+        assert_eq!(p.zstd(), None);
+        p.set("multifd-compression", &json!("zstd")).unwrap();
+        p.set("multifd-zstd-level", &json!(7)).unwrap();
+        assert_eq!((p.zstd(), &p.to_json()["multifd-compression"]), (Some(7), &json!("zstd")));
         assert_eq!(p.downtime_limit, Duration::from_millis(50));
         assert_eq!(p.timeout, Some(Duration::from_secs(1)));
         assert_eq!(p.carried("announce-rounds"), Some(7));

@@ -15,6 +15,7 @@ use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
 use crate::dirty::{DirtyBitmap, has, runs};
 use crate::guest::{PAGE_SIZE, RamBlock};
+use crate::pace::Pace;
 use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
 use crate::throttle::Pass;
@@ -49,9 +50,9 @@ pub(super) struct Passes {
     sample_sent: u64,
     sample_pages: u64,
     pages: u64,
-    pace_since: Instant,
-    pace_sent: u64,
-    pace_limit: u64,
+    pace: Pace,
+    /// Bytes per second that are allowed; 0 is no limit.
+    limit: u64,
 }
 
 /// Why a pass ended.
@@ -78,9 +79,8 @@ impl Passes {
             sample_sent: 0,
             sample_pages: 0,
             pages: 0,
-            pace_since: now,
-            pace_sent: 0,
-            pace_limit: bandwidth,
+            pace: Pace::new(now, 0),
+            limit: bandwidth,
         }
     }
 
@@ -130,7 +130,7 @@ impl Migration<'_> {
 
             let parameters = self.control.parameters();
             let remaining = passes.remaining();
-            let forecast = passes.rate.time_for(remaining);
+            let forecast = passes.rate.time_for(self.on_the_wire(remaining));
             self.control.stats().remaining(remaining);
             self.control.stats().expected_downtime(forecast);
             tracing::debug!(remaining, ?forecast, dirty_pages_per_s = rate, "pass sent");
@@ -150,7 +150,7 @@ impl Migration<'_> {
                     let pass = Pass {
                         time,
                         sent: self.sent().saturating_sub(sent),
-                        dirtied: dirtied * PAGE_SIZE,
+                        dirtied: self.on_the_wire(dirtied * PAGE_SIZE),
                         forecast,
                         downtime_limit: parameters.downtime_limit,
                     };
@@ -234,12 +234,18 @@ impl Migration<'_> {
                     let offset = page * PAGE_SIZE;
                     passes.pages += 1;
                     let zero = zero || self.out.is_zero(block, offset);
+                    let limit = if running { passes.limit } else { 0 };
                     if self.channels.is_some() && !zero {
                         chunk.push(offset);
+                        // Where little is allowed, little is sent at once.
+                        if limit > 0 && chunk.len() as u64 * PAGE_SIZE >= limit / 10 {
+                            self.submit(block, std::mem::take(&mut chunk))?;
+                            self.sample(passes, SAMPLE);
+                            self.pace(passes);
+                        }
                         continue;
                     }
                     self.out.page(block, name, offset, zero);
-                    let limit = if running { passes.pace_limit } else { 0 };
                     if self.out.is_full(limit) {
                         self.send("RAM")?;
                         self.check()?;
@@ -260,7 +266,7 @@ impl Migration<'_> {
                     self.send("RAM")?;
                     return Ok(PassEnd::TimeOver);
                 }
-                if self.sent() - part_since > part_bytes {
+                if self.sent().saturating_sub(part_since) > part_bytes {
                     part_since = self.sent();
                     self.end_ram()?;
                     self.out.begin_ram(kind);
@@ -295,9 +301,15 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// Bytes that have gone out, on whichever connection.
+    /// Bytes that have gone out, on whichever connection, or are about to.
     fn sent(&self) -> u64 {
-        self.out.sent + self.channels.as_ref().map_or(0, |channels| channels.submitted)
+        self.out.sent + self.channels.as_ref().map_or(0, |channels| channels.sent())
+    }
+
+    /// Bytes that pages become on their way.
+    fn on_the_wire(&self, bytes: u64) -> u64 {
+        let ratio = self.channels.as_ref().map_or(1.0, |channels| channels.ratio());
+        (bytes as f64 * ratio) as u64
     }
 
     /// Measures the rate, if `least` has passed since it was last measured.
@@ -306,7 +318,7 @@ impl Migration<'_> {
         if elapsed < least || elapsed.is_zero() {
             return;
         }
-        let sent = self.sent() - passes.sample_sent;
+        let sent = self.sent().saturating_sub(passes.sample_sent);
         if sent == 0 {
             return;
         }
@@ -321,19 +333,9 @@ impl Migration<'_> {
     /// Waits as long as the bandwidth limit asks for. The limit may change meanwhile.
     fn pace(&self, passes: &mut Passes) {
         loop {
-            let limit = self.control.max_bandwidth();
-            if limit != passes.pace_limit {
-                passes.pace_limit = limit;
-                passes.pace_since = Instant::now();
-                passes.pace_sent = self.sent();
-            }
-            let sent = self.sent() - passes.pace_sent;
-            if limit == 0 || self.check().is_err() {
-                return;
-            }
-            let due = Duration::from_secs_f64(sent as f64 / limit as f64);
-            let ahead = due.saturating_sub(passes.pace_since.elapsed());
-            if ahead.is_zero() {
+            passes.limit = self.control.max_bandwidth();
+            let ahead = passes.pace.ahead(Instant::now(), self.sent(), passes.limit);
+            if ahead.is_zero() || self.check().is_err() {
                 return;
             }
             if self.time_is_over(passes).is_ok_and(|over| !over) {

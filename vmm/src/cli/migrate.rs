@@ -47,6 +47,10 @@ pub(super) struct MigrateArgs {
     /// Connections that memory goes through, 1 to 16: several where one doesn't fill the network [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CHANNELS as i64))]
     channels: Option<u8>,
+    /// Compress pages, for networks slower than some 100 MB/s: zstd or zstd:LEVEL, 1 (fast) to 19 [default: no;
+    /// LEVEL: 1]
+    #[arg(long, value_name = "HOW", value_parser = zstd_level)]
+    compress: Option<u8>,
     /// Slow the guest where it writes faster than can be sent: its vCPUs rest for a growing share of the
     /// time, 20 % at first and 99 % at last, until the rest fits --downtime
     #[arg(long)]
@@ -69,6 +73,18 @@ enum OnTimeout {
     Force,
 }
 
+/// The level in `zstd` or `zstd:LEVEL`.
+fn zstd_level(text: &str) -> Result<u8, String> {
+    let level = match text.split_once(':') {
+        None if text == "zstd" => Some(1),
+        Some(("zstd", level)) => level.parse().ok(),
+        _ => None,
+    };
+    level
+        .filter(|level| (1..=19).contains(level))
+        .ok_or_else(|| "expected zstd or zstd:LEVEL, LEVEL from 1 to 19".into())
+}
+
 impl MigrateArgs {
     /// What the flags say, and for a mini-vmm also their defaults: what an earlier migration was
     /// told is not meant for this one.
@@ -77,8 +93,14 @@ impl MigrateArgs {
         let mut p = Map::new();
         if defaults {
             let known = Parameters::default().to_json();
-            for key in ["downtime-limit", "max-bandwidth", "x-timeout", "x-on-timeout", "x-verify"]
-            {
+            for key in [
+                "downtime-limit",
+                "max-bandwidth",
+                "x-timeout",
+                "x-on-timeout",
+                "x-verify",
+                "multifd-compression",
+            ] {
                 p.insert(key.to_string(), known[key].clone());
             }
         }
@@ -97,8 +119,12 @@ impl MigrateArgs {
             Some(OnTimeout::Force) => put("x-on-timeout", "force".into()),
             None => {}
         }
-        if let Some(channels) = self.channels {
+        if let Some(channels) = self.channels.or(self.compress.map(|_| 1)) {
             put("multifd-channels", channels.into());
+        }
+        if let Some(level) = self.compress {
+            put("multifd-compression", "zstd".into());
+            put("multifd-zstd-level", level.into());
         }
         if self.verify {
             put("x-verify", true.into());
@@ -118,8 +144,10 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     let mut client = args.vm.connect()?;
     let parameters = args.parameters(client.is_mini_vmm());
     client.execute("migrate-set-parameters", parameters)?;
-    if client.is_mini_vmm() || args.channels.is_some() {
-        let several = args.channels.is_some_and(|channels| channels > 1);
+    let compress = args.compress.is_some();
+    if client.is_mini_vmm() || args.channels.is_some() || compress {
+        // Compressed pages go through a connection of their own, if it is only one.
+        let several = args.channels.is_some_and(|channels| channels > 1) || compress;
         set_capability(&mut client, "multifd", several)?;
     }
     if client.is_mini_vmm() || args.auto_converge {
@@ -258,6 +286,14 @@ fn print_report(report: &Value) {
         n("zero-pages"),
         HumanBytes(report["bytes-per-second"].as_f64().unwrap_or(0.0) as u64),
     );
+    let pages = n("normal-pages").saturating_mul(migration::guest::PAGE_SIZE);
+    if n("transferred-bytes") < pages {
+        println!(
+            "compressed: {} of memory's pages, {:.1} times what was sent",
+            HumanBytes(pages),
+            pages as f64 / n("transferred-bytes").max(1) as f64
+        );
+    }
     if n("throttle-percent") != 0 {
         println!("the vCPUs rested for {} % of the time at last", n("throttle-percent"));
     }

@@ -35,6 +35,8 @@ const SETTLE_PING: u32 = 1;
 const PART_BYTES: u64 = 64 << 20;
 /// The same where pages have connections of their own, all of which stop at a section's end.
 const CHANNELS_PART_BYTES: u64 = 1 << 30;
+/// ... and how long such a section takes at most.
+const PART_TIME: Duration = Duration::from_secs(1);
 /// How often the rate is measured within a pass.
 const SAMPLE: Duration = Duration::from_millis(100);
 
@@ -53,6 +55,14 @@ pub(super) struct Passes {
     pace: Pace,
     /// Bytes per second that are allowed; 0 is no limit.
     limit: u64,
+}
+
+/// The section of RAM that is being sent.
+struct Part {
+    kind: PartType,
+    /// What had been sent when it began.
+    sent: u64,
+    began: Instant,
 }
 
 /// Why a pass ended.
@@ -211,8 +221,7 @@ impl Migration<'_> {
         if running && passes.dirty.count() == 0 {
             return Ok(PassEnd::Whole);
         }
-        let mut part_since = self.sent();
-        let part_bytes = if self.channels.is_some() { CHANNELS_PART_BYTES } else { PART_BYTES };
+        let mut part = Part { kind, sent: self.sent(), began: Instant::now() };
         self.out.begin_ram(kind);
         for block in 0..passes.blocks.len() {
             let pages = passes.dirty.pages(block);
@@ -242,6 +251,7 @@ impl Migration<'_> {
                             self.submit(block, std::mem::take(&mut chunk))?;
                             self.sample(passes, SAMPLE);
                             self.pace(passes);
+                            self.renew(&mut part)?;
                         }
                         continue;
                     }
@@ -266,11 +276,7 @@ impl Migration<'_> {
                     self.send("RAM")?;
                     return Ok(PassEnd::TimeOver);
                 }
-                if self.sent().saturating_sub(part_since) > part_bytes {
-                    part_since = self.sent();
-                    self.end_ram()?;
-                    self.out.begin_ram(kind);
-                }
+                self.renew(&mut part)?;
             }
         }
         self.end_ram()?;
@@ -290,6 +296,24 @@ impl Migration<'_> {
         let done = channels.submit(block, chunk, self.control);
         done.map_err(|e| self.write_failed(e))?;
         self.check()
+    }
+
+    /// Ends the section of RAM and begins the next, if it has become long. Where pages go through other
+    /// connections that is also a matter of time, as whoever reads this one must not take us for dead.
+    fn renew(&mut self, part: &mut Part) -> Result<(), SourceError> {
+        let several = self.channels.is_some();
+        let most = if several { CHANNELS_PART_BYTES } else { PART_BYTES };
+        let time = (self.parameters.stall_timeout / 8).min(PART_TIME);
+        let silent = several && part.began.elapsed() > time;
+        if silent || self.sent().saturating_sub(part.sent) > most {
+            self.end_ram()?;
+            if silent {
+                self.send("RAM")?;
+            }
+            self.out.begin_ram(part.kind);
+            (part.sent, part.began) = (self.sent(), Instant::now());
+        }
+        Ok(())
     }
 
     /// Ends a section of RAM here and on the other connections.

@@ -300,6 +300,23 @@ fn an_older_page_never_lies_over_a_newer_one() {
     assert_eq!(byte(0x3000), 2);
 }
 
+#[test]
+fn a_first_connection_that_has_nothing_to_say_for_long_is_not_taken_for_dead() {
+    let (mut source, mut destination, _) = two_vms(2048);
+    source.fill_with_noise();
+    let connections = links(2, &mut destination);
+    // A pass of two seconds, and half a second of patience.
+    let patience = Duration::from_millis(500);
+    let control = control_with(|p| {
+        p.max_bandwidth = 4 << 20;
+        p.stall_timeout = patience;
+    });
+    let other = control_with(|p| p.stall_timeout = patience);
+    let ended = migrate(source, destination, connections, (control.clone(), other));
+    assert_moved(&ended);
+    assert!(control.report().total > 2 * patience, "it was over too soon to show anything");
+}
+
 /// A packet that says that `bytes` are the page at `offset`, compressed.
 fn compressed(offset: u64, bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();

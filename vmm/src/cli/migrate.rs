@@ -47,7 +47,7 @@ pub(super) struct MigrateArgs {
     /// Connections that memory goes through, 1 to 16: several where one doesn't fill the network [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CHANNELS as i64))]
     channels: Option<u8>,
-    /// Compress pages, for networks slower than some 100 MB/s: zstd or zstd:LEVEL, 1 (fast) to 19 [default: no;
+    /// Compress pages, for slow networks (1 Gbit/s and less): zstd or zstd:LEVEL, 1 (fast) to 19 [default: no;
     /// LEVEL: 1]
     #[arg(long, value_name = "HOW", value_parser = zstd_level)]
     compress: Option<u8>,

@@ -5,7 +5,7 @@
 //! ```text
 //! not needed ──two looks in a row at which the passes shrink too little──→ initial ──the same──→ + increment … → max
 //! ```
-//! A *look* is as many passes as take [`LOOK`] together. The share never falls while the migration
+//! A *look* is as many passes as take `LOOK` (0.2 s) together. The share never falls while the migration
 //! lasts: a guest that writes little because it rests would write more again.
 
 use std::time::Duration;

@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// How long running and resting take together, as long as each turn of running is not shorter than
-/// [`LEAST_RUN`]; QEMU's vCPUs run for so long at a time.
+/// `LEAST_RUN`; QEMU's vCPUs run for so long at a time.
 const PERIOD: Duration = Duration::from_millis(10);
 /// The shortest turn of running: long against what a kick costs.
 const LEAST_RUN: Duration = Duration::from_millis(1);
@@ -28,7 +28,7 @@ struct Turns {
 }
 
 impl Turns {
-    /// For `percent` of resting, from 1 to [`MOST`].
+    /// For `percent` of resting, from 1 to `MOST`.
     fn new(percent: u8) -> Self {
         let percent = u32::from(percent.clamp(1, MOST));
         let run = (PERIOD * (100 - percent) / 100).max(LEAST_RUN);

@@ -8,6 +8,7 @@
 //! ```text
 //! blockers · manifest parts (machine_type, vcpus, ram, sections, details) or prepare_for_qemu
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
+//! throttle, between two passes; 0 behind a pause or a failure
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
 //! release_disks → hand_over                                           the other side runs it
 //!                 reacquire_disks → resume                            or this side goes on
@@ -250,6 +251,11 @@ pub trait SourceVm: Machine {
 
     /// A tracker for this VM's memory, not yet started.
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError>;
+
+    /// Makes every vCPU rest for `percent` (0 to 99) of the time, in turns so short that the guest
+    /// feels it evenly; 0 ends it at once. It has no meaning for a VM that stands still, must not
+    /// delay a [`pause`](Self::pause), and is over at the latest when this is dropped.
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError>;
 
     /// Stops every vCPU and notes whether they were running. When it fails, whatever it had
     /// stopped runs again. A VM that was paused before stays paused and this succeeds.

@@ -20,7 +20,7 @@
 //! | [`fate`] | what a source in doubt asks, and what it is answered |
 //! | [`handover`] | who runs the VM, as two state machines without I/O |
 //! | [`inspect`] | what a stream contains, for people |
-//! | [`converge`] | when to stop the guest |
+//! | [`converge`], [`throttle`] | when to stop the guest, and how much to slow it until then |
 //! | [`control`], [`params`], [`phase`], [`stats`] | steering and watching one migration |
 #![forbid(unsafe_code)]
 
@@ -34,12 +34,14 @@ pub mod guest;
 pub mod handover;
 pub mod inspect;
 pub mod manifest;
+pub(crate) mod pace;
 pub mod params;
 pub mod phase;
 pub mod problem;
 pub mod source;
 pub mod stats;
 pub(crate) mod supplement;
+pub mod throttle;
 pub mod transport;
 pub mod verify;
 pub mod vmstate;

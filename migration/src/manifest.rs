@@ -36,6 +36,9 @@ pub const RUNS: &str = "runs";
 /// A [`Hello::abilities`]: pages on [further connections](crate::wire::multifd), if the manifest says so.
 pub const CHANNELS: &str = "channels";
 
+/// A [`Hello::abilities`]: pages on further connections [compressed](crate::wire::zstd).
+pub const ZSTD: &str = "zstd";
+
 impl Hello {
     /// Whether the destination has said that it can do this.
     pub fn can(&self, ability: &str) -> bool {

@@ -9,7 +9,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::throttle::Limits;
 use crate::wire::multifd::MAX_CHANNELS;
+use crate::wire::zstd::MAX_LEVEL;
 
 /// What happens when a migration's time is over and it has not converged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +22,17 @@ pub enum OnTimeout {
     Cancel,
     /// The guest is stopped and moved, however long that takes.
     Force,
+}
+
+/// How pages are compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// By zstd.
+    Zstd,
 }
 
 /// The parameters.
@@ -34,6 +47,11 @@ pub struct Parameters {
     pub multifd: bool,
     /// `multifd-channels`: how many, from 1 to [`MAX_CHANNELS`]. 2.
     pub multifd_channels: u8,
+    /// `multifd-compression` and `multifd-zstd-level` (up to [`MAX_LEVEL`], 1): how pages on those
+    /// connections are compressed. What comes is taken however it is.
+    pub compression: Compression,
+    /// The level for when it is zstd.
+    pub zstd_level: u8,
     /// `x-timeout`, in ms: how long the guest may be migrated before `x-on-timeout` happens; 0, the
     /// default, is for ever.
     pub timeout: Option<Duration>,
@@ -52,6 +70,12 @@ pub struct Parameters {
     pub pause_before_switchover: bool,
     /// `events` (a capability): send MIGRATION and MIGRATION_PASS events.
     pub events: bool,
+    /// `auto-converge` (a capability): make the vCPUs rest when the guest writes faster than can be
+    /// sent.
+    pub auto_converge: bool,
+    /// How much: `cpu-throttle-initial`, `cpu-throttle-increment`, `max-cpu-throttle`,
+    /// `cpu-throttle-tailslow`, `throttle-trigger-threshold`.
+    pub throttle: Limits,
     /// Parameters of QEMU's that the engine has no use for, kept as they were set.
     carried: BTreeMap<&'static str, u64>,
 }
@@ -63,6 +87,8 @@ impl Default for Parameters {
             downtime_limit: Duration::from_millis(300),
             multifd: false,
             multifd_channels: 2,
+            compression: Compression::None,
+            zstd_level: 1,
             timeout: None,
             on_timeout: OnTimeout::Cancel,
             verify: false,
@@ -70,6 +96,8 @@ impl Default for Parameters {
             stall_timeout: Duration::from_secs(30),
             pause_before_switchover: false,
             events: false,
+            auto_converge: false,
+            throttle: Limits::default(),
             carried: INTEGERS.iter().filter(|p| p.carried).map(|p| (p.name, p.default)).collect(),
         }
     }
@@ -97,17 +125,19 @@ const INTEGERS: &[Integer] = &[
     // QEMU takes up to 2000 s.
     integer("downtime-limit", 300, 0, 2_000_000, false),
     integer("multifd-channels", 2, 1, MAX_CHANNELS as u64, false),
+    integer("multifd-zstd-level", 1, 0, MAX_LEVEL as u64, false),
+    integer("multifd-zlib-level", 1, 0, 9, true),
     integer("x-timeout", 0, 0, 30 * DAY_MS, false),
     integer("x-stall-timeout", 30_000, 100, DAY_MS, false),
     integer("announce-initial", 50, 0, 100_000, true),
     integer("announce-max", 550, 0, 100_000, true),
     integer("announce-rounds", 5, 0, 1000, true),
     integer("announce-step", 100, 1, 10_000, true),
-    integer("cpu-throttle-increment", 10, 1, 99, true),
-    integer("cpu-throttle-initial", 20, 1, 99, true),
-    integer("max-cpu-throttle", 99, 1, 99, true),
+    integer("cpu-throttle-increment", 10, 1, 99, false),
+    integer("cpu-throttle-initial", 20, 1, 99, false),
+    integer("max-cpu-throttle", 99, 1, 99, false),
     integer("max-postcopy-bandwidth", 0, 0, i64::MAX as u64, true),
-    integer("throttle-trigger-threshold", 50, 1, 100, true),
+    integer("throttle-trigger-threshold", 50, 1, 100, false),
     integer("xbzrle-cache-size", 64 << 20, 4096, i64::MAX as u64, true),
 ];
 
@@ -170,6 +200,11 @@ impl Parameters {
                 self.settle = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
                 return Ok(());
             }
+            "cpu-throttle-tailslow" => {
+                self.throttle.tailslow =
+                    value.as_bool().ok_or_else(|| bad("true or false".into()))?;
+                return Ok(());
+            }
             // What libvirt and others set to its neutral value as a matter of course.
             "tls-creds" | "tls-hostname" | "tls-authz" => {
                 return if value.as_str() == Some("") {
@@ -179,11 +214,9 @@ impl Parameters {
                 };
             }
             "multifd-compression" => {
-                return if value.as_str() == Some("none") {
-                    Ok(())
-                } else {
-                    Err(bad("\"none\"".into()))
-                };
+                self.compression = serde_json::from_value(value.clone())
+                    .map_err(|_| bad("\"none\" or \"zstd\"".into()))?;
+                return Ok(());
             }
             _ => {}
         }
@@ -199,9 +232,14 @@ impl Parameters {
             "max-bandwidth" => self.max_bandwidth = number,
             "downtime-limit" => self.downtime_limit = Duration::from_millis(number),
             "multifd-channels" => self.multifd_channels = number as u8,
+            "multifd-zstd-level" => self.zstd_level = number as u8,
             "x-timeout" => {
                 self.timeout = (number != 0).then(|| Duration::from_millis(number));
             }
+            "cpu-throttle-initial" => self.throttle.initial = number as u8,
+            "cpu-throttle-increment" => self.throttle.increment = number as u8,
+            "max-cpu-throttle" => self.throttle.max = number as u8,
+            "throttle-trigger-threshold" => self.throttle.trigger = number as u8,
             "x-stall-timeout" => self.stall_timeout = Duration::from_millis(number),
             _ => {
                 self.carried.insert(p.name, number);
@@ -219,7 +257,13 @@ impl Parameters {
             ("max-bandwidth".to_owned(), json!(self.max_bandwidth)),
             ("downtime-limit".to_owned(), json!(ms(self.downtime_limit))),
             ("multifd-channels".to_owned(), json!(self.multifd_channels)),
-            ("multifd-compression".to_owned(), json!("none")),
+            ("multifd-compression".to_owned(), json!(self.compression)),
+            ("multifd-zstd-level".to_owned(), json!(self.zstd_level)),
+            ("cpu-throttle-initial".to_owned(), json!(self.throttle.initial)),
+            ("cpu-throttle-increment".to_owned(), json!(self.throttle.increment)),
+            ("max-cpu-throttle".to_owned(), json!(self.throttle.max)),
+            ("cpu-throttle-tailslow".to_owned(), json!(self.throttle.tailslow)),
+            ("throttle-trigger-threshold".to_owned(), json!(self.throttle.trigger)),
             ("tls-creds".to_owned(), json!("")),
             ("tls-hostname".to_owned(), json!("")),
             ("tls-authz".to_owned(), json!("")),
@@ -238,6 +282,7 @@ impl Parameters {
             "events" => self.events = state,
             "pause-before-switchover" => self.pause_before_switchover = state,
             "multifd" => self.multifd = state,
+            "auto-converge" => self.auto_converge = state,
             _ => {
                 let fixed = FIXED.iter().find(|c| c.name == name);
                 let Some(c) = fixed else {
@@ -254,11 +299,17 @@ impl Parameters {
     /// All capabilities and their states, as `query-migrate-capabilities` lists them.
     pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
         let mut all: Vec<_> = FIXED.iter().map(|c| (c.name, c.state)).collect();
+        all.push(("auto-converge", self.auto_converge));
         all.push(("events", self.events));
         all.push(("multifd", self.multifd));
         all.push(("pause-before-switchover", self.pause_before_switchover));
         all.sort_unstable();
         all
+    }
+
+    /// The level at which pages are to be compressed by zstd, if they are.
+    pub(crate) fn zstd(&self) -> Option<u8> {
+        (self.compression == Compression::Zstd).then_some(self.zstd_level)
     }
 
     /// A carried parameter of QEMU's, for example `announce-rounds`.
@@ -284,7 +335,6 @@ const FIXED: &[Fixed] = &[
         state: true,
         why: "a source must learn whether its guest arrived",
     },
-    off("auto-converge"),
     off("background-snapshot"),
     off("block"),
     off("compress"),
@@ -329,8 +379,14 @@ mod tests {
             ("max-bandwidth", json!(1.5)),
             ("x-on-timeout", json!("explode")),
             ("x-verify", json!(1)),
+            ("cpu-throttle-initial", json!(0)),
+            ("cpu-throttle-increment", json!(0)),
+            ("max-cpu-throttle", json!(100)),
+            ("throttle-trigger-threshold", json!(101)),
+            ("cpu-throttle-tailslow", json!("on")),
             ("tls-creds", json!("tls0")),
-            ("multifd-compression", json!("zstd")),
+            ("multifd-compression", json!("zlib")),
+            ("multifd-zstd-level", json!(21)),
         ] {
             assert!(matches!(p.set(name, &value), Err(ParameterError::Value { .. })), "{name}");
         }
@@ -341,7 +397,19 @@ mod tests {
         assert_eq!(p, Parameters::default());
         p.set("downtime-limit", &json!(50)).unwrap();
         p.set("x-timeout", &json!(1000)).unwrap();
+        p.set("cpu-throttle-initial", &json!(40)).unwrap();
+        p.set("cpu-throttle-increment", &json!(5)).unwrap();
+        p.set("max-cpu-throttle", &json!(80)).unwrap();
+        p.set("cpu-throttle-tailslow", &json!(true)).unwrap();
+        p.set("throttle-trigger-threshold", &json!(70)).unwrap();
+        let limits = Limits { initial: 40, increment: 5, max: 80, tailslow: true, trigger: 70 };
+        assert_eq!(p.throttle, limits);
+        assert_eq!(p.to_json()["cpu-throttle-initial"], 40);
         p.set("announce-rounds", &json!(7)).unwrap();
+        assert_eq!(p.zstd(), None);
+        p.set("multifd-compression", &json!("zstd")).unwrap();
+        p.set("multifd-zstd-level", &json!(7)).unwrap();
+        assert_eq!((p.zstd(), &p.to_json()["multifd-compression"]), (Some(7), &json!("zstd")));
         assert_eq!(p.downtime_limit, Duration::from_millis(50));
         assert_eq!(p.timeout, Some(Duration::from_secs(1)));
         assert_eq!(p.carried("announce-rounds"), Some(7));

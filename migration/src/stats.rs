@@ -79,6 +79,8 @@ struct Inner {
     bytes_per_s: f64,
     pages_per_s: f64,
     expected_downtime: Option<Duration>,
+    throttle: u8,
+    throttle_max: u8,
     verified_ram: u64,
     verified_sections: u64,
     steps: Vec<(Step, Duration)>,
@@ -189,6 +191,13 @@ impl MigrationStats {
         self.lock().expected_downtime = expected;
     }
 
+    /// The vCPUs rest for so much of the time from now on, percent.
+    pub(crate) fn throttle(&self, percent: u8) {
+        let mut s = self.lock();
+        s.throttle = percent;
+        s.throttle_max = s.throttle_max.max(percent);
+    }
+
     pub(crate) fn verified(&self, ram_bytes: u64, sections: u64) {
         let mut s = self.lock();
         (s.verified_ram, s.verified_sections) = (ram_bytes, sections);
@@ -234,6 +243,7 @@ impl MigrationStats {
             setup_time: s.setup.map(ms),
             expected_downtime: if busy { s.expected_downtime.map(ms) } else { None },
             downtime: if s.phase == Phase::Completed { s.downtime.map(ms) } else { None },
+            cpu_throttle_percentage: Some(s.throttle).filter(|percent| *percent > 0),
             error_desc: if matches!(s.phase, Phase::Failed | Phase::Cancelled) {
                 s.error
             } else {
@@ -259,6 +269,7 @@ impl MigrationStats {
             zero_pages: s.zero_pages,
             bytes_per_s: s.bytes_per_s,
             dirty_pages_per_s: s.dirty_pages_per_s,
+            throttle_percent: s.throttle_max,
             verified_ram_bytes: s.verified_ram,
             verified_sections: s.verified_sections,
         }
@@ -318,6 +329,9 @@ pub struct MigrationInfo {
     /// What it was, in ms; only when completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
+    /// How much of the time the vCPUs rest, percent; only while they do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_percentage: Option<u8>,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
@@ -395,6 +409,8 @@ pub struct Report {
     pub bytes_per_s: f64,
     /// The last dirty rate that was measured.
     pub dirty_pages_per_s: u64,
+    /// How much of the time the vCPUs rested at last, percent.
+    pub throttle_percent: u8,
     /// Bytes of RAM that were compared.
     pub verified_ram_bytes: u64,
     /// Sections that were compared.
@@ -424,6 +440,16 @@ mod tests {
         stats.pass();
         stats.moved(Moved { bytes: 4200, normal_pages: 1, zero_pages: 3 });
         stats.expected_downtime(Some(Duration::from_millis(20)));
+        let json = serde_json::to_value(stats.info()).unwrap();
+        assert!(json.get("cpu-throttle-percentage").is_none());
+        stats.throttle(20);
+        let json = serde_json::to_value(stats.info()).unwrap();
+        assert_eq!(json["cpu-throttle-percentage"], 20);
+        stats.throttle(0);
+        assert_eq!(
+            (stats.info().cpu_throttle_percentage, stats.report().throttle_percent),
+            (None, 20)
+        );
         let json = serde_json::to_value(stats.info()).unwrap();
         assert_eq!(json["ram"]["remaining"], 60 * PAGE_SIZE);
         assert_eq!(json["ram"].as_object().unwrap().len(), 18);

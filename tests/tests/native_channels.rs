@@ -70,10 +70,46 @@ fn what_has_one_connection_only_and_numbers_that_nobody_has_are_refused() {
 }
 
 #[test]
+fn compressed_pages_arrive_whole_and_are_fewer_bytes() {
+    let mut here = Guest::ready("256M", 2, "vcpus=2,set=32M,rate=2000,spread=1,verify=20000");
+    for how in [&["zstd"][..], &["zstd:3", "--channels", "4"], &["zstd:19", "--channels", "2"]] {
+        let mut there = Guest::incoming("256M", 2);
+        let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
+        command.args(["--verify", "--json", "--compress"]).args(how);
+        let out = command.output().expect("mini-vmm migrate starts");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let said: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+        let n = |key: &str| said["report"][key].as_u64().expect("a number");
+        // Four words in a page say something.
+        assert!(n("normal-pages") > 50_000, "{said}");
+        assert!(n("transferred-bytes") < n("normal-pages") * 4096 / 8, "{said}");
+        assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+        there.is_whole();
+        here = there;
+    }
+    for how in ["lz4", "zstd:0", "zstd:20", "zstd:x", "zstd:"] {
+        let out = here.vm.migrate_command("tcp:127.0.0.1:1").args(["--compress", how]).output();
+        assert_eq!(out.expect("it starts").status.code(), Some(2), "{how}");
+    }
+}
+
+#[test]
 fn a_qemu_and_a_mini_vmm_exchange_a_guest_over_several_connections() {
+    exchange_with_a_qemu("none");
+}
+
+#[test]
+fn a_qemu_and_a_mini_vmm_exchange_a_guest_compressed() {
+    exchange_with_a_qemu("zstd");
+}
+
+fn exchange_with_a_qemu(compression: &str) {
     let mut here = Guest::ready("64M", 1, PARAMS);
     let several = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
-    let count = json!({ "multifd-channels": 3, "max-bandwidth": 1u64 << 40 });
+    let count = json!({
+        "multifd-channels": 3, "max-bandwidth": 1u64 << 40, "multifd-compression": compression,
+    });
+    let compress: &[&str] = if compression == "zstd" { &["--compress", "zstd"] } else { &[] };
 
     // It shows that MSR to a guest where it is not told not to, and cannot set it on every host.
     let qemu = QemuArgs::new("-accel kvm -cpu host,-arch-capabilities -m 64 -smp 1")
@@ -86,7 +122,8 @@ fn a_qemu_and_a_mini_vmm_exchange_a_guest_over_several_connections() {
         qmp.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" })).expect("it listens");
     }
     let to = qemu.migrate_uri();
-    let out = here.vm.migrate_command(&to).args(["--channels", "3"]).output().expect("it starts");
+    let mut command = here.vm.migrate_command(&to);
+    let out = command.args(["--channels", "3"]).args(compress).output().expect("it starts");
     assert!(out.status.success(), "{}\n{}", String::from_utf8_lossy(&out.stderr), qemu.log());
     assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
     let mut line = SerialLine::attach(&qemu.path("serial"));
@@ -111,6 +148,13 @@ fn a_qemu_and_a_mini_vmm_exchange_a_guest_over_several_connections() {
     }
     let end = qemu.migrate(&there.vm.migrate_uri(), true);
     assert_eq!(end["status"], "completed", "{end}\n{}", there.vm.stderr());
+    if compression == "zstd" {
+        // As it was received: a QEMU counts what it would have been.
+        let report = &there.vm.qmp().ask("x-mini-vmm-status")["report"];
+        let n = |key: &str| report[key].as_u64().expect("a number");
+        assert!(n("normal-pages") > 10_000, "{report}");
+        assert!(n("transferred-bytes") < n("normal-pages") * 4096 / 4, "{report}");
+    }
     drop(qemu);
     there.is_whole();
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::compressed::Compressed;
 use super::{Arrival, DestinationError};
 use crate::guest::{GuestRam, PAGE_SIZE};
 use crate::manifest::Channels as Announced;
@@ -117,7 +118,7 @@ pub(super) fn introduction(connection: &Connection) -> Result<Initial, Destinati
     Ok(Initial::read(&mut crate::vmstate::SliceSource::new(&first))?)
 }
 
-fn lost(channel: usize) -> impl FnOnce(io::Error) -> DestinationError {
+pub(super) fn lost(channel: usize) -> impl FnOnce(io::Error) -> DestinationError {
     move |source| DestinationError::Channel { channel, source }
 }
 
@@ -223,6 +224,7 @@ impl Shared {
         let mut section = 0u64;
         // The block of the last packet: its name, number and length.
         let mut block = (String::new(), 0, 0);
+        let mut compressed = Compressed::new(index);
         loop {
             let before = reader.offset();
             let packet = Packet::read(&mut reader).map_err(|error| match error {
@@ -233,7 +235,10 @@ impl Shared {
                 if block.0 != packet.block {
                     block = find(ram, packet.block)?;
                 }
-                read_pages(&mut reader, ram, &block, &packet.offsets)?;
+                match packet.zstd {
+                    None => read_pages(&mut reader, ram, &block, &packet.offsets)?,
+                    Some(len) => compressed.read(&mut reader, ram, &block, &packet.offsets, len)?,
+                }
             }
             let bytes = reader.offset().saturating_sub(before);
             let mut state = self.lock();
@@ -271,6 +276,16 @@ fn find(ram: &dyn GuestRam, name: String) -> Result<(String, usize, u64), Destin
     }
 }
 
+/// The end of the page at `offset` of a block of so many bytes, which it must be in.
+pub(super) fn end_of_page(name: &str, len: u64, offset: u64) -> Result<u64, DestinationError> {
+    let end = offset.checked_add(PAGE_SIZE).filter(|end| *end <= len);
+    end.filter(|_| offset.is_multiple_of(PAGE_SIZE)).ok_or_else(|| DestinationError::Offset {
+        name: name.to_owned(),
+        offset,
+        len,
+    })
+}
+
 /// The pages behind a packet's head, neighbours together.
 fn read_pages(
     reader: &mut StreamReader,
@@ -280,11 +295,7 @@ fn read_pages(
 ) -> Result<(), DestinationError> {
     let mut run = 0..0u64;
     for offset in offsets {
-        let end = offset.checked_add(PAGE_SIZE).filter(|end| end <= len);
-        let Some(end) = end.filter(|_| offset.is_multiple_of(PAGE_SIZE)) else {
-            let (name, offset, len) = (name.clone(), *offset, *len);
-            return Err(DestinationError::Offset { name, offset, len });
-        };
+        let end = end_of_page(name, *len, *offset)?;
         if run.end == *offset && !run.is_empty() {
             run.end = end;
         } else {

@@ -11,6 +11,7 @@ use crate::transport::{StreamError, is_stall};
 use crate::verify::RamDifference;
 use crate::vmstate::{FieldError, SectionId, StateError};
 use crate::wire::WireError;
+use crate::wire::zstd::ZstdError;
 
 /// Why the VM was not taken, and what is left of the one that waited.
 #[derive(Debug, thiserror::Error)]
@@ -215,6 +216,17 @@ pub enum DestinationError {
         /// The reason.
         #[source]
         source: io::Error,
+    },
+    /// A packet's compressed pages are none.
+    #[error(
+        "the compressed pages on connection {channel} of those that bring pages (multifd) can't be had"
+    )]
+    Compressed {
+        /// Its number.
+        channel: usize,
+        /// Why.
+        #[source]
+        source: ZstdError,
     },
     /// One of the connections that pages come through.
     #[error(

@@ -32,6 +32,7 @@ mod ahead;
 mod answer;
 mod channels;
 mod compare;
+mod compressed;
 mod error;
 mod judge;
 mod load;

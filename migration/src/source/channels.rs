@@ -23,9 +23,12 @@ use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
 use crate::stats::Moved;
 use crate::transport::{Connection, is_stall};
 use crate::wire::multifd::{Initial, MAX_PAGES, Packet};
+use crate::wire::zstd::Compressor;
 
 /// Chunks that may wait for each connection.
 const WAITING: usize = 2;
+/// Bytes of pages by which the next ones' size is judged.
+const LATELY: u64 = 64 << 20;
 /// How often whoever waits looks whether it is to be given up.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -35,7 +38,7 @@ pub(super) struct Channels {
     connections: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,
     /// Bytes of pages that were submitted.
-    pub(super) submitted: u64,
+    submitted: u64,
 }
 
 struct Shared {
@@ -49,6 +52,8 @@ struct Shared {
     done: Condvar,
     numbers: AtomicU64,
     stall: Duration,
+    /// Pages are compressed by zstd of this level.
+    zstd: Option<u8>,
 }
 
 #[derive(Default)]
@@ -60,8 +65,36 @@ struct State {
     synced: Vec<u64>,
     /// What the threads have moved and nobody has counted yet.
     moved: Moved,
+    /// Bytes that have been written.
+    written: u64,
+    /// Bytes of pages that have been written, in whatever form.
+    done: u64,
+    /// What pages of late became.
+    lately: Lately,
     failed: Option<SourceError>,
     closing: bool,
+}
+
+/// How many bytes pages of late became: of headers and pages, or less where they are compressed.
+#[derive(Default)]
+struct Lately {
+    written: u64,
+    pages: u64,
+}
+
+impl Lately {
+    fn add(&mut self, moved: &Moved) {
+        if self.pages > LATELY {
+            self.written /= 2;
+            self.pages /= 2;
+        }
+        self.written += moved.bytes;
+        self.pages += moved.normal_pages * PAGE_SIZE;
+    }
+
+    fn ratio(&self) -> f64 {
+        if self.pages == 0 { 1.0 } else { self.written as f64 / self.pages as f64 }
+    }
 }
 
 struct Chunk {
@@ -81,6 +114,7 @@ impl Channels {
         connections: Vec<Connection>,
         ram: Arc<dyn GuestRam>,
         stall: Duration,
+        zstd: Option<u8>,
     ) -> Result<Self, SourceError> {
         let thread = |e| SourceError::send("pages: their thread could not be started", e);
         let state = State { synced: vec![0; connections.len()], ..State::default() };
@@ -93,6 +127,7 @@ impl Channels {
             done: Condvar::new(),
             numbers: AtomicU64::new(0),
             stall,
+            zstd,
         });
         let mut channels = Self { shared, connections, threads: Vec::new(), submitted: 0 };
         for (index, connection) in channels.connections.iter().enumerate() {
@@ -124,6 +159,18 @@ impl Channels {
         drop(state);
         self.shared.work.notify_one();
         Ok(())
+    }
+
+    /// Bytes that have gone out, or will for the pages that wait.
+    pub(super) fn sent(&self) -> u64 {
+        let state = self.shared.lock();
+        let waiting = self.submitted.saturating_sub(state.done);
+        state.written + (waiting as f64 * state.lately.ratio()) as u64
+    }
+
+    /// Bytes that a byte of a page becomes on its way.
+    pub(super) fn ratio(&self) -> f64 {
+        self.shared.lock().lately.ratio()
     }
 
     /// Ends the section: returns when every connection has sent what it had, and SYNC.
@@ -199,9 +246,13 @@ impl Shared {
     /// One connection's thread.
     fn serve(&self, index: usize, connection: &Connection) {
         let mut head = Vec::new();
+        let mut smaller = self.zstd.map(Smaller::new);
         while let Some(job) = self.next(index) {
             let written = match &job {
-                Job::Chunk(chunk) => self.send(connection, chunk, &mut head),
+                Job::Chunk(chunk) => match &mut smaller {
+                    None => self.send(connection, chunk, &mut head),
+                    Some(smaller) => self.send_smaller(connection, chunk, &mut head, smaller),
+                },
                 Job::Sync => self.send_sync(connection, &mut head),
             };
             let mut state = self.lock();
@@ -209,6 +260,11 @@ impl Shared {
                 Ok(moved) => {
                     state.moved.bytes += moved.bytes;
                     state.moved.normal_pages += moved.normal_pages;
+                    state.written += moved.bytes;
+                    state.done += moved.normal_pages * PAGE_SIZE;
+                    if moved.normal_pages > 0 {
+                        state.lately.add(&moved);
+                    }
                     if let (Job::Sync, Some(synced)) = (job, state.synced.get_mut(index)) {
                         *synced += 1;
                     }
@@ -258,21 +314,11 @@ impl Shared {
         let name = self.names.get(chunk.block).map_or("", String::as_str);
         for offsets in chunk.offsets.chunks(MAX_PAGES) {
             head.clear();
-            self.head(false, name, offsets).write(head);
+            self.head(false, name, offsets, None).write(head);
             let mut parts = Vec::with_capacity(offsets.len() + 1);
             parts.push(IoPart::Bytes(head));
-            for offset in offsets {
-                match parts.last_mut() {
-                    Some(IoPart::Ram { offset: from, len, .. })
-                        if *from + *len as u64 == *offset =>
-                    {
-                        *len += PAGE_SIZE as usize;
-                    }
-                    _ => {
-                        let (block, offset, len) = (chunk.block, *offset, PAGE_SIZE as usize);
-                        parts.push(IoPart::Ram { block, offset, len });
-                    }
-                }
+            for (offset, len) in neighbours(offsets) {
+                parts.push(IoPart::Ram { block: chunk.block, offset, len });
             }
             let mut full = || Err(io::ErrorKind::WouldBlock.into());
             self.ram.write_parts(to.as_fd(), &parts, &mut full)?;
@@ -283,18 +329,78 @@ impl Shared {
         Ok(moved)
     }
 
+    /// The same, compressed. The pages are copied first: the guest may write to them meanwhile, and zstd
+    /// looks at its input more than once.
+    fn send_smaller(
+        &self,
+        to: &Connection,
+        chunk: &Chunk,
+        head: &mut Vec<u8>,
+        smaller: &mut Smaller,
+    ) -> io::Result<Moved> {
+        let mut moved = Moved::default();
+        let name = self.names.get(chunk.block).map_or("", String::as_str);
+        for offsets in chunk.offsets.chunks(MAX_PAGES) {
+            let bytes = smaller.packet(&*self.ram, chunk.block, offsets)?;
+            head.clear();
+            self.head(false, name, offsets, Some(bytes.len())).write(head);
+            let parts = [IoPart::Bytes(head), IoPart::Bytes(bytes)];
+            let mut full = || Err(io::ErrorKind::WouldBlock.into());
+            self.ram.write_parts(to.as_fd(), &parts, &mut full)?;
+            moved.normal_pages += offsets.len() as u64;
+            moved.bytes += (head.len() + bytes.len()) as u64;
+        }
+        Ok(moved)
+    }
+
     fn send_sync(&self, to: &Connection, head: &mut Vec<u8>) -> io::Result<Moved> {
         head.clear();
-        self.head(true, "", &[]).write(head);
+        self.head(true, "", &[], None).write(head);
         let mut to = to;
         to.write_all(head)?;
         Ok(Moved { bytes: head.len() as u64, ..Moved::default() })
     }
 
-    fn head(&self, sync: bool, block: &str, offsets: &[u64]) -> Packet {
+    fn head(&self, sync: bool, block: &str, offsets: &[u64], zstd: Option<usize>) -> Packet {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        Packet { sync, number, block: block.to_owned(), offsets: offsets.to_vec() }
+        Packet { sync, number, block: block.to_owned(), offsets: offsets.to_vec(), zstd }
     }
+}
+
+/// One connection's pages on their way through zstd.
+struct Smaller {
+    level: u8,
+    /// Made when the first pages come.
+    zstd: Option<Compressor>,
+    pages: Vec<u8>,
+}
+
+impl Smaller {
+    fn new(level: u8) -> Self {
+        Self { level, zstd: None, pages: Vec::new() }
+    }
+
+    /// The bytes of these pages.
+    fn packet(&mut self, ram: &dyn GuestRam, block: usize, offsets: &[u64]) -> io::Result<&[u8]> {
+        self.pages.resize(offsets.len() * PAGE_SIZE as usize, 0);
+        let mut rest = self.pages.as_mut_slice();
+        for (offset, len) in neighbours(offsets) {
+            let (piece, behind) = rest.split_at_mut_checked(len).unwrap_or_default();
+            ram.copy_out(block, offset, piece)?;
+            rest = behind;
+        }
+        let zstd = match &mut self.zstd {
+            Some(zstd) => zstd,
+            none => none.insert(Compressor::new(self.level).map_err(io::Error::other)?),
+        };
+        zstd.compress(&self.pages).map_err(io::Error::other)
+    }
+}
+
+/// Where pages that lie next to each other begin, and how many bytes they are.
+fn neighbours(offsets: &[u64]) -> impl Iterator<Item = (u64, usize)> {
+    let groups = offsets.chunk_by(|a, b| a + PAGE_SIZE == *b);
+    groups.filter_map(|group| Some((*group.first()?, group.len() * PAGE_SIZE as usize)))
 }
 
 /// Says on each connection whose it is. A QEMU reads nothing at all before all have done so.

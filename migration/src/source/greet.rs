@@ -2,13 +2,14 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::channels::introduce;
+use super::channels::{Channels, introduce};
 use super::inbox::NoMessage;
 use super::{Migration, SourceError};
 use crate::fate::FATE;
 use crate::handover::Peer;
 use crate::manifest::{
-    CHANNELS, Channels, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict,
+    CHANNELS, Channels as Announced, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest,
+    Verdict, ZSTD,
 };
 use crate::verify;
 use crate::wire::command::{Command, PING_MAGIC};
@@ -46,7 +47,14 @@ impl Migration<'_> {
                     return Err(SourceError::Refused { problems: verdict.problems });
                 }
                 if hello.can(CHANNELS) {
-                    self.open_channels()?;
+                    let zstd = self.parameters.zstd().filter(|_| {
+                        let can = hello.can(ZSTD) || self.links.is_empty();
+                        if !can {
+                            tracing::warn!("the destination takes no compressed pages");
+                        }
+                        can
+                    });
+                    self.open_channels(zstd)?;
                 } else if !self.links.is_empty() {
                     tracing::warn!("the destination takes one connection only");
                     self.links.clear();
@@ -62,7 +70,7 @@ impl Migration<'_> {
                 self.vm
                     .prepare_for_qemu()
                     .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
-                self.open_channels()?;
+                self.open_channels(self.parameters.zstd())?;
                 Ok(Peer::Qemu)
             }
             First::Nobody => {
@@ -77,12 +85,13 @@ impl Migration<'_> {
         }
     }
 
-    /// From here on pages go through connections of their own, if there are any.
-    fn open_channels(&mut self) -> Result<(), SourceError> {
+    /// From here on pages go through connections of their own, if there are any, and through zstd of
+    /// this level.
+    fn open_channels(&mut self, zstd: Option<u8>) -> Result<(), SourceError> {
         if !self.links.is_empty() {
             let links = std::mem::take(&mut self.links);
             let stall = self.parameters.stall_timeout;
-            self.channels = Some(super::channels::Channels::open(links, self.vm.ram(), stall)?);
+            self.channels = Some(Channels::open(links, self.vm.ram(), stall, zstd)?);
         }
         Ok(())
     }
@@ -124,7 +133,7 @@ impl Migration<'_> {
         };
         let count = u8::try_from(self.links.len()).unwrap_or_default();
         let channels =
-            (count > 0 && hello.can(CHANNELS)).then_some(Channels { count, token: self.name });
+            (count > 0 && hello.can(CHANNELS)).then_some(Announced { count, token: self.name });
         self.id = (hello.can(FATE) && !only_asking).then_some(self.name);
         let manifest = Manifest { only_asking, channels, ..self.manifest(protocol) };
         // Plain values always have a JSON form.

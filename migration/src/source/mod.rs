@@ -43,6 +43,7 @@ use crate::handover::source::State;
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
+use crate::throttle::Throttle;
 use crate::transport::{Connection, Links, Sink};
 use crate::wire::bounded_reason;
 use crate::wire::command::{Abort, Command};
@@ -158,6 +159,8 @@ struct Migration<'a> {
     /// The parameters at the start; those that may change are asked for anew.
     parameters: Parameters,
     tracker: Option<Box<dyn DirtyTracker>>,
+    /// How much the vCPUs rest.
+    throttle: Throttle,
     /// Connections for pages that nobody uses yet.
     links: Vec<Connection>,
     /// What this attempt is called, and what each of them began with.
@@ -190,6 +193,7 @@ impl<'a> Migration<'a> {
             out,
             parameters,
             tracker: None,
+            throttle: Throttle::default(),
             links: Vec::new(),
             name: MigrationId::random(),
             channels: None,
@@ -245,8 +249,21 @@ impl<'a> Migration<'a> {
     }
 
     fn stop_tracking(&mut self) {
+        self.unthrottle();
         if let Some(mut tracker) = self.tracker.take() {
             tracker.stop();
+        }
+    }
+
+    /// Lets the vCPUs run all of the time again.
+    fn unthrottle(&mut self) {
+        if self.throttle.percent() == 0 {
+            return;
+        }
+        self.throttle = Throttle::default();
+        self.control.stats().throttle(0);
+        if let Err(error) = self.vm.throttle(0) {
+            tracing::error!(error = %crate::wire::error_chain(&error), "the vCPUs still rest");
         }
     }
 

@@ -15,8 +15,10 @@ use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
 use crate::dirty::{DirtyBitmap, has, runs};
 use crate::guest::{PAGE_SIZE, RamBlock};
-use crate::params::OnTimeout;
+use crate::pace::Pace;
+use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
+use crate::throttle::Pass;
 use crate::vmstate::SectionId;
 use crate::wire::command::Command;
 use crate::wire::ram;
@@ -33,6 +35,8 @@ const SETTLE_PING: u32 = 1;
 const PART_BYTES: u64 = 64 << 20;
 /// The same where pages have connections of their own, all of which stop at a section's end.
 const CHANNELS_PART_BYTES: u64 = 1 << 30;
+/// ... and how long such a section takes at most.
+const PART_TIME: Duration = Duration::from_secs(1);
 /// How often the rate is measured within a pass.
 const SAMPLE: Duration = Duration::from_millis(100);
 
@@ -48,9 +52,17 @@ pub(super) struct Passes {
     sample_sent: u64,
     sample_pages: u64,
     pages: u64,
-    pace_since: Instant,
-    pace_sent: u64,
-    pace_limit: u64,
+    pace: Pace,
+    /// Bytes per second that are allowed; 0 is no limit.
+    limit: u64,
+}
+
+/// The section of RAM that is being sent.
+struct Part {
+    kind: PartType,
+    /// What had been sent when it began.
+    sent: u64,
+    began: Instant,
 }
 
 /// Why a pass ended.
@@ -77,9 +89,8 @@ impl Passes {
             sample_sent: 0,
             sample_pages: 0,
             pages: 0,
-            pace_since: now,
-            pace_sent: 0,
-            pace_limit: bandwidth,
+            pace: Pace::new(now, 0),
+            limit: bandwidth,
         }
     }
 
@@ -114,7 +125,7 @@ impl Migration<'_> {
             if self.control.pass() == 1 {
                 self.control.enter(Phase::Active);
             }
-            let begin = Instant::now();
+            let (begin, sent) = (Instant::now(), self.sent());
             let before = passes.remaining();
             let end = self.send_pass(&mut passes, PartType::Part)?;
             passes.first = false;
@@ -124,12 +135,13 @@ impl Migration<'_> {
             let left = passes.dirty.count();
             self.fetch(&mut passes)?;
             let dirtied = passes.dirty.count().saturating_sub(left);
-            let rate = dirtied as f64 / begin.elapsed().as_secs_f64().max(1e-6);
+            let time = begin.elapsed();
+            let rate = dirtied as f64 / time.as_secs_f64().max(1e-6);
             self.control.stats().dirty_rate(rate as u64);
 
             let parameters = self.control.parameters();
             let remaining = passes.remaining();
-            let forecast = passes.rate.time_for(remaining);
+            let forecast = passes.rate.time_for(self.on_the_wire(remaining));
             self.control.stats().remaining(remaining);
             self.control.stats().expected_downtime(forecast);
             tracing::debug!(remaining, ?forecast, dirty_pages_per_s = rate, "pass sent");
@@ -146,11 +158,32 @@ impl Migration<'_> {
                 on_timeout: parameters.on_timeout,
             });
             match decision {
-                Decision::GoOn => self.check()?,
+                Decision::GoOn => {
+                    self.check()?;
+                    let pass = Pass {
+                        time,
+                        sent: self.sent().saturating_sub(sent),
+                        dirtied: self.on_the_wire(dirtied * PAGE_SIZE),
+                        forecast,
+                        downtime_limit: parameters.downtime_limit,
+                    };
+                    self.slow_down(&pass, &parameters)?;
+                }
                 Decision::Switch | Decision::Force => return Ok(passes),
                 Decision::GiveUp => return Err(self.not_converged(&passes)),
             }
         }
+    }
+
+    /// Makes the vCPUs rest more, if the user allows it and it is needed.
+    fn slow_down(&mut self, pass: &Pass, parameters: &Parameters) -> Result<(), SourceError> {
+        if !parameters.auto_converge {
+            return Ok(());
+        }
+        let Some(percent) = self.throttle.after(pass, &parameters.throttle) else { return Ok(()) };
+        tracing::info!(percent, "the guest writes faster than can be sent: its vCPUs rest");
+        self.control.stats().throttle(percent);
+        self.vm.throttle(percent).map_err(SourceError::vm("making the vCPUs rest"))
     }
 
     /// Waits until the destination has taken in what was sent. The sockets hold megabytes, and a
@@ -191,8 +224,7 @@ impl Migration<'_> {
         if running && passes.dirty.count() == 0 {
             return Ok(PassEnd::Whole);
         }
-        let mut part_since = self.sent();
-        let part_bytes = if self.channels.is_some() { CHANNELS_PART_BYTES } else { PART_BYTES };
+        let mut part = Part { kind, sent: self.sent(), began: Instant::now() };
         self.out.begin_ram(kind);
         for block in 0..passes.blocks.len() {
             let pages = passes.dirty.pages(block);
@@ -214,12 +246,19 @@ impl Migration<'_> {
                     let offset = page * PAGE_SIZE;
                     passes.pages += 1;
                     let zero = zero || self.out.is_zero(block, offset);
+                    let limit = if running { passes.limit } else { 0 };
                     if self.channels.is_some() && !zero {
                         chunk.push(offset);
+                        // Where little is allowed, little is sent at once.
+                        if limit > 0 && chunk.len() as u64 * PAGE_SIZE >= limit / 10 {
+                            self.submit(block, std::mem::take(&mut chunk))?;
+                            self.sample(passes, SAMPLE);
+                            self.pace(passes);
+                            self.renew(&mut part)?;
+                        }
                         continue;
                     }
                     self.out.page(block, name, offset, zero);
-                    let limit = if running { passes.pace_limit } else { 0 };
                     if self.out.is_full(limit) {
                         self.send("RAM")?;
                         self.check()?;
@@ -240,11 +279,7 @@ impl Migration<'_> {
                     self.send("RAM")?;
                     return Ok(PassEnd::TimeOver);
                 }
-                if self.sent() - part_since > part_bytes {
-                    part_since = self.sent();
-                    self.end_ram()?;
-                    self.out.begin_ram(kind);
-                }
+                self.renew(&mut part)?;
             }
         }
         self.end_ram()?;
@@ -266,6 +301,24 @@ impl Migration<'_> {
         self.check()
     }
 
+    /// Ends the section of RAM and begins the next, if it has become long. Where pages go through other
+    /// connections that is also a matter of time, as whoever reads this one must not take us for dead.
+    fn renew(&mut self, part: &mut Part) -> Result<(), SourceError> {
+        let several = self.channels.is_some();
+        let most = if several { CHANNELS_PART_BYTES } else { PART_BYTES };
+        let time = (self.parameters.stall_timeout / 8).min(PART_TIME);
+        let silent = several && part.began.elapsed() > time;
+        if silent || self.sent().saturating_sub(part.sent) > most {
+            self.end_ram()?;
+            if silent {
+                self.send("RAM")?;
+            }
+            self.out.begin_ram(part.kind);
+            (part.sent, part.began) = (self.sent(), Instant::now());
+        }
+        Ok(())
+    }
+
     /// Ends a section of RAM here and on the other connections.
     fn end_ram(&mut self) -> Result<(), SourceError> {
         if let Some(channels) = &mut self.channels {
@@ -275,9 +328,15 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// Bytes that have gone out, on whichever connection.
+    /// Bytes that have gone out, on whichever connection, or are about to.
     fn sent(&self) -> u64 {
-        self.out.sent + self.channels.as_ref().map_or(0, |channels| channels.submitted)
+        self.out.sent + self.channels.as_ref().map_or(0, |channels| channels.sent())
+    }
+
+    /// Bytes that pages become on their way.
+    fn on_the_wire(&self, bytes: u64) -> u64 {
+        let ratio = self.channels.as_ref().map_or(1.0, |channels| channels.ratio());
+        (bytes as f64 * ratio) as u64
     }
 
     /// Measures the rate, if `least` has passed since it was last measured.
@@ -286,7 +345,7 @@ impl Migration<'_> {
         if elapsed < least || elapsed.is_zero() {
             return;
         }
-        let sent = self.sent() - passes.sample_sent;
+        let sent = self.sent().saturating_sub(passes.sample_sent);
         if sent == 0 {
             return;
         }
@@ -301,19 +360,9 @@ impl Migration<'_> {
     /// Waits as long as the bandwidth limit asks for. The limit may change meanwhile.
     fn pace(&self, passes: &mut Passes) {
         loop {
-            let limit = self.control.max_bandwidth();
-            if limit != passes.pace_limit {
-                passes.pace_limit = limit;
-                passes.pace_since = Instant::now();
-                passes.pace_sent = self.sent();
-            }
-            let sent = self.sent() - passes.pace_sent;
-            if limit == 0 || self.check().is_err() {
-                return;
-            }
-            let due = Duration::from_secs_f64(sent as f64 / limit as f64);
-            let ahead = due.saturating_sub(passes.pace_since.elapsed());
-            if ahead.is_zero() {
+            passes.limit = self.control.max_bandwidth();
+            let ahead = passes.pace.ahead(Instant::now(), self.sent(), passes.limit);
+            if ahead.is_zero() || self.check().is_err() {
                 return;
             }
             if self.time_is_over(passes).is_ok_and(|over| !over) {

@@ -116,7 +116,11 @@ impl Migration<'_> {
         stats.stopped();
         self.out.patience = Some(self.parameters.stall_timeout);
         stats.step(Step::Pause);
-        self.vm.pause().map_err(SourceError::vm("pausing the vCPUs"))?;
+        let paused = self.vm.pause();
+        // While nothing runs, so that it does not write with all its might for a last moment; and
+        // whoever resumes it resumes it whole.
+        self.unthrottle();
+        paused.map_err(SourceError::vm("pausing the vCPUs"))?;
         stats.step(Step::Drain);
         self.vm.drain().map_err(SourceError::vm("finishing the devices' requests"))?;
         if self.parameters.pause_before_switchover {

@@ -40,6 +40,7 @@ pub mod multifd;
 pub mod ram;
 pub mod return_path;
 pub mod section;
+pub mod zstd;
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! Pages on connections of their own: QEMU 7.2's multifd, without compression.
+//! Pages on connections of their own: QEMU 7.2's multifd, plain or through [zstd](super::zstd).
 //!
 //! ```text
 //! main connection                          each further one
@@ -14,6 +14,7 @@
 //! QEMU leaves 40 bytes of the initial packet zero; between mini-vmms the last 16 of them hold a token
 //! from the [manifest](crate::manifest::Channels).
 
+use super::zstd::MAX_COMPRESSED;
 use super::{WireError, read_array, read_u8, read_u32, read_u64};
 use crate::guest::PAGE_SIZE;
 use crate::vmstate::ByteSource;
@@ -26,8 +27,10 @@ const VERSION: u32 = 1;
 pub const MAX_PAGES: usize = 128;
 /// The section ends here (`MULTIFD_FLAG_SYNC`).
 pub const SYNC: u32 = 1;
-/// The bits that say how pages are compressed; 0 is not at all.
-const COMPRESSION: u32 = 7 << 1;
+/// The bits that say how pages are compressed; 0 is not at all. QEMU 7.2 has three, later ones more.
+const COMPRESSION: u32 = 0x1f << 1;
+/// By zstd (`MULTIFD_FLAG_ZSTD`); zlib is `1 << 1`.
+const BY_ZSTD: u32 = 2 << 1;
 /// Bytes of a block's name.
 const NAME: usize = 256;
 /// Most connections that are taken or made.
@@ -80,6 +83,9 @@ pub struct Packet {
     pub block: String,
     /// Where the pages belong, in bytes; at most [`MAX_PAGES`].
     pub offsets: Vec<u64>,
+    /// So many bytes of the connection's zstd stream follow, instead of the pages; at most
+    /// [`MAX_COMPRESSED`].
+    pub zstd: Option<usize>,
 }
 
 impl Packet {
@@ -95,10 +101,10 @@ impl Packet {
         for word in [
             MAGIC,
             VERSION,
-            if self.sync { SYNC } else { 0 },
+            if self.sync { SYNC } else { 0 } | if self.zstd.is_some() { BY_ZSTD } else { 0 },
             MAX_PAGES as u32,
             pages,
-            pages.saturating_mul(PAGE_SIZE as u32),
+            self.zstd.map_or(pages.saturating_mul(PAGE_SIZE as u32), |len| len as u32),
         ] {
             out.extend_from_slice(&word.to_be_bytes());
         }
@@ -116,21 +122,32 @@ impl Packet {
         begin(source)?;
         let offset = source.offset();
         let flags = read_u32(source, "a packet's flags")?;
-        if flags & COMPRESSION != 0 {
+        let zstd = flags & COMPRESSION == BY_ZSTD;
+        if flags & COMPRESSION != 0 && !zstd {
             return Err(WireError::Unsupported { feature: "multifd-compression", offset });
         }
-        if flags & !SYNC != 0 {
+        if flags & !(SYNC | COMPRESSION) != 0 {
             return Err(WireError::Unexpected {
                 what: "a packet's flags",
                 offset,
-                expected: "SYNC or none".into(),
+                expected: "SYNC, zstd or none".into(),
                 found: format!("{flags:#x}"),
             });
         }
         let room = count(source, "the room for offsets in a packet")?;
         let pages = count(source, "the number of pages in a packet")?;
-        // Of no meaning without pages, and the same as their number otherwise.
-        read_u32(source, "a packet's length")?;
+        // Of no meaning without pages, and the same as their number where they are not compressed.
+        let (what, len_at) = ("a packet's length", source.offset());
+        let len = read_u32(source, what)?;
+        let zstd = if zstd && pages > 0 {
+            let max = MAX_COMPRESSED;
+            let fits = usize::try_from(len).ok().filter(|len| *len <= max);
+            let too_large =
+                WireError::TooLarge { what, offset: len_at, found: len.into(), max: max as u64 };
+            Some(fits.ok_or(too_large)?)
+        } else {
+            None
+        };
         let number = read_u64(source, "a packet's number")?;
         read_array::<32>(source, "a packet's head")?;
         let name = read_array::<NAME>(source, "a packet's block")?;
@@ -151,7 +168,7 @@ impl Packet {
                 max: room as u64,
             });
         }
-        Ok(Self { sync: flags & SYNC != 0, number, block, offsets })
+        Ok(Self { sync: flags & SYNC != 0, number, block, offsets, zstd })
     }
 }
 
@@ -195,7 +212,8 @@ mod tests {
 
         for pages in [0, 1, MAX_PAGES as u64] {
             let offsets = (0..pages).map(|n| n * 0x2000).collect();
-            let packet = Packet { sync: pages == 1, number: 5, block: "pc.ram".into(), offsets };
+            let block = "pc.ram".into();
+            let packet = Packet { sync: pages == 1, number: 5, block, offsets, zstd: None };
             out.clear();
             packet.write(&mut out);
             // 320 + 8 for each of 128 offsets.
@@ -203,20 +221,37 @@ mod tests {
             assert_eq!(out[20..24], ((pages * 4096) as u32).to_be_bytes());
             assert_eq!(out[64..71], *b"pc.ram\0");
             assert_eq!(Packet::read(&mut SliceSource::new(&out)).unwrap(), packet);
+            // The same through zstd.
+            let packet = Packet { zstd: (pages > 0).then_some(1234), ..packet };
+            out.clear();
+            packet.write(&mut out);
+            if pages > 0 {
+                assert_eq!((out[11] & !1, &out[20..24]), (4, &1234u32.to_be_bytes()[..]));
+            }
+            assert_eq!(Packet::read(&mut SliceSource::new(&out)).unwrap(), packet);
         }
+        // Later QEMUs say so of packets without pages as well, and the length is what it was.
+        out[11] |= 4;
+        out[16..24].copy_from_slice(&[0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        let empty = Packet::read(&mut SliceSource::new(&out)).unwrap();
+        assert_eq!((empty.zstd, empty.offsets.len()), (None, 0));
     }
 
     #[test]
     fn what_a_packet_may_not_say_is_refused() {
         let mut good = Vec::new();
-        let packet = Packet { sync: false, number: 0, block: "b".into(), offsets: vec![0] };
+        let (block, offsets) = ("b".into(), vec![0]);
+        let packet = Packet { sync: false, number: 0, block, offsets, zstd: Some(1 << 20) };
         packet.write(&mut good);
         for (at, byte, word) in [
             (0, 0x12, "magic"),
             (7, 2, "version"),
             (11, 2, "multifd-compression"),
-            (11, 4, "multifd-compression"),
-            (11, 0x10, "flags"),
+            (11, 6, "multifd-compression"),
+            (11, 0x20, "multifd-compression"),
+            (11, 0x80, "flags"),
+            (10, 1, "flags"),
+            (23, 1, "a packet's length"),
             (15, 129, "room"),
             (19, 129, "number of pages"),
             (15, 0, "number of pages"),

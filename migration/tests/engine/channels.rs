@@ -3,17 +3,19 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::*;
 use migration::destination;
 use migration::guest::{GuestRam, PAGE_SIZE};
+use migration::params::Compression;
 use migration::transport::{Connection, Links};
 use migration::vmstate::SectionId;
 use migration::wire::header::{self, Configuration};
 use migration::wire::multifd::{Initial, Packet};
 use migration::wire::ram;
 use migration::wire::section::{self, PartType, SectionHeader};
+use migration::wire::zstd::{Compressor, MAX_COMPRESSED};
 
 /// A connection of the source's and so many beside it; the destination has the other ends.
 fn links(count: usize, destination: &mut FakeVm) -> (Links, Connection) {
@@ -48,16 +50,80 @@ fn a_guest_that_writes_without_pause_arrives_over_any_number_of_connections() {
 }
 
 #[test]
-fn a_limit_holds_for_all_connections_together() {
-    let (source, mut destination, _) = two_vms(1024);
-    let connections = links(4, &mut destination);
-    let control = control_with(|p| p.max_bandwidth = 8 << 20);
+fn a_limit_holds_for_one_connection_and_for_all_together_also_after_a_change() {
+    const LIMIT: u64 = 8 << 20;
+    for (count, compression) in [
+        (0, Compression::None),
+        (1, Compression::None),
+        (4, Compression::None),
+        (2, Compression::Zstd),
+    ] {
+        let (mut source, mut destination, _) = two_vms(16 << 10);
+        source.fill_with_noise();
+        let connections = links(count, &mut destination);
+        let control = control_with(|p| {
+            p.max_bandwidth = 2 * LIMIT;
+            p.compression = compression;
+        });
+        let started =
+            start(source, destination, connections, (control.clone(), crate::common::control()));
+        let reach = |bytes: u64| {
+            wait_for("so many bytes", || control.report().transferred_bytes >= bytes);
+            (Instant::now(), control.report().transferred_bytes)
+        };
+        // Both ends of what is measured lie within the first pass.
+        for limit in [2 * LIMIT, LIMIT] {
+            let mut p = control.parameters();
+            p.max_bandwidth = limit;
+            control.set_parameters(p);
+            let (begin, before) = reach(control.report().transferred_bytes + limit / 4);
+            let (end, after) = reach(before + 3 * limit / 2);
+            let rate = (after - before) as f64 / (end - begin).as_secs_f64() / limit as f64;
+            // A piece of a tenth of a second may lie on either side of each end; `pace` is exact.
+            assert!((0.7..1.12).contains(&rate), "{count} connections: {rate:.3} of the limit");
+        }
+        let mut p = control.parameters();
+        p.max_bandwidth = 0;
+        control.set_parameters(p);
+        assert_moved(&started.join());
+    }
+}
+
+#[test]
+fn compressed_pages_arrive_whole_and_take_less_of_the_wire() {
+    for (count, level) in [(1, 1), (4, 1), (2, 0), (2, 19), (1, 20)] {
+        let (mut source, mut destination, _) = two_vms(4096);
+        source.dirty(700, 20);
+        let connections = links(count, &mut destination);
+        let control = control_with(|p| {
+            (p.compression, p.zstd_level) = (Compression::Zstd, level);
+            p.verify = true;
+        });
+        let other = crate::common::control();
+        let ended = migrate(source, destination, connections, (control.clone(), other.clone()));
+        assert_moved(&ended);
+        let (here, there) = (control.report(), other.report());
+        assert_eq!((here.normal_pages, here.zero_pages), (there.normal_pages, there.zero_pages));
+        assert!(here.normal_pages > 2000, "{here:?}");
+        for report in [here, there] {
+            let pages = report.normal_pages * PAGE_SIZE;
+            assert!(report.transferred_bytes < pages / 4, "{report:?}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_compressed_moves_as_well() {
+    let (mut source, mut destination, _) = two_vms(2048);
+    source.fill_with_noise();
+    let connections = links(3, &mut destination);
+    let control = control_with(|p| p.compression = Compression::Zstd);
     let ended =
         migrate(source, destination, connections, (control.clone(), crate::common::control()));
     assert_moved(&ended);
-    // Two thirds of 4 MiB at 8 MiB/s, but for what may be ahead at the end.
-    let total = control.report().total;
-    assert!(total > Duration::from_millis(200), "{total:?}");
+    let report = control.report();
+    let pages = (report.normal_pages * PAGE_SIZE) as f64;
+    assert!((report.transferred_bytes as f64) < 1.02 * pages, "{report:?}");
 }
 
 #[test]
@@ -162,7 +228,7 @@ fn a_cancel_reaches_a_source_whose_connections_are_stuck() {
 fn page(number: u64, sync: bool, at: Option<(u64, u8)>) -> Vec<u8> {
     let mut out = Vec::new();
     let offsets = at.iter().map(|(offset, _)| *offset).collect();
-    Packet { sync, number, block: "pc.ram".into(), offsets }.write(&mut out);
+    Packet { sync, number, block: "pc.ram".into(), offsets, zstd: None }.write(&mut out);
     if let Some((_, byte)) = at {
         out.extend_from_slice(&[byte; PAGE_SIZE as usize]);
     }
@@ -235,25 +301,68 @@ fn an_older_page_never_lies_over_a_newer_one() {
 }
 
 #[test]
+fn a_first_connection_that_has_nothing_to_say_for_long_is_not_taken_for_dead() {
+    let (mut source, mut destination, _) = two_vms(2048);
+    source.fill_with_noise();
+    let connections = links(2, &mut destination);
+    // A pass of two seconds, and half a second of patience.
+    let patience = Duration::from_millis(500);
+    let control = control_with(|p| {
+        p.max_bandwidth = 4 << 20;
+        p.stall_timeout = patience;
+    });
+    let other = control_with(|p| p.stall_timeout = patience);
+    let ended = migrate(source, destination, connections, (control.clone(), other));
+    assert_moved(&ended);
+    assert!(control.report().total > 2 * patience, "it was over too soon to show anything");
+}
+
+/// A packet that says that `bytes` are the page at `offset`, compressed.
+fn compressed(offset: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let (block, offsets) = ("pc.ram".into(), vec![offset]);
+    Packet { sync: false, number: 0, block, offsets, zstd: Some(bytes.len()) }.write(&mut out);
+    out.extend_from_slice(bytes);
+    out
+}
+
+#[test]
 fn a_packet_is_checked_before_anything_is_written() {
+    let two_pages = Compressor::new(1).unwrap().compress(&[3; 8192]).unwrap().to_vec();
+    let half_a_page = Compressor::new(1).unwrap().compress(&[3; 2048]).unwrap().to_vec();
+    let one_page = Compressor::new(1).unwrap().compress(&[3; 4096]).unwrap().to_vec();
     for (what, packet) in [
         ("Unknown ramblock", {
             let mut out = Vec::new();
-            let offsets = vec![0];
-            Packet { sync: false, number: 0, block: "nvram".into(), offsets }.write(&mut out);
+            let (block, offsets) = ("nvram".into(), vec![0]);
+            Packet { sync: false, number: 0, block, offsets, zstd: None }.write(&mut out);
             out
         }),
         ("Illegal RAM offset 0x10000", page(0, false, Some((0x10000, 1)))),
         ("Illegal RAM offset 0xfff", page(0, false, Some((0xfff, 1)))),
         ("Illegal RAM offset 0xffff", page(0, false, Some((!0xfff, 1)))),
         ("magic", vec![7; 4096]),
+        ("Illegal RAM offset 0x10000", compressed(0x10000, &one_page)),
+        ("more than the packet's 4096 bytes", compressed(0, &two_pages)),
+        ("2048 bytes of pages are in a packet of 4096", compressed(0, &half_a_page)),
+        (
+            "0 bytes of pages are in a packet of 4096",
+            compressed(0, &one_page[..one_page.len() - 1]),
+        ),
+        ("0 bytes of pages are in a packet of 4096", compressed(0, &[])),
+        ("zstd: Unknown frame descriptor", compressed(0, &[7; 4096])),
+        ("a packet's length", compressed(0, &vec![7; MAX_COMPRESSED + 1])),
+        ("unexpected end of file", compressed(0, &one_page)[..1350].to_vec()),
     ] {
         let (_, mut destination, _) = two_vms(16);
         let (mut channel, end) = UnixStream::pair().unwrap();
         let mut first = Vec::new();
         Initial { uuid: [0; 16], channel: 0, token: [0; 16] }.write(&mut first);
         channel.write_all(&first).unwrap();
-        channel.write_all(&packet).unwrap();
+        // It may hang up before all has been written.
+        let packet = packet.get(..16 << 10).unwrap_or(&packet);
+        channel.write_all(packet).unwrap();
+        channel.shutdown(std::net::Shutdown::Write).unwrap();
         destination.beside.push(Connection::from_unix(end, "unix:channel".into()));
         let (mut main, there) = UnixStream::pair().unwrap();
         let mut out = Vec::new();

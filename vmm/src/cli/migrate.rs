@@ -47,6 +47,14 @@ pub(super) struct MigrateArgs {
     /// Connections that memory goes through, 1 to 16: several where one doesn't fill the network [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=MAX_CHANNELS as i64))]
     channels: Option<u8>,
+    /// Compress pages, for slow networks (1 Gbit/s and less): zstd or zstd:LEVEL, 1 (fast) to 19 [default: no;
+    /// LEVEL: 1]
+    #[arg(long, value_name = "HOW", value_parser = zstd_level)]
+    compress: Option<u8>,
+    /// Slow the guest where it writes faster than can be sent: its vCPUs rest for a growing share of the
+    /// time, 20 % at first and 99 % at last, until the rest fits --downtime
+    #[arg(long)]
+    auto_converge: bool,
     /// Move nothing: say what 'preflight' says, and load the state of devices and vCPUs there for show, for
     /// which the guest stands still for about a millisecond
     #[arg(long, conflicts_with = "detach")]
@@ -65,6 +73,18 @@ enum OnTimeout {
     Force,
 }
 
+/// The level in `zstd` or `zstd:LEVEL`.
+fn zstd_level(text: &str) -> Result<u8, String> {
+    let level = match text.split_once(':') {
+        None if text == "zstd" => Some(1),
+        Some(("zstd", level)) => level.parse().ok(),
+        _ => None,
+    };
+    level
+        .filter(|level| (1..=19).contains(level))
+        .ok_or_else(|| "expected zstd or zstd:LEVEL, LEVEL from 1 to 19".into())
+}
+
 impl MigrateArgs {
     /// What the flags say, and for a mini-vmm also their defaults: what an earlier migration was
     /// told is not meant for this one.
@@ -73,8 +93,14 @@ impl MigrateArgs {
         let mut p = Map::new();
         if defaults {
             let known = Parameters::default().to_json();
-            for key in ["downtime-limit", "max-bandwidth", "x-timeout", "x-on-timeout", "x-verify"]
-            {
+            for key in [
+                "downtime-limit",
+                "max-bandwidth",
+                "x-timeout",
+                "x-on-timeout",
+                "x-verify",
+                "multifd-compression",
+            ] {
                 p.insert(key.to_string(), known[key].clone());
             }
         }
@@ -93,8 +119,12 @@ impl MigrateArgs {
             Some(OnTimeout::Force) => put("x-on-timeout", "force".into()),
             None => {}
         }
-        if let Some(channels) = self.channels {
+        if let Some(channels) = self.channels.or(self.compress.map(|_| 1)) {
             put("multifd-channels", channels.into());
+        }
+        if let Some(level) = self.compress {
+            put("multifd-compression", "zstd".into());
+            put("multifd-zstd-level", level.into());
         }
         if self.verify {
             put("x-verify", true.into());
@@ -114,10 +144,14 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
     let mut client = args.vm.connect()?;
     let parameters = args.parameters(client.is_mini_vmm());
     client.execute("migrate-set-parameters", parameters)?;
-    if client.is_mini_vmm() || args.channels.is_some() {
-        let several = args.channels.is_some_and(|channels| channels > 1);
-        let multifd = json!([{ "capability": "multifd", "state": several }]);
-        client.execute("migrate-set-capabilities", json!({ "capabilities": multifd }))?;
+    let compress = args.compress.is_some();
+    if client.is_mini_vmm() || args.channels.is_some() || compress {
+        // Compressed pages go through a connection of their own, if it is only one.
+        let several = args.channels.is_some_and(|channels| channels > 1) || compress;
+        set_capability(&mut client, "multifd", several)?;
+    }
+    if client.is_mini_vmm() || args.auto_converge {
+        set_capability(&mut client, "auto-converge", args.auto_converge)?;
     }
     signal_hook::flag::register(SIGINT, interrupted.clone())
         .map_err(CliError::io("cannot watch for Ctrl-C"))?;
@@ -153,6 +187,12 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
             last["error-desc"].as_str().unwrap_or("the VM gives no reason")
         ))),
     }
+}
+
+fn set_capability(client: &mut QmpClient, name: &str, state: bool) -> Result<(), CliError> {
+    let list = json!([{ "capability": name, "state": state }]);
+    client.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
+    Ok(())
 }
 
 /// A descriptor that this command has goes to the VM; a number that it has not may be one of the VM's
@@ -225,6 +265,9 @@ fn show(info: &Value, bar: &ProgressBar) {
         HumanBytes(n("dirty-pages-rate").saturating_mul(page)),
         HumanBytes(remaining),
     );
+    if let Some(percent) = info["cpu-throttle-percentage"].as_u64() {
+        text.push_str(&format!(", vCPUs rest {percent} %"));
+    }
     if let Some(ms) = info["expected-downtime"].as_u64() {
         text.push_str(&format!(", downtime about {ms} ms"));
     }
@@ -243,6 +286,17 @@ fn print_report(report: &Value) {
         n("zero-pages"),
         HumanBytes(report["bytes-per-second"].as_f64().unwrap_or(0.0) as u64),
     );
+    let pages = n("normal-pages").saturating_mul(migration::guest::PAGE_SIZE);
+    if n("transferred-bytes") < pages {
+        println!(
+            "compressed: {} of memory's pages, {:.1} times what was sent",
+            HumanBytes(pages),
+            pages as f64 / n("transferred-bytes").max(1) as f64
+        );
+    }
+    if n("throttle-percent") != 0 {
+        println!("the vCPUs rested for {} % of the time at last", n("throttle-percent"));
+    }
     println!("the guest stood still for {:.1} ms:", ms("downtime-ms"));
     for step in report["downtime-steps"].as_array().into_iter().flatten() {
         let name = step["step"].as_str().unwrap_or("?");

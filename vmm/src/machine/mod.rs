@@ -5,7 +5,7 @@ mod error;
 mod firmware;
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arch::clock::ClockBase;
 use arch::cpu_model::{CpuModel, CpuModelName};
@@ -199,6 +199,14 @@ impl Machine {
         }
         self.bell.set_running(false);
         Ok(())
+    }
+
+    /// Keeps running vCPUs out of the guest until then, all at the same time, or lets them back;
+    /// returns at once.
+    pub fn rest_vcpus(&self, until: Option<Instant>) {
+        for vcpu in &self.vcpus {
+            vcpu.rest(until);
+        }
     }
 
     /// Brings every device to a stand-still: requests in flight are finished, disks flushed, and

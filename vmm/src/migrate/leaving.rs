@@ -15,6 +15,7 @@ use super::disks::{self, LeftDisks};
 use crate::control::RunState;
 use crate::dirty::RamTracker;
 use crate::rom::{self, PC_BIOS};
+use crate::vcpu::Throttle;
 use crate::vm::Vm;
 
 /// A VM that is being given away.
@@ -24,11 +25,13 @@ pub(super) struct Leaving {
     before: Option<RunState>,
     /// How the disks were left.
     left: LeftDisks,
+    /// Makes the vCPUs rest, since they first had to.
+    throttle: Option<Throttle>,
 }
 
 impl Leaving {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, before: None, left: LeftDisks::default() }
+        Self { vm, before: None, left: LeftDisks::default(), throttle: None }
     }
 }
 
@@ -89,6 +92,18 @@ impl SourceVm for Leaving {
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         let machine = &self.vm.machine;
         Ok(Box::new(RamTracker::new(machine.ram.clone(), machine.dirty_log.clone())))
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
+        if let Some(throttle) = &self.throttle {
+            throttle.set(percent);
+        } else if percent > 0 {
+            let vm = self.vm.clone();
+            let throttle = Throttle::start(percent, move |until| vm.machine.rest_vcpus(until))
+                .map_err(|e| VmError::with("the thread that makes vCPUs rest does not start", e))?;
+            self.throttle = Some(throttle);
+        }
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), VmError> {

@@ -56,6 +56,8 @@ struct Mailbox {
     thread_id: i32,
     wanted: Wanted,
     is: Is,
+    /// Until then it does not enter the guest, although it may.
+    rest: Option<Instant>,
     jobs: VecDeque<Job>,
 }
 
@@ -92,6 +94,7 @@ impl Vcpu {
                 thread_id: 0,
                 wanted: Wanted::Pause,
                 is: Is::Paused,
+                rest: None,
                 jobs: VecDeque::new(),
             }),
             changed: Condvar::new(),
@@ -121,7 +124,22 @@ impl Vcpu {
         if mailbox.wanted == Wanted::Run {
             mailbox.wanted = Wanted::Pause;
             drop(mailbox);
+            // Where it rests, and where it runs.
+            self.shared.changed.notify_all();
             self.kick();
+        }
+    }
+
+    /// Keeps the vCPU out of the guest until then, or lets it back at once; returns at once. A
+    /// pause does not wait for the end of it.
+    pub fn rest(&self, until: Option<Instant>) {
+        let mut mailbox = self.shared.lock();
+        mailbox.rest = until;
+        let runs = mailbox.is == Is::Running;
+        drop(mailbox);
+        match until {
+            Some(_) if runs => self.kick(),
+            _ => self.shared.changed.notify_all(),
         }
     }
 
@@ -254,7 +272,7 @@ impl Runner {
                 match self.run_once() {
                     Next::Again => {}
                     Next::LookAtMailbox => {
-                        if self.shared.lock().wanted != Wanted::Run {
+                        if self.rest() != Wanted::Run {
                             self.finish_access();
                             break None;
                         }
@@ -276,6 +294,22 @@ impl Runner {
         mailbox.is = Is::Stopped;
         mailbox.jobs.clear();
         self.shared.changed.notify_all();
+    }
+
+    /// Waits while the vCPU is to rest and nothing else is wanted of it; says what is wanted. The
+    /// access that brought it out of the guest may be unfinished: it is finished when it goes back.
+    fn rest(&self) -> Wanted {
+        let mut mailbox = self.shared.lock();
+        while let (Wanted::Run, Some(until)) = (mailbox.wanted, mailbox.rest) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                mailbox.rest = None;
+                break;
+            }
+            let woken = self.shared.changed.wait_timeout(mailbox, left);
+            mailbox = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        mailbox.wanted
     }
 
     /// Until somebody lets it run again.

@@ -77,6 +77,8 @@ impl Migratable for OtherDevice {
 /// A guest that does nothing but write.
 pub(super) struct Guest {
     gate: Arc<(Mutex<(bool, bool)>, Condvar)>,
+    /// How much of the time it rests, percent.
+    rest: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -84,6 +86,8 @@ impl Guest {
     pub(super) fn new(ram: Arc<FakeRam>, pages: u64, pause_us: u64, count: Arc<AtomicU64>) -> Self {
         let gate = Arc::new((Mutex::new((true, false)), Condvar::new()));
         let theirs = gate.clone();
+        let rest = Arc::new(AtomicU64::new(0));
+        let share = rest.clone();
         let thread = thread::Builder::new()
             .name("fake-guest".into())
             .spawn(move || {
@@ -98,13 +102,19 @@ impl Guest {
                     let n = count.fetch_add(1, Ordering::Relaxed) + 1;
                     ram.write(0, (n % pages) * PAGE_SIZE + 8, &n.to_le_bytes());
                     drop(guard);
+                    let rest = share.load(Ordering::Relaxed);
+                    let pause_us = pause_us + 100 * rest / (100 - rest);
                     if pause_us > 0 {
                         thread::sleep(Duration::from_micros(pause_us));
                     }
                 }
             })
             .unwrap();
-        Self { gate, thread: Some(thread) }
+        Self { gate, rest, thread: Some(thread) }
+    }
+
+    pub(super) fn throttle(&self, percent: u8) {
+        self.rest.store(percent.into(), Ordering::Relaxed);
     }
 
     pub(super) fn set_running(&self, running: bool) {

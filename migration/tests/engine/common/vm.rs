@@ -86,6 +86,7 @@ const SCRAP: u64 = 5 * PAGE_SIZE + 100;
 pub(crate) enum Fault {
     #[default]
     None,
+    Throttle,
     Pause,
     Drain,
     ReleaseDisks,
@@ -167,6 +168,21 @@ impl FakeVm {
         self.world.run(self.who);
     }
 
+    /// Fills all of its memory with what can't be compressed.
+    pub(crate) fn fill_with_noise(&mut self) {
+        let mut word = 1u64;
+        for (index, block) in self.ram.blocks().iter().enumerate() {
+            for page in 0..block.len / PAGE_SIZE {
+                let words = std::iter::repeat_with(|| {
+                    word = word.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    (word >> 32) as u32
+                });
+                let bytes: Vec<u8> = words.take(1024).flat_map(u32::to_le_bytes).collect();
+                self.ram.write(index, page * PAGE_SIZE, &bytes);
+            }
+        }
+    }
+
     /// Starts a guest that rewrites the first `pages` pages as fast as it is let.
     pub(crate) fn dirty(&mut self, pages: u64, pause_us: u64) {
         let count = Arc::new(AtomicU64::new(0));
@@ -232,6 +248,13 @@ impl SourceVm for FakeVm {
     }
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         Ok(Box::new(FakeLog(self.ram.clone())))
+    }
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
+        self.world.note(format!("throttle {percent}"));
+        if let Some(guest) = &self.guest {
+            guest.throttle(percent);
+        }
+        self.fault(Fault::Throttle)
     }
     fn pause(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Pause)?;

@@ -131,6 +131,7 @@ fn report(vm: &dyn VmControl) -> Option<Value> {
         "zero-pages": report.zero_pages,
         "bytes-per-second": report.bytes_per_s,
         "dirty-pages-per-second": report.dirty_pages_per_s,
+        "throttle-percent": report.throttle_percent,
         "verified-ram-bytes": report.verified_ram_bytes,
         "verified-sections": report.verified_sections,
     }))

@@ -13,9 +13,10 @@ use arch::cpuid::CpuProfile;
 use arch::error::KvmError;
 use arch::host::KvmHost;
 use arch::irqchip::IrqchipState;
+use arch::msr::Msr;
 use arch::trial::VcpuNeeds;
 use arch::vcpu_state::VcpuState;
-use arch::wire::XsaveLayout;
+use arch::wire::{LostMsr, WireContext, XsaveLayout};
 use devices::bus::IoBus;
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -241,6 +242,25 @@ impl Machine {
         for vcpu in &self.vcpus {
             let (index, host) = (vcpu.index(), self.host.clone());
             all.push(vcpu.peek(PAUSE_DEADLINE, move |fd| VcpuNeeds::capture(index, fd, &host))??);
+        }
+        Ok(all)
+    }
+
+    /// What of each vCPU's registers a QEMU would lose, with the vCPU's index; they are looked at as in
+    /// [`look_at_vcpus`](Self::look_at_vcpus).
+    pub fn lost_to_qemu(&self) -> Result<Vec<(u32, LostMsr)>, MachineError> {
+        let context = WireContext {
+            virtual_ns: 0,
+            phys_bits: self.cpu.phys_bits(),
+            xsave: self.xsave.clone(),
+            host: self.host.clone(),
+        };
+        let mut all = Vec::new();
+        for (vcpu, power_on) in self.look_at_vcpus()?.into_iter().zip(&self.power_on.vcpus) {
+            let msrs = vcpu.msrs.into_iter().map(|(index, value)| Msr { index, value });
+            let msrs: Vec<_> = msrs.collect();
+            let lost = arch::wire::lost_msrs(&msrs, &power_on.msrs, &context);
+            all.extend(lost.into_iter().map(|lost| (vcpu.index, lost)));
         }
         Ok(all)
     }

@@ -33,6 +33,31 @@ impl Leaving {
 }
 
 impl Leaving {
+    /// Registers that a QEMU has no place for are a reason to stay, but for those that a guest can do
+    /// without, which are named.
+    fn refuse_losses(&self) -> Result<(), VmError> {
+        let lost = {
+            // Nobody stops or starts the vCPUs meanwhile.
+            let _life = self.vm.life();
+            self.vm.machine.lost_to_qemu()
+        };
+        let lost = lost.map_err(|e| VmError::with("the vCPUs could not be looked at", e))?;
+        let mut fatal = Vec::new();
+        for (index, lost) in lost {
+            match lost.harmless {
+                Some(why) => tracing::warn!("vCPU {index}: a QEMU loses {lost}: {why}"),
+                None => fatal.push(format!("vCPU {index}: {lost}")),
+            }
+        }
+        if fatal.is_empty() {
+            return Ok(());
+        }
+        Err(VmError::new(format!(
+            "a QEMU has no place for what the guest has in these registers, and would lose it: {}",
+            fatal.join("; ")
+        )))
+    }
+
     /// Which disk has been written to since it was given up, as a sentence.
     pub(super) fn disks_changed(&self) -> Option<String> {
         self.left.changed()
@@ -66,6 +91,7 @@ impl SourceVm for Leaving {
     }
 
     fn prepare_for_qemu(&mut self) -> Result<(), VmError> {
+        self.refuse_losses()?;
         let roms = self.vm.machine.ram.roms();
         if roms.has(PC_BIOS) {
             return Ok(());

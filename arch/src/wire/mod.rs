@@ -40,7 +40,7 @@ pub use cpu::{
 };
 pub use cpu_subs::*;
 pub use fpu::XsaveLayout;
-pub use lost::{LostMsr, lost_msrs};
+pub use lost::{Loss, Registers};
 pub use platform::*;
 pub use to_wire::hflags;
 

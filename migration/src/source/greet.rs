@@ -10,6 +10,7 @@ use crate::handover::Peer;
 use crate::manifest::{
     CHANNELS, Channels, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest, Verdict,
 };
+use crate::problem::Problem;
 use crate::verify;
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
@@ -59,6 +60,10 @@ impl Migration<'_> {
                 Ok(Peer::MiniVmm)
             }
             First::Pong => {
+                let problems = self.against_qemu()?;
+                if !problems.is_empty() {
+                    return Err(SourceError::NotForQemu { problems });
+                }
                 self.vm
                     .prepare_for_qemu()
                     .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
@@ -66,7 +71,11 @@ impl Migration<'_> {
                 Ok(Peer::Qemu)
             }
             First::Nobody => {
-                // Without a BIOS for a QEMU it is a VM for a mini-vmm only.
+                // Without a BIOS for a QEMU it is a VM for a mini-vmm only, as with state that only
+                // a mini-vmm has a place for: its section is written for a mini-vmm then.
+                for problem in self.against_qemu()? {
+                    tracing::warn!("{}, for a QEMU only: {problem}", problem.code);
+                }
                 if let Err(error) = self.vm.prepare_for_qemu() {
                     let error = crate::wire::error_chain(&error);
                     tracing::warn!(error, "a QEMU will not be able to take what is saved");
@@ -75,6 +84,16 @@ impl Migration<'_> {
                 Ok(Peer::Nobody)
             }
         }
+    }
+
+    /// What is fatal with a QEMU. The rest is logged.
+    fn against_qemu(&self) -> Result<Vec<Problem>, SourceError> {
+        let problems = self.vm.against_qemu().map_err(SourceError::vm("looking at the VM"))?;
+        let (fatal, rest): (Vec<_>, Vec<_>) = problems.into_iter().partition(|p| p.fatal);
+        for warning in &rest {
+            tracing::warn!("{}: {warning}", warning.code);
+        }
+        Ok(fatal)
     }
 
     /// From here on pages go through connections of their own, if there are any.

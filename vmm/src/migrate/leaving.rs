@@ -6,12 +6,12 @@ use devices::device::PowerRequest;
 use devices::virtio::DiskImage;
 use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
 use migration::handover::Arbiter;
-use migration::manifest::Scrap;
+use migration::manifest::{Problem, Scrap};
 use migration::vmstate::Section;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::details;
 use super::disks::{self, LeftDisks};
+use super::{details, for_qemu};
 use crate::control::RunState;
 use crate::dirty::RamTracker;
 use crate::rom::{self, PC_BIOS};
@@ -33,31 +33,6 @@ impl Leaving {
 }
 
 impl Leaving {
-    /// Registers that a QEMU has no place for are a reason to stay, but for those that a guest can do
-    /// without, which are named.
-    fn refuse_losses(&self) -> Result<(), VmError> {
-        let lost = {
-            // Nobody stops or starts the vCPUs meanwhile.
-            let _life = self.vm.life();
-            self.vm.machine.lost_to_qemu()
-        };
-        let lost = lost.map_err(|e| VmError::with("the vCPUs could not be looked at", e))?;
-        let mut fatal = Vec::new();
-        for (index, lost) in lost {
-            match lost.harmless {
-                Some(why) => tracing::warn!("vCPU {index}: a QEMU loses {lost}: {why}"),
-                None => fatal.push(format!("vCPU {index}: {lost}")),
-            }
-        }
-        if fatal.is_empty() {
-            return Ok(());
-        }
-        Err(VmError::new(format!(
-            "a QEMU has no place for what the guest has in these registers, and would lose it: {}",
-            fatal.join("; ")
-        )))
-    }
-
     /// Which disk has been written to since it was given up, as a sentence.
     pub(super) fn disks_changed(&self) -> Option<String> {
         self.left.changed()
@@ -90,8 +65,11 @@ impl SourceVm for Leaving {
         self.vm.blockers()
     }
 
+    fn against_qemu(&self) -> Result<Vec<Problem>, VmError> {
+        for_qemu::problems(&self.vm)
+    }
+
     fn prepare_for_qemu(&mut self) -> Result<(), VmError> {
-        self.refuse_losses()?;
         let roms = self.vm.machine.ram.roms();
         if roms.has(PC_BIOS) {
             return Ok(());

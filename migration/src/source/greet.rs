@@ -60,10 +60,7 @@ impl Migration<'_> {
                 Ok(Peer::MiniVmm)
             }
             First::Pong => {
-                let problems = self.against_qemu()?;
-                if !problems.is_empty() {
-                    return Err(SourceError::NotForQemu { problems });
-                }
+                self.refuse_losses()?;
                 self.vm
                     .prepare_for_qemu()
                     .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
@@ -71,11 +68,8 @@ impl Migration<'_> {
                 Ok(Peer::Qemu)
             }
             First::Nobody => {
-                // Without a BIOS for a QEMU it is a VM for a mini-vmm only, as with state that only
-                // a mini-vmm has a place for: its section is written for a mini-vmm then.
-                for problem in self.against_qemu()? {
-                    tracing::warn!("{}, for a QEMU only: {problem}", problem.code);
-                }
+                // Without a BIOS for a QEMU it is a VM for a mini-vmm only. State that only a mini-vmm
+                // has a place for is written for one, and said, when it is.
                 if let Err(error) = self.vm.prepare_for_qemu() {
                     let error = crate::wire::error_chain(&error);
                     tracing::warn!(error, "a QEMU will not be able to take what is saved");
@@ -86,14 +80,14 @@ impl Migration<'_> {
         }
     }
 
-    /// What is fatal with a QEMU. The rest is logged.
-    fn against_qemu(&self) -> Result<Vec<Problem>, SourceError> {
-        let problems = self.vm.against_qemu().map_err(SourceError::vm("looking at the VM"))?;
-        let (fatal, rest): (Vec<_>, Vec<_>) = problems.into_iter().partition(|p| p.fatal);
+    /// What the guest would lose in a QEMU keeps it here; what it can do without is logged.
+    fn refuse_losses(&self) -> Result<(), SourceError> {
+        let found = self.vm.against_qemu().map_err(SourceError::vm("looking at the VM"))?;
+        let (problems, rest): (Vec<Problem>, Vec<_>) = found.into_iter().partition(|p| p.fatal);
         for warning in &rest {
             tracing::warn!("{}: {warning}", warning.code);
         }
-        Ok(fatal)
+        if problems.is_empty() { Ok(()) } else { Err(SourceError::NotForQemu { problems }) }
     }
 
     /// From here on pages go through connections of their own, if there are any.

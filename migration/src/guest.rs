@@ -6,7 +6,8 @@
 //! Who calls what, and in which order, on the source:
 //!
 //! ```text
-//! blockers · manifest parts (machine_type, vcpus, ram, sections, details) or prepare_for_qemu
+//! blockers · manifest parts (machine_type, vcpus, ram, sections, details),
+//!   or against_qemu and prepare_for_qemu
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
 //! throttle, between two passes; 0 behind a pause or a failure
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
@@ -239,6 +240,10 @@ pub enum Holder {
 pub trait SourceVm: Machine {
     /// Why this VM can't be migrated at all, each a sentence; empty when it can.
     fn blockers(&self) -> Vec<String>;
+
+    /// What stands against a QEMU as the destination, which can't be asked, as the VM is now: what is
+    /// fatal is state that the guest would lose there. Nothing changes, and the guest runs on.
+    fn against_qemu(&self) -> Result<Vec<Problem>, VmError>;
 
     /// The destination has turned out to be a QEMU, which can't be asked whether the VM fits:
     /// gets ready what only such a destination is sent (more RAM blocks), and refuses what it

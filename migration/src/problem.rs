@@ -117,6 +117,14 @@ pub mod kind {
             "The clocks of the two hosts are apart, and the guest's would jump.";
         REHEARSAL "rehearsal" fatal "error while loading state for instance 0x… of device"
             "The state of the devices and vCPUs was loaded at the destination for show, and that failed.";
+        QEMU_REGISTER "qemu-register" fatal ""
+            "To a QEMU: the guest has set a register that QEMU's layout has no place for, and would lose it.";
+        QEMU_REGISTER_HARMLESS "qemu-register-harmless" warning ""
+            "To a QEMU: the guest has set a register that QEMU's layout has no place for, and can do without it.";
+        QEMU_FIRMWARE "qemu-firmware" fatal ""
+            "To a QEMU: the guest has no firmware, and none is found that it could be given.";
+        QEMU_COMMAND "qemu-command" warning ""
+            "To a QEMU: the VM's configuration has no equal in a QEMU's command line.";
         DETAILS "details" fatal ""
             "The destination does not understand the source's description of the machine.";
         NOT_CONVERGING "not-converging" fatal "convergence"

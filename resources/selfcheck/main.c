@@ -29,6 +29,8 @@ static const struct {
     { "every", &params.every, 10, 1UL << 40 },
     { "skew", &params.skew, 0, 1UL << 40 },
     { "disk", &params.disk, 0, 1UL << 20 },
+    { "msr", &params.msr, 0, ~0U },
+    { "msr_value", &params.msr_value, 0, ~0UL },
 };
 
 static volatile u32 go, paused;
@@ -150,6 +152,10 @@ static void obey(int letter, u64 now)
     case 'v': pass_wanted = pass_reported + 1; return;
     case 's': print_status(now); return;
     case 'x': print("selfcheck: corrupted page=%x", memory_corrupt(&cpus[0])); return;
+    case 'm':
+        if (params.msr)
+            wrmsr(params.msr, params.msr_value);
+        break;
     case 'q': out16(0x604, 1 << 13); return;
     case 'b': out8(0xcf9, 0x06); return;
     case 't':

@@ -94,7 +94,7 @@ struct cpu {
 } __attribute__((aligned(64)));
 
 struct params {
-    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, disk;
+    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, disk, msr, msr_value;
 };
 
 extern struct params params;

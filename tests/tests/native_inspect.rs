@@ -80,7 +80,7 @@ fn a_saved_vm_is_shown_and_saved_again_differs_in_its_clocks_only() {
     let parts = report["parts"].as_array().expect("parts");
     let of = |name: &str| parts.iter().find(|part| part["name"] == name).expect(name).clone();
     // The self-checking guest runs in long mode (EFER.LMA, bit 10), with paging on.
-    assert_eq!(of("cpu")["values"]["efer"].as_u64().map(|efer| efer >> 10 & 1), Some(1));
+    assert_eq!(of("cpu")["values"]["env.efer"].as_u64().map(|efer| efer >> 10 & 1), Some(1));
     assert_eq!(of("0000:00:04.0/virtio-balloon")["version"], 1);
 
     let fields = shown(dir, &["a.mig", "--section", "virtio-rng"]);
@@ -103,8 +103,8 @@ fn a_saved_vm_is_shown_and_saved_again_differs_in_its_clocks_only() {
         "apic (instance 1)/initial_count_load_time",
         "apic (instance 1)/next_time",
         "apic (instance 1)/timer_expiry",
-        "cpu/tsc",
-        "cpu (instance 1)/tsc",
+        "cpu/env.tsc",
+        "cpu (instance 1)/env.tsc",
         "i8254/",
         "kvmclock/clock",
         "mc146818rtc/",
@@ -116,7 +116,7 @@ fn a_saved_vm_is_shown_and_saved_again_differs_in_its_clocks_only() {
         assert!(clocks.iter().any(|clock| place.starts_with(clock)), "{difference}");
     }
     // And where a guest has its clock read to it: KVM writes that page when a vCPU is entered.
-    let clock = |cpu: &Value| cpu["values"]["system_time_msr"].as_u64().map(|msr| msr & !0xfff);
+    let clock = |cpu: &Value| cpu["values"]["env.system_time_msr"].as_u64().map(|msr| msr & !0xfff);
     let pages = [clock(&of("cpu"))].map(|page| page.filter(|page| *page != 0));
     for block in differences["pages"].as_array().expect("pages") {
         let at = block["at"].as_array().expect("offsets").iter().map(Value::as_u64);

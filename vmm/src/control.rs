@@ -358,6 +358,11 @@ pub trait VmControl: Send + Sync {
         parameters: Parameters,
         questions: &Questions,
     ) -> Result<Preflight, ControlError>;
+    /// What stands against moving the VM to any QEMU, which nobody is asked; nothing changes.
+    ///
+    /// # Errors
+    /// If a migration is under way, or the vCPUs can't be looked at.
+    fn preflight_for_qemu(&self) -> Result<Preflight, ControlError>;
     /// Asks the running migration to end; the guest stays. Nothing happens if none runs.
     ///
     /// # Errors

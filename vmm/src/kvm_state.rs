@@ -16,8 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arch::clock::{ClockState, synchronise_tscs};
 use arch::cpuid::CpuProfile;
 use arch::irqchip::IrqchipState;
+use arch::msr::Msr;
 use arch::vcpu_state::VcpuState;
-use arch::wire::{self, IrqchipWire, VcpuWire, WireContext};
+use arch::wire::{self, IrqchipWire, Registers, VcpuWire, WireContext};
 use devices::chipset::holders::GlobalState;
 use devices::clock::Clock;
 use migration::vmstate::{Audience, FieldError, SectionId};
@@ -35,6 +36,8 @@ pub struct Snapshot {
     clock: ClockState,
     /// What time it was, and what the vCPUs are.
     context: WireContext,
+    /// Each vCPU's model-specific registers when the machine was switched on.
+    power_on: Vec<Vec<Msr>>,
     /// The host's monotonic clock, on which KVM counts the PIT's times.
     monotonic_ns: i64,
 }
@@ -45,7 +48,23 @@ impl Snapshot {
             .vcpus
             .get(index as usize)
             .ok_or_else(|| FieldError::new("index", "a vCPU of this machine", index))?;
+        if audience == Audience::Qemu {
+            self.check_nothing_is_lost(state, index)?;
+        }
         VcpuWire::from_state(state, audience, &self.context)
+    }
+
+    /// What was looked at before the first page may have changed meanwhile.
+    fn check_nothing_is_lost(&self, state: &VcpuState, index: u32) -> Result<(), FieldError> {
+        let power_on = self.power_on.get(index as usize).map_or(&[][..], Vec::as_slice);
+        let lost = Registers::from(state).lost(power_on, &self.context);
+        lost.into_iter().find(|loss| loss.harmless.is_none()).map_or(Ok(()), |loss| {
+            let expected = format_args!(
+                "{:#x}, its value after power-on, since QEMU's layout has no place for it",
+                loss.power_on
+            );
+            Err(FieldError::new(&*loss.register, expected, format_args!("{:#x}", loss.value)))
+        })
     }
 
     fn chips(&self, audience: Audience) -> IrqchipWire {
@@ -102,15 +121,6 @@ pub enum InstallError {
     Kvm(#[from] arch::error::KvmError),
 }
 
-fn context(machine: &Machine, virtual_ns: i64) -> WireContext {
-    WireContext {
-        virtual_ns,
-        phys_bits: machine.cpu.phys_bits(),
-        xsave: machine.xsave.clone(),
-        host: machine.host.clone(),
-    }
-}
-
 /// Where SeaBIOS puts what it has in system management mode.
 const SMBASE_IN_USE: u32 = 0xa_0000;
 /// CR0's bit for paging.
@@ -154,9 +164,11 @@ impl KvmState {
         let vcpus = machine.capture_vcpus()?;
         let chips = IrqchipState::capture(&machine.vm)?;
         let clock = ClockState::capture(&machine.vm)?;
-        let context = context(machine, machine.clock.virtual_ns());
+        let context = machine.wire_context(machine.clock.virtual_ns());
         let monotonic_ns = monotonic_ns();
-        let snapshot = Arc::new(Snapshot { vcpus, chips, clock, context, monotonic_ns });
+        let power_on = |index| machine.power_on_msrs(index).to_vec();
+        let power_on = (0..machine.config().smp).map(power_on).collect();
+        let snapshot = Arc::new(Snapshot { vcpus, chips, clock, context, power_on, monotonic_ns });
         *slot = Some(snapshot.clone());
         Ok(snapshot)
     }
@@ -180,7 +192,7 @@ impl KvmState {
         // Devices that look at the time while they are restored must see the one that came.
         machine.clock.set(virtual_ns);
 
-        let context = context(machine, virtual_ns);
+        let context = machine.wire_context(virtual_ns);
         let field = |name: &str, instance| {
             let section = SectionId::new(name, instance);
             move |error| InstallError::Field { section, error }

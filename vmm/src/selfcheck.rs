@@ -40,6 +40,10 @@ pub struct SelfcheckParams {
     pub skew: u64,
     /// Records written to the first disk in a second; 0: none.
     pub disk: u64,
+    /// Number of the model-specific register that the command `m` writes; 0: none.
+    pub msr: u64,
+    /// And its value.
+    pub msr_value: u64,
 }
 
 impl Default for SelfcheckParams {
@@ -57,6 +61,8 @@ impl Default for SelfcheckParams {
             every: 1000,
             skew: 1000,
             disk: 0,
+            msr: 0,
+            msr_value: 0,
         }
     }
 }
@@ -82,9 +88,21 @@ pub enum SelfcheckError {
     },
 }
 
-const KEYS: [&str; 12] = [
-    "fill", "set", "rate", "verify", "spread", "full", "hz", "vcpus", "seed", "every", "skew",
+const KEYS: [&str; 14] = [
+    "fill",
+    "set",
+    "rate",
+    "verify",
+    "spread",
+    "full",
+    "hz",
+    "vcpus",
+    "seed",
+    "every",
+    "skew",
     "disk",
+    "msr",
+    "msr_value",
 ];
 
 /// The parameter that was probably meant, else all of them.
@@ -151,6 +169,8 @@ impl FromStr for SelfcheckParams {
                 "every" => params.every = number("every", value, 10, MANY)?,
                 "skew" => params.skew = number("skew", value, 0, MANY)?,
                 "disk" => params.disk = number("disk", value, 0, MOST_RECORDS)?,
+                "msr" => params.msr = number("msr", value, 0, u32::MAX.into())?,
+                "msr_value" => params.msr_value = number("msr_value", value, 0, u64::MAX)?,
                 _ => return Err(SelfcheckError::UnknownKey { key: key.into() }),
             }
         }
@@ -178,7 +198,11 @@ impl fmt::Display for SelfcheckParams {
             self.every,
             self.skew,
             self.disk,
-        )
+        )?;
+        match self.msr {
+            0 => Ok(()),
+            msr => write!(f, ",msr={msr},msr_value={}", self.msr_value),
+        }
     }
 }
 
@@ -188,7 +212,7 @@ mod tests {
 
     #[test]
     fn what_is_displayed_is_parsed_back() {
-        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,disk=9";
+        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,disk=9,msr=320,msr_value=1";
         let params: SelfcheckParams = text.parse().unwrap();
         assert_eq!(params.fill, Some(64 << 20));
         assert_eq!(params.set, 1 << 20);

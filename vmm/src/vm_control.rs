@@ -30,6 +30,19 @@ fn failed(
     ControlError::Failed { what: what.into(), source: Box::new(source) }
 }
 
+impl VmHandle {
+    /// Whether there is a guest here that could move.
+    fn can_be_asked(&self) -> Result<(), ControlError> {
+        match self.0.state() {
+            RunState::Running | RunState::Paused | RunState::Prelaunch => Ok(()),
+            RunState::Inmigrate => Err(ControlError::Inmigrate),
+            RunState::FinishMigrate => Err(ControlError::MigrationInProgress),
+            RunState::Postmigrate => Err(ControlError::AlreadyMigrated),
+            state => Err(ControlError::WrongState { command: "preflight", state }),
+        }
+    }
+}
+
 impl VmControl for VmHandle {
     fn status(&self) -> RunState {
         self.0.state()
@@ -143,16 +156,18 @@ impl VmControl for VmHandle {
         parameters: Parameters,
         questions: &Questions,
     ) -> Result<Preflight, ControlError> {
-        match self.0.state() {
-            RunState::Running | RunState::Paused | RunState::Prelaunch => {}
-            RunState::Inmigrate => return Err(ControlError::Inmigrate),
-            RunState::FinishMigrate => return Err(ControlError::MigrationInProgress),
-            RunState::Postmigrate => return Err(ControlError::AlreadyMigrated),
-            state => return Err(ControlError::WrongState { command: "preflight", state }),
-        }
+        self.can_be_asked()?;
         self.0.ask(to, parameters, questions).map_err(|e| match e {
             PreflightError::Busy => ControlError::MigrationInProgress,
             e => failed(format!("Nobody at {to} could be asked"), e),
+        })
+    }
+
+    fn preflight_for_qemu(&self) -> Result<Preflight, ControlError> {
+        self.can_be_asked()?;
+        self.0.look_for_qemu().map_err(|e| match e {
+            PreflightError::Busy => ControlError::MigrationInProgress,
+            e => failed("The VM could not be looked at", e),
         })
     }
 

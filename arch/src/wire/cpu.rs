@@ -3,7 +3,7 @@
 //! Names of fields are QEMU's where they are clear enough, and are explained where they are not.
 //! Order and widths are the wire's.
 
-use migration::vmstate::{FixedVec, VmState};
+use migration::vmstate::{FixedVec, Form, VmState, Word, Words};
 use serde::{Deserialize, Serialize};
 
 use super::cpu_subs::CpuSubs;
@@ -12,6 +12,7 @@ use super::cpu_subs::CpuSubs;
 /// DPL 13 and 14, P 15, AVL 20, L 21, D/B 22, G 23; 0 when the segment is unusable.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
+#[serde(rename = "segment")]
 pub struct Segment {
     pub selector: u32,
     pub base: u64,
@@ -22,6 +23,7 @@ pub struct Segment {
 /// An x87 register: 64 bits of mantissa, then sign and exponent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
+#[serde(rename = "fpreg@0")]
 pub struct FpReg {
     pub mantissa: u64,
     pub exponent: u16,
@@ -38,6 +40,7 @@ pub struct Q2 {
 /// A variable-range MTRR.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
+#[serde(rename = "mtrr_var")]
 pub struct MtrrVar {
     pub base: u64,
     pub mask: u64,
@@ -143,7 +146,33 @@ pub struct Cpu {
 impl VmState for Cpu {
     const VERSION: u32 = 12;
     const MIN_VERSION: u32 = 11;
+    const WORDS: Words = Words { prefix: "env.", fields: &[FIELDS] };
 }
+
+/// QEMU's words for what is called otherwise here.
+const FIELDS: &[Word] = &[
+    Word::new("cpu", "fpus", "env.fpus_vmstate"),
+    Word::new("cpu", "fptag", "env.fptag_vmstate"),
+    Word::new("cpu", "fpregs_format", "env.fpregs_format_vmstate"),
+    Word::new("cpu", "cr0", "env.cr[0]"),
+    Word::new("cpu", "cr2", "env.cr[2]"),
+    Word::new("cpu", "cr3", "env.cr[3]"),
+    Word::new("cpu", "cr4", "env.cr[4]"),
+    Word::new("cpu", "xmm", "env.xmm_regs[0]").as_form(Form::Struct("xmm_reg")),
+    Word::new("xmm_reg", "low", "_q_ZMMReg[0]"),
+    Word::new("xmm_reg", "high", "_q_ZMMReg[1]"),
+    Word::new("cpu", "ymmh", "env.xmm_regs[1]").as_form(Form::Struct("ymmh_reg")),
+    Word::new("ymmh_reg", "low", "_q_ZMMReg[2]"),
+    Word::new("ymmh_reg", "high", "_q_ZMMReg[3]"),
+    Word::new("cpu/async_pf_msr", "value", "env.async_pf_en_msr"),
+    Word::new("cpu/async_pf_int_msr", "value", "env.async_pf_int_msr"),
+    Word::new("cpu/async_pv_eoi_msr", "value", "env.pv_eoi_en_msr"),
+    Word::new("cpu/steal_time_msr", "value", "env.steal_time_msr"),
+    Word::new("cpu/poll_control_msr", "value", "env.poll_control_msr"),
+    Word::new("cpu/msr_tscdeadline", "value", "env.tsc_deadline"),
+    Word::new("cpu/msr_smi_count", "value", "env.msr_smi_count"),
+    Word::new("cpu/pkru", "value", "env.pkru"),
+];
 
 /// Section `cpu_common`, version 1: whether the vCPU waits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

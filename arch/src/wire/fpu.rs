@@ -156,18 +156,25 @@ pub(crate) fn to_wire(area: &[u8], layout: &XsaveLayout, cpu: &mut Cpu) {
     cpu.subs.pkru = (pkru != 0).then_some(One32 { value: pkru });
 }
 
+/// The components in use that QEMU 7.2's layouts do not have.
+pub(crate) fn inexpressible<'a>(
+    area: &'a [u8],
+    layout: &'a XsaveLayout,
+) -> impl Iterator<Item = usize> + 'a {
+    [8].into_iter()
+        .chain(PKRU + 1..layout.components.len())
+        .filter(move |n| layout.get(area, *n).unwrap_or(&[]).iter().any(|&byte| byte != 0))
+}
+
 /// Refuses an area in which a component is in use that QEMU 7.2's layouts do not have.
 pub(crate) fn expressible(area: &[u8], layout: &XsaveLayout) -> Result<(), FieldError> {
-    for n in [8].into_iter().chain(PKRU + 1..layout.components.len()) {
-        if layout.get(area, n).unwrap_or(&[]).iter().any(|&byte| byte != 0) {
-            return Err(FieldError::new(
-                format!("XSAVE component {n}"),
-                "one that QEMU 7.2's layouts have",
-                "a component in use",
-            ));
-        }
-    }
-    Ok(())
+    inexpressible(area, layout).next().map_or(Ok(()), |n| {
+        Err(FieldError::new(
+            format!("XSAVE component {n}"),
+            "one that QEMU 7.2's layouts have",
+            "a component in use",
+        ))
+    })
 }
 
 /// The XSAVE area that QEMU's fields describe.

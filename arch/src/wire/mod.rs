@@ -20,6 +20,7 @@ mod cpu_subs;
 mod fpu;
 mod from_mini;
 mod from_qemu;
+mod lost;
 pub mod mini;
 mod msrs;
 mod nested;
@@ -39,6 +40,7 @@ pub use cpu::{
 };
 pub use cpu_subs::*;
 pub use fpu::XsaveLayout;
+pub use lost::{Loss, Registers};
 pub use platform::*;
 pub use to_wire::hflags;
 

@@ -1,6 +1,6 @@
 //! The sections of clocks, interrupt controllers and PIT, and a QEMU option ROM's.
 
-use migration::vmstate::{Pad, VmState};
+use migration::vmstate::{Pad, VmState, Word, Words};
 use serde::{Deserialize, Serialize};
 
 /// Section `timer`, version 2: QEMU's virtual clock.
@@ -125,11 +125,19 @@ pub struct I8254 {
 impl VmState for I8254 {
     const VERSION: u32 = 3;
     const MIN_VERSION: u32 = 3;
+    const WORDS: Words = Words {
+        prefix: "",
+        fields: &[&[
+            Word::new("i8254", "irq_disabled", "channels[0].irq_disabled"),
+            Word::new("i8254", "next_transition_time", "channels[0].next_transition_time"),
+        ]],
+    };
 }
 
 /// One channel of the PIT.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
+#[serde(rename = "pit channel@2")]
 pub struct PitChannel {
     /// 1 to 0x10000.
     pub count: i32,

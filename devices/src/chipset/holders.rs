@@ -107,6 +107,7 @@ pub struct TprOptState {
 
 /// The ROM's routines for one or for several processors, by their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "kvmvapic-handlers")]
 struct TprHandlers {
     set_tpr: u32,
     set_tpr_eax: u32,

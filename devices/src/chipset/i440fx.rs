@@ -3,12 +3,12 @@
 //! What the guest programs into the PAM registers is kept and told ([`I440fx::on_pam`]); moving memory
 //! is the machine's business. SMRAM is kept only.
 
-use migration::vmstate::{Audience, FieldError, Migratable, Pad, VmState};
+use migration::vmstate::{Audience, FieldError, Migratable, Pad, VmState, Words};
 use serde::{Deserialize, Serialize};
 
 use super::identity;
 use crate::device::Device;
-use crate::pci::{PciConfig, PciDeviceState, PciFunction};
+use crate::pci::{PCI_DEVICE_WORDS, PciConfig, PciDeviceState, PciFunction};
 
 /// DRAM control: the value after power-on.
 const DRAMC: usize = 0x57;
@@ -136,6 +136,7 @@ pub struct I440fxState {
 
 impl VmState for I440fxState {
     const VERSION: u32 = 3;
+    const WORDS: Words = Words { prefix: "", fields: &[PCI_DEVICE_WORDS] };
 }
 
 impl Migratable for I440fx {

@@ -3,14 +3,14 @@
 //! Its ports answer as cables with nothing at their end: every register reads as zero, which is
 //! how Linux's libata finds out that no drive is there.
 
-use migration::vmstate::{Audience, FieldError, Migratable, VmState};
+use migration::vmstate::{Audience, FieldError, Form, Migratable, VmState, Word, Words};
 use serde::{Deserialize, Serialize};
 use vm_device::MutDevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
 use super::identity;
 use crate::device::Device;
-use crate::pci::{BarKind, PciConfig, PciDeviceState, PciFunction};
+use crate::pci::{BarKind, PCI_DEVICE_WORDS, PciConfig, PciDeviceState, PciFunction};
 
 /// The two channels' command blocks and control ports: (first port, number of ports).
 pub const PORTS: [(u16, u16); 4] = [(0x1f0, 8), (0x3f6, 1), (0x170, 8), (0x376, 1)];
@@ -50,6 +50,7 @@ pub struct Ide {
 
 /// One channel of the bus master; on the wire as it is here.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "ide bmdma@3")]
 struct BusMaster {
     cmd: u8,
     #[serde(rename = "migration_compat_status")]
@@ -65,6 +66,7 @@ struct BusMaster {
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "ide_bus")]
 struct Channel {
     /// The control register.
     cmd: u8,
@@ -74,6 +76,7 @@ struct Channel {
 
 /// The registers that a drive would have. What is written is kept, as it is by QEMU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "ide_drive@3")]
 struct Drive {
     mult_sectors: i32,
     identify_set: i32,
@@ -285,8 +288,17 @@ pub struct IdeState {
     secondary: [Drive; 2],
 }
 
+/// Their elements may have subsections in QEMU.
+const ARRAYS: &[Word] = &[
+    Word::shown("ide", "bmdma", Form::Each),
+    Word::shown("ide", "bus", Form::Each),
+    Word::shown("ide", "bus[0].ifs", Form::Each),
+    Word::shown("ide", "bus[1].ifs", Form::Each),
+];
+
 impl VmState for IdeState {
     const VERSION: u32 = 3;
+    const WORDS: Words = Words { prefix: "", fields: &[PCI_DEVICE_WORDS, ARRAYS] };
 }
 
 impl Migratable for Ide {

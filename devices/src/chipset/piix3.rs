@@ -4,13 +4,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use migration::vmstate::{Audience, FieldError, Migratable, VmState};
+use migration::vmstate::{Audience, FieldError, Migratable, VmState, Words};
 use serde::{Deserialize, Serialize};
 
 use super::identity;
 use super::pirq::PirqRouter;
 use crate::device::{Device, PowerControl, PowerRequest};
-use crate::pci::{PIRQ_LINES, PciConfig, PciDeviceState, PciFunction, ResetControl};
+use crate::pci::{
+    PCI_DEVICE_WORDS, PIRQ_LINES, PciConfig, PciDeviceState, PciFunction, ResetControl,
+};
 
 /// Status register: medium DEVSEL timing.
 const STATUS: (usize, [u8; 2]) = (0x06, [0x00, 0x02]);
@@ -153,6 +155,7 @@ struct Rcr {
 impl VmState for Piix3State {
     const VERSION: u32 = 3;
     const MIN_VERSION: u32 = 2;
+    const WORDS: Words = Words { prefix: "", fields: &[PCI_DEVICE_WORDS] };
 }
 
 impl Migratable for Piix3 {

@@ -202,6 +202,7 @@ pub struct DmaState {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "dma_regs")]
 struct ChannelState {
     now: [i32; 2],
     base: [u16; 2],

@@ -4,7 +4,9 @@
 //! the section. Here no port answers (they read as all ones, which Linux's driver takes for "no
 //! controller"), and the ACPI tables do not name one.
 
-use migration::vmstate::{Audience, FieldError, FixedVec, Migratable, Timer, VmState};
+use migration::vmstate::{
+    Audience, FieldError, FixedVec, Form, Migratable, Timer, VmState, Word, Words,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
@@ -33,6 +35,7 @@ pub struct FdcState {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "fdc@2")]
 struct Controller {
     sra: u8,
     srb: u8,
@@ -121,6 +124,7 @@ struct Phase {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "fdrive")]
 struct Drive {
     head: u8,
     track: u8,
@@ -176,8 +180,15 @@ impl Device for Fdc {
     fn resume(&mut self) {}
 }
 
+/// QEMU's words.
+const FIELDS: &[Word] = &[
+    Word::shown("fdc", "fifo", Form::Bytes),
+    Word::shown("fdc", "num_floppies", Form::Type("uint8 equal")),
+];
+
 impl VmState for FdcState {
     const VERSION: u32 = 2;
+    const WORDS: Words = Words { prefix: "", fields: &[FIELDS] };
 }
 
 impl Migratable for Fdc {

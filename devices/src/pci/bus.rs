@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_device::{DeviceMmio, DevicePio};
 
-use migration::vmstate::{Audience, FieldError, Migratable, VmState};
+use migration::vmstate::{Audience, FieldError, Form, Migratable, VmState, Word, Words};
 
 use super::{BarKind, BarRange, IntxLines, IntxPin, IntxRouter, PIRQ_LINES, PciFunction};
 use crate::bus::IoBus;
@@ -397,6 +397,10 @@ const NIRQ: u32 = 4;
 
 impl VmState for PciBusState {
     const VERSION: u32 = 1;
+    const WORDS: Words = Words {
+        prefix: "",
+        fields: &[&[Word::shown("PCIBUS", "nirq", Form::Type("int32 equal"))]],
+    };
 }
 
 impl Migratable for PciBusLines {

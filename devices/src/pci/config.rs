@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use migration::vmstate::{FieldError, FixedVec};
+use migration::vmstate::{FieldError, FixedVec, Form, Word};
 
 /// Bytes of configuration space that a function has (no PCI Express here).
 pub const CONFIG_SIZE: usize = 256;
@@ -361,6 +361,7 @@ const PCI_DEVICE_VERSION: u32 = 2;
 
 /// The block that begins every PCI function's section, 276 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "PCIDevice@2")]
 pub struct PciDeviceState {
     /// The block's own version.
     pub version: u32,
@@ -369,6 +370,13 @@ pub struct PciDeviceState {
     /// The levels of INTA to INTD, 0 or 1.
     pub irq_state: [u32; 4],
 }
+
+/// QEMU's words for its fields, in the description of a section that it is in.
+pub const PCI_DEVICE_WORDS: &[Word] = &[
+    Word::new("PCIDevice", "version", "version_id").as_form(Form::Type("int32 le")),
+    Word::new("PCIDevice", "config", "config[0]").as_form(Form::Type("pci config")),
+    Word::shown("PCIDevice", "irq_state", Form::Whole("pci irq state")),
+];
 
 #[cfg(test)]
 mod tests {

@@ -16,7 +16,10 @@ mod intx;
 mod msix;
 
 pub use bus::{PciBus, PciBusError, PciBusLines, PciBusState, PciHost, PciHostState, ResetControl};
-pub use config::{BarKind, BarRange, CONFIG_SIZE, PciConfig, PciDeviceState, PciIdentity, command};
+pub use config::{
+    BarKind, BarRange, CONFIG_SIZE, PCI_DEVICE_WORDS, PciConfig, PciDeviceState, PciIdentity,
+    command,
+};
 pub use function::PciFunction;
 pub use intx::{IntxLines, IntxPin, IntxRouter, PIRQ_LINES};
 pub use msix::{Msix, PBA_OFFSET, msix_capability};

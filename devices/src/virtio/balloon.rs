@@ -297,6 +297,9 @@ impl VirtioDevice for Balloon {
         let subsections: Subsections = from.get("balloon")?;
         Ok(Box::new((state, subsections)))
     }
+    fn keeps_requests(&self, queue: usize) -> bool {
+        queue == STATS
+    }
     /// The request that the driver has left with the other host is taken from the queue again.
     fn restore_part(&mut self, part: Part) -> Result<(), FieldError> {
         let (state, subsections) = *part.downcast::<(State, Subsections)>().map_err(|_| {

@@ -163,6 +163,11 @@ pub trait VirtioDevice: Send {
     fn decode_part(&self, _from: &mut PartDecoder<'_, '_>) -> Result<Part, StateError> {
         Ok(Box::new(()))
     }
+    /// Whether the device keeps requests of that queue until the host wants something, without a list of
+    /// them in its part: on another host it takes them again.
+    fn keeps_requests(&self, _queue: usize) -> bool {
+        false
+    }
     /// Takes it. The queues are restored already; the host side is not open yet.
     fn restore_part(&mut self, _part: Part) -> Result<(), FieldError> {
         Ok(())

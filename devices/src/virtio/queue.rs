@@ -98,6 +98,9 @@ pub struct VirtQueue {
     /// so the first interrupt is one too many rather than one too few: with event indices, a driver
     /// that has missed one is never interrupted again.
     first_here: bool,
+    /// Requests that the device where it stopped had taken and kept, and that this one has not taken again
+    /// yet: it does so when it goes on.
+    to_take_again: u16,
 }
 
 impl VirtQueue {
@@ -111,6 +114,7 @@ impl VirtQueue {
             vector: NO_VECTOR,
             notify_on_empty: false,
             first_here: false,
+            to_take_again: 0,
         })
     }
 
@@ -180,6 +184,7 @@ impl VirtQueue {
         self.vector = NO_VECTOR;
         self.notify_on_empty = false;
         self.first_here = false;
+        self.to_take_again = 0;
     }
 
     /// The next request, if there is one.
@@ -188,6 +193,9 @@ impl VirtQueue {
             return Ok(None);
         }
         let next = self.ring.iter(ram).map_err(QueueError::Ring)?.next();
+        if next.is_some() {
+            self.to_take_again = self.to_take_again.saturating_sub(1);
+        }
         Ok(next.map(|descriptors| Chain::new(ram, descriptors)).transpose()?)
     }
 
@@ -267,6 +275,12 @@ impl VirtQueue {
         self.ring.next_avail()
     }
 
+    /// The same as the other side of a migration shall see it: what is to be taken again counts as
+    /// taken.
+    pub(super) fn saved_last_avail(&self) -> u16 {
+        self.last_avail().wrapping_add(self.to_take_again)
+    }
+
     /// How many requests were popped and not pushed.
     pub fn in_flight(&self) -> u16 {
         self.ring.next_avail().wrapping_sub(self.ring.next_used())
@@ -283,5 +297,11 @@ impl VirtQueue {
         self.ring.set_next_avail(last_avail);
         self.ring.set_next_used(used);
         self.first_here = true;
+        self.to_take_again = 0;
+    }
+
+    /// Says how many of the requests behind that position a device has taken there and keeps.
+    pub(super) fn set_to_take_again(&mut self, requests: u16) {
+        self.to_take_again = requests;
     }
 }

@@ -322,7 +322,7 @@ impl VirtioPci {
             to.put(&QueueState {
                 num: queue.size().into(),
                 desc,
-                last_avail_idx: queue.last_avail(),
+                last_avail_idx: queue.saved_last_avail(),
             })?;
             if has_msix {
                 to.put(&queue.vector)?;
@@ -488,11 +488,15 @@ impl VirtioPci {
             let ring = state.ring(index, size);
             self.enable_queue(index, ring);
             // Requests that were taken and not given back are taken again: every device here
-            // takes them in order. One whose part lists them goes on behind them.
+            // takes them in order. One whose part lists them goes on behind them, and one that keeps
+            // some for long is told apart from one that has none, until it has taken them.
             let used = VirtQueue::used_idx(self.core.ram(), ring.used);
             let used = used.unwrap_or(queue.last_avail_idx);
             if let Some(mut live) = self.core.queue(index) {
                 live.set_position(used, used);
+                if self.device.keeps_requests(index) {
+                    live.set_to_take_again(queue.last_avail_idx.wrapping_sub(used));
+                }
             }
         }
         self.device.restore_config(&state.config);

@@ -24,6 +24,12 @@ pub enum SourceError {
         /// Everything that is wrong.
         problems: Vec<Problem>,
     },
+    /// The destination is a QEMU, and the guest would lose something there.
+    #[error("the destination is a QEMU, which can't take the VM as it is: {}", list(problems))]
+    NotForQemu {
+        /// Everything that is wrong.
+        problems: Vec<Problem>,
+    },
     /// Whoever waits there can't say whether the VM would fit.
     #[error(
         "the destination can't be asked: {}",
@@ -33,7 +39,8 @@ pub enum SourceError {
                  before it sends a page"
             ),
             None => "it answers as a QEMU does, which knows no preflight and finds what does not fit \
-                     when it has come; a mini-vmm with the same devices can be asked".into(),
+                     when it has come; 'preflight --qemu' tells what stands against any QEMU, and a mini-vmm with the \
+                     same devices can be asked".into(),
         }
     )]
     NotToBeAsked {

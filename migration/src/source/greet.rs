@@ -11,6 +11,7 @@ use crate::manifest::{
     CHANNELS, Channels as Announced, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest,
     Verdict, ZSTD,
 };
+use crate::problem::Problem;
 use crate::verify;
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
@@ -67,6 +68,7 @@ impl Migration<'_> {
                 Ok(Peer::MiniVmm)
             }
             First::Pong => {
+                self.refuse_losses()?;
                 self.vm
                     .prepare_for_qemu()
                     .map_err(SourceError::vm("getting ready for a QEMU, which the peer is"))?;
@@ -74,7 +76,8 @@ impl Migration<'_> {
                 Ok(Peer::Qemu)
             }
             First::Nobody => {
-                // Without a BIOS for a QEMU it is a VM for a mini-vmm only.
+                // Without a BIOS for a QEMU it is a VM for a mini-vmm only. State that only a mini-vmm
+                // has a place for is written for one, and said, when it is.
                 if let Err(error) = self.vm.prepare_for_qemu() {
                     let error = crate::wire::error_chain(&error);
                     tracing::warn!(error, "a QEMU will not be able to take what is saved");
@@ -83,6 +86,16 @@ impl Migration<'_> {
                 Ok(Peer::Nobody)
             }
         }
+    }
+
+    /// What the guest would lose in a QEMU keeps it here; what it can do without is logged.
+    fn refuse_losses(&self) -> Result<(), SourceError> {
+        let found = self.vm.against_qemu().map_err(SourceError::vm("looking at the VM"))?;
+        let (problems, rest): (Vec<Problem>, Vec<_>) = found.into_iter().partition(|p| p.fatal);
+        for warning in &rest {
+            tracing::warn!("{}: {warning}", warning.code);
+        }
+        if problems.is_empty() { Ok(()) } else { Err(SourceError::NotForQemu { problems }) }
     }
 
     /// From here on pages go through connections of their own, if there are any, and through zstd of

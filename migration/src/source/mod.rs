@@ -30,7 +30,7 @@ pub use ask::{Asked, ask};
 pub use doubt::{Doubt, Objection, Settled, Wish};
 pub use error::SourceError;
 pub(crate) use greet::PROGRAM;
-pub use preflight::{Preflight, Questions, preflight};
+pub use preflight::{Preflight, Questions, preflight, preflight_for_qemu};
 pub use rehearse::Rehearsal;
 
 use std::thread;

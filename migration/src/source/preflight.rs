@@ -105,6 +105,22 @@ pub fn preflight(
     })?
 }
 
+/// What stands against moving `vm` to any QEMU, as far as it is known without asking one: a QEMU that is
+/// merely talked to ends.
+pub fn preflight_for_qemu(vm: &dyn SourceVm) -> Result<Preflight, SourceError> {
+    let mut problems: Vec<_> = vm.blockers().into_iter().map(blocked).collect();
+    problems.extend(vm.against_qemu().map_err(SourceError::vm("looking at the VM"))?);
+    problems.sort_by_key(|problem| !problem.fatal);
+    Ok(Preflight {
+        would_move: problems.iter().all(|problem| !problem.fatal),
+        destination: "QEMU 7.2 (nobody was asked)".into(),
+        problems,
+        left_out: 0,
+        forecast: None,
+        rehearsal: None,
+    })
+}
+
 impl Migration<'_> {
     fn ask(&mut self, questions: &Questions) -> Result<Preflight, SourceError> {
         let mut problems: Vec<_> = self.vm.blockers().into_iter().map(blocked).collect();

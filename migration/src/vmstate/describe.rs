@@ -20,7 +20,9 @@ use super::{SectionId, StateError, VmState};
 pub fn describe<T: VmState>(section: &SectionId, state: &T) -> Result<Value, StateError> {
     let mut describer = Describer::new(section, T::VERSION);
     describer.put("", state)?;
-    Ok(describer.finish())
+    let mut description = describer.finish();
+    T::WORDS.put(&mut description);
+    Ok(description)
 }
 
 /// Describes a section value by value, as an [`Encoder`](super::Encoder) writes it.
@@ -215,8 +217,9 @@ fn entry(name: &str, shape: &Shape) -> Map<String, Value> {
         Shape::Group(Group::Timer, _) => "timer",
         Shape::Group(Group::Pad, _) => "unused_buffer",
         Shape::Group(Group::Struct(struct_name), parts) => {
-            // A structure inside a section goes by the section's version.
-            let inner = structure(struct_name, 1, parts);
+            // A structure inside a section goes by the section's version, and says one of its own.
+            let (struct_name, version) = split_version(struct_name);
+            let inner = structure(struct_name, version.unwrap_or(1), parts);
             entry.insert("struct".into(), Value::Object(inner));
             "struct"
         }

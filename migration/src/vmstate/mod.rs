@@ -29,7 +29,8 @@
 //!
 //! From the same declaration come the bytes ([`to_bytes`], [`from_source`]), QEMU's description of
 //! them ([`describe()`]), the digest that two hosts compare ([`layout_digest`]) and, with
-//! `serde_json`, what people are shown. [`SectionOf`] makes a [`Section`] of any [`Migratable`] device. Where a
+//! `serde_json`, what people are shown. Where QEMU's description has other words, they stand beside the
+//! version ([`VmState::WORDS`]), for the digest knows the declaration's. [`SectionOf`] makes a [`Section`] of any [`Migratable`] device. Where a
 //! layout depends on more than a type (a device's queues, say), the device implements [`Section`]
 //! itself with an [`Encoder`], a [`Decoder`], a [`Describer`] and a [`LayoutDigest`].
 #![deny(
@@ -51,6 +52,7 @@ mod ser;
 mod shape;
 mod types;
 mod walk;
+mod words;
 
 pub use adapter::SectionOf;
 pub use describe::{Describer, describe};
@@ -61,6 +63,7 @@ pub use section::{Audience, ByteSource, Description, Migratable, Section, Sectio
 pub use ser::{Encoder, to_bytes};
 pub use types::{Counted, FixedVec, Pad, Str8, Timer};
 pub use walk::SUBSECTION;
+pub use words::{Form, Word, Words};
 
 /// The serde name that marks a struct as a set of subsections.
 pub const SUBSECTIONS: &str = "@subsections";

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{FieldError, StateError};
+use super::{FieldError, StateError, Words};
 
 /// Who will read what is being written. A QEMU gets exactly QEMU's layouts; another mini-vmm
 /// also gets the subsections named `mini-vmm/…`, for what QEMU's layouts have no place for.
@@ -61,6 +61,8 @@ pub trait VmState: Serialize + DeserializeOwned + Send + fmt::Debug + 'static {
     const VERSION: u32;
     /// The oldest version that is read.
     const MIN_VERSION: u32 = Self::VERSION;
+    /// QEMU's words for the description.
+    const WORDS: Words = Words::DECLARED;
 }
 
 /// A device whose state moves.

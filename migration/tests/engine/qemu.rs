@@ -8,6 +8,7 @@ use std::thread;
 use crate::common::*;
 use migration::destination::{self, DestinationError, Failure};
 use migration::guest::{GuestRam, PAGE_SIZE, RamBlock};
+use migration::problem::{Problem, kind};
 use migration::source::Outcome;
 use migration::stats::Report;
 use migration::transport::{Connection, StreamReader};
@@ -352,7 +353,15 @@ fn qemu_destination(stream: UnixStream, vm: &FakeVm, end: End) -> Vec<String> {
 }
 
 fn to_qemu(end: End) -> (Outcome, FakeVm, FakeVm, Vec<String>) {
-    let (mut source, destination, _) = two_vms(64);
+    let (source, destination, _) = two_vms(64);
+    vm_to_qemu(source, destination, end)
+}
+
+fn vm_to_qemu(
+    mut source: FakeVm,
+    destination: FakeVm,
+    end: End,
+) -> (Outcome, FakeVm, FakeVm, Vec<String>) {
     let (a, b) = UnixStream::pair().unwrap();
     let destination = Arc::new(Mutex::new(destination));
     let theirs = destination.clone();
@@ -387,4 +396,47 @@ fn a_qemu_that_closes_without_a_word_leaves_a_doubt() {
     let (outcome, source, ..) = to_qemu(End::Close);
     assert!(matches!(outcome, Outcome::InDoubt { .. }), "{outcome:?}");
     assert_eq!(source.world.runs(), None);
+}
+
+/// Answers a source's ping as a QEMU does, and gives what came.
+fn pong_only(stream: UnixStream) -> Vec<u8> {
+    let mut answer = Vec::new();
+    Message::Pong(PING_MAGIC).write(&mut answer);
+    (&stream).write_all(&answer).unwrap();
+    let mut came = Vec::new();
+    let _ = (&stream).read_to_end(&mut came);
+    came
+}
+
+#[test]
+fn what_a_qemu_would_lose_keeps_the_guest_here_before_the_first_page() {
+    let (mut source, ..) = two_vms(64);
+    let what = "vCPU 0: MSR 0x140";
+    let problem = |kind| Problem::new(kind, what, "0x0", "0x1", "");
+    source.against_qemu = vec![problem(kind::QEMU_REGISTER_HARMLESS), problem(kind::QEMU_REGISTER)];
+    let (a, b) = UnixStream::pair().unwrap();
+    let there = thread::spawn(move || pong_only(b));
+    let connection = Connection::from_unix(a, "unix:a".into());
+    let outcome = migration::source::run(&mut source, connection, &control());
+    let came = join(there);
+    let Outcome::Kept { error } = outcome else { panic!("{outcome:?}") };
+    assert!(error.chain().contains(what), "{}", error.chain());
+    assert!(came.len() < 200, "{} bytes were sent", came.len());
+    assert_eq!(source.world.runs(), Some("source"));
+
+    // The same beforehand, and what is fatal first.
+    let answer = migration::source::preflight_for_qemu(&source).unwrap();
+    assert!(!answer.would_move);
+    let codes: Vec<_> = answer.problems.iter().map(|p| p.code.as_str()).collect();
+    assert_eq!(codes, ["qemu-register", "qemu-register-harmless"]);
+}
+
+#[test]
+fn what_a_guest_can_do_without_does_not_keep_it() {
+    let (mut source, destination, _) = two_vms(64);
+    source.against_qemu =
+        vec![Problem::new(kind::QEMU_REGISTER_HARMLESS, "vCPU 0: MSR 0x1fc", "0x0", "0x1", "")];
+    assert!(migration::source::preflight_for_qemu(&source).unwrap().would_move);
+    let (outcome, ..) = vm_to_qemu(source, destination, End::Shut(0));
+    assert!(matches!(outcome, Outcome::Completed(_)), "{outcome:?}");
 }

@@ -20,6 +20,7 @@ Examples:
   mini-vmm preflight --vm web tcp:other-host:7000 --sample 5s  ... and a better forecast
   mini-vmm preflight --vm web tcp:other-host:7000 --json | jq -r '.problems[].code'
   mini-vmm preflight --vm web tcp:other-host:7000 --rehearse   ... and is its state loaded there?
+  mini-vmm preflight --vm web --qemu                           what stands against any QEMU; nobody is asked
   mini-vmm preflight --vm web tcp:other-host:7000 && mini-vmm migrate --vm web tcp:other-host:7000
 docs/preflight.md explains every code.
 ";
@@ -29,7 +30,11 @@ pub(super) struct PreflightArgs {
     #[command(flatten)]
     vm: VmArg,
     /// Where a mini-vmm waits: tcp:HOST:PORT or unix:PATH
-    uri: String,
+    #[arg(required_unless_present = "qemu")]
+    uri: Option<String>,
+    /// What stands against moving to a QEMU, which can't be asked: nobody is
+    #[arg(long, conflicts_with_all = ["uri", "sample", "downtime", "bandwidth", "rehearse"])]
+    qemu: bool,
     /// For how long the guest's writes are watched, for the forecast; 0s leaves the forecast out
     #[arg(long, value_name = "TIME", default_value = "1s")]
     sample: HumanDuration,
@@ -52,7 +57,10 @@ fn ms(time: Duration) -> u64 {
 }
 
 pub(super) fn preflight(args: &PreflightArgs) -> Result<(), CliError> {
-    let uri = checked_uri(&args.uri)?.to_string();
+    let Some(uri) = &args.uri else {
+        return ask(&args.vm, json!({ "qemu": true }), "a QEMU".into(), args.json);
+    };
+    let uri = checked_uri(uri)?.to_string();
     let known = Parameters::default();
     let question = json!({
             "uri": uri,

@@ -13,9 +13,10 @@ use arch::cpuid::CpuProfile;
 use arch::error::KvmError;
 use arch::host::KvmHost;
 use arch::irqchip::IrqchipState;
+use arch::msr::Msr;
 use arch::trial::VcpuNeeds;
 use arch::vcpu_state::VcpuState;
-use arch::wire::XsaveLayout;
+use arch::wire::{Loss, Registers, WireContext, XsaveLayout};
 use devices::bus::IoBus;
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -251,6 +252,35 @@ impl Machine {
             all.push(vcpu.peek(PAUSE_DEADLINE, move |fd| VcpuNeeds::capture(index, fd, &host))??);
         }
         Ok(all)
+    }
+
+    /// What of each vCPU's registers a QEMU would lose, by the vCPUs' indices; they are looked at as in
+    /// [`look_at_vcpus`](Self::look_at_vcpus).
+    pub fn lost_to_qemu(&self) -> Result<Vec<Vec<Loss>>, MachineError> {
+        let context = self.wire_context(0);
+        let mut all = Vec::new();
+        for vcpu in &self.vcpus {
+            let (index, host) = (vcpu.index(), self.host.clone());
+            let now =
+                vcpu.peek(PAUSE_DEADLINE, move |fd| Registers::capture(index, fd, &host))??;
+            all.push(now.lost(self.power_on_msrs(index), &context));
+        }
+        Ok(all)
+    }
+
+    /// A vCPU's model-specific registers when the machine was switched on; none if there is no such vCPU.
+    pub fn power_on_msrs(&self, index: u32) -> &[Msr] {
+        self.power_on.vcpus.get(index as usize).map_or(&[], |vcpu| &vcpu.msrs)
+    }
+
+    /// What the conversions to and from QEMU's layouts need to know, at this virtual time.
+    pub fn wire_context(&self, virtual_ns: i64) -> WireContext {
+        WireContext {
+            virtual_ns,
+            phys_bits: self.cpu.phys_bits(),
+            xsave: self.xsave.clone(),
+            host: self.host.clone(),
+        }
     }
 
     /// All vCPUs' states, read at the same time in their own threads. They must be paused.

@@ -68,6 +68,12 @@ impl Vm {
         Ok(source::preflight(&mut leaving, &connection, &control, questions)?)
     }
 
+    /// What stands against moving to any QEMU; nobody is asked.
+    pub(crate) fn look_for_qemu(self: &Arc<Self>) -> Result<Preflight, PreflightError> {
+        let (_control, _asking) = self.begin_asking(Parameters::default())?;
+        Ok(source::preflight_for_qemu(&Leaving::new(self.clone()))?)
+    }
+
     /// A control of its own: a preflight is no migration to whoever watches.
     fn begin_asking(
         &self,

@@ -6,12 +6,12 @@ use devices::device::PowerRequest;
 use devices::virtio::DiskImage;
 use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
 use migration::handover::Arbiter;
-use migration::manifest::Scrap;
+use migration::manifest::{Problem, Scrap};
 use migration::vmstate::Section;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::details;
 use super::disks::{self, LeftDisks};
+use super::{details, for_qemu};
 use crate::control::RunState;
 use crate::dirty::RamTracker;
 use crate::rom::{self, PC_BIOS};
@@ -66,6 +66,10 @@ impl Machine for Leaving {
 impl SourceVm for Leaving {
     fn blockers(&self) -> Vec<String> {
         self.vm.blockers()
+    }
+
+    fn against_qemu(&self) -> Result<Vec<Problem>, VmError> {
+        for_qemu::problems(&self.vm)
     }
 
     fn prepare_for_qemu(&mut self) -> Result<(), VmError> {

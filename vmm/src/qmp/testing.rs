@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use migration::params::Parameters;
 use migration::phase::Phase;
+use migration::problem::{Problem, kind};
 use migration::source::Wish;
 use migration::source::{Preflight, Questions};
 use migration::stats::{MigrationInfo, Report};
@@ -153,6 +154,18 @@ impl VmControl for FakeVm {
             would_move: true,
             destination: "mini-vmm 0.1.0".into(),
             problems: Vec::new(),
+            left_out: 0,
+            forecast: None,
+            rehearsal: None,
+        })
+    }
+
+    fn preflight_for_qemu(&self) -> Result<Preflight, ControlError> {
+        let problem = Problem::new(kind::QEMU_FIRMWARE, "the guest", "a BIOS", "none", "");
+        Ok(Preflight {
+            would_move: false,
+            destination: "QEMU 7.2 (nobody was asked)".into(),
+            problems: vec![problem],
             left_out: 0,
             forecast: None,
             rehearsal: None,

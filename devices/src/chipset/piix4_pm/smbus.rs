@@ -30,6 +30,7 @@ pub(super) const BLOCK: usize = 32;
 
 /// The registers; on the wire as they are here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "pmsmb")]
 pub(super) struct SmBus {
     #[serde(rename = "smb_stat")]
     pub(super) stat: u8,

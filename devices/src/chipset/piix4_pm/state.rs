@@ -3,7 +3,9 @@
 use std::cell::Cell;
 use std::fmt;
 
-use migration::vmstate::{Audience, FieldError, FixedVec, Migratable, Timer, VmState};
+use migration::vmstate::{
+    Audience, FieldError, FixedVec, Form, Migratable, Timer, VmState, Word, Words,
+};
 use serde::de::{SeqAccess, Visitor};
 use serde::ser::SerializeTuple;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -12,7 +14,7 @@ use super::Piix4Pm;
 use super::acpi::AcpiRegisters;
 use super::hotplug::{BUSES, Cpu, PciHotplug};
 use super::smbus::{BLOCK, SmBus};
-use crate::pci::PciDeviceState;
+use crate::pci::{PCI_DEVICE_WORDS, PciDeviceState};
 
 /// Section `0000:00:01.3/piix4_pm` v3. Its length depends on how many vCPUs there are: it is read
 /// through [`PmSection`](super::PmSection).
@@ -45,18 +47,21 @@ pub struct PmState {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "APM State")]
 pub(super) struct Apm {
     pub(super) apmc: u8,
     pub(super) apms: u8,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "gpe")]
 pub(super) struct Gpe {
     pub(super) sts: u16,
     pub(super) en: u16,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "acpi_pcihp_pci_status")]
 pub(super) struct PciSlots {
     pub(super) up: u32,
     pub(super) down: u32,
@@ -78,6 +83,7 @@ pub(super) struct MemoryHotplug {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "memory hotplug state")]
 pub(super) struct MemorySelector {
     pub(super) selector: u32,
 }
@@ -88,6 +94,7 @@ pub(super) struct CpuHotplug {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "CPU hotplug state")]
 pub(super) struct CpuHotplugState {
     pub(super) selector: u32,
     pub(super) command: u8,
@@ -95,6 +102,7 @@ pub(super) struct CpuHotplugState {
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "CPU hotplug device state")]
 pub(super) struct CpuState {
     pub(super) is_inserting: bool,
     pub(super) is_removing: bool,
@@ -153,8 +161,15 @@ impl<'de> Deserialize<'de> for PerCpu {
     }
 }
 
+/// QEMU's words: of the slots' registers it decides one by one whether they are sent.
+const FIELDS: &[Word] = &[
+    Word::shown("piix4_pm", "acpi_pci_hotplug.acpi_pcihp_pci_status", Form::Each),
+    Word::shown("pmsmb", "smb_data", Form::Bytes),
+];
+
 impl VmState for PmState {
     const VERSION: u32 = 3;
+    const WORDS: Words = Words { prefix: "", fields: &[PCI_DEVICE_WORDS, FIELDS] };
 }
 
 impl Migratable for Piix4Pm {

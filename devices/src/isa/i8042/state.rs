@@ -13,6 +13,7 @@ pub struct I8042State {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "pckbd@3")]
 pub(super) struct Controller {
     pub(super) write_cmd: u8,
     pub(super) status: u8,

@@ -61,6 +61,7 @@ impl Channel {
 
 /// The first 272 bytes of both sections: `count` bytes from `rptr` on, in a ring.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "PS2 Common State@3")]
 pub(super) struct ChannelState {
     /// -1 for none.
     pub(super) write_cmd: i32,

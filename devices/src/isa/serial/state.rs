@@ -14,7 +14,7 @@ pub struct SerialState {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename = "serial")]
+#[serde(rename = "serial@3")]
 pub(super) struct Uart {
     pub(super) divider: u16,
     pub(super) rbr: u8,

@@ -108,6 +108,7 @@ pub(crate) struct FakeVm {
     pub(crate) fault: Fault,
     pub(crate) details: serde_json::Value,
     pub(crate) blockers: Vec<String>,
+    pub(crate) against_qemu: Vec<Problem>,
     pub(crate) was_running: bool,
     pub(crate) arbiter: Arbiter,
     /// How long it takes to give its disks up.
@@ -137,6 +138,7 @@ impl FakeVm {
             fault: Fault::None,
             details: serde_json::json!({ "slots": [2] }),
             blockers: Vec::new(),
+            against_qemu: Vec::new(),
             was_running: true,
             arbiter: Arbiter::DiskLocks,
             slow_release: Duration::ZERO,
@@ -235,6 +237,9 @@ impl Machine for FakeVm {
 }
 
 impl SourceVm for FakeVm {
+    fn against_qemu(&self) -> Result<Vec<Problem>, VmError> {
+        Ok(self.against_qemu.clone())
+    }
     fn prepare_for_qemu(&mut self) -> Result<(), VmError> {
         Ok(())
     }

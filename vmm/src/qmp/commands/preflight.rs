@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use migration::source::Questions;
+use migration::source::{Preflight, Questions};
 use serde_json::Value;
 
 use super::super::QmpError;
@@ -17,6 +17,8 @@ const MAX_SAMPLE_MS: u64 = 30_000;
 /// the forecast out). With `rehearse` the state of devices and vCPUs is loaded there and thrown away, for
 /// which the guest stands still for about a millisecond. Any parameter of a migration may be said with it, and counts for this once.
 ///
+/// With `qemu` nobody is asked: what stands against moving to any QEMU. It goes with nothing else.
+///
 /// ```text
 /// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "sample": 100, "downtime-limit": 50}}
 /// <- {"return": {"would-move": true, "destination": "mini-vmm 0.1.0", "problems": [], "left-out": 0, "forecast": null, "rehearsal": null}}
@@ -28,8 +30,16 @@ const MAX_SAMPLE_MS: u64 = 30_000;
 /// <- {"error": {"class": "GenericError", "desc": "Parameter 'sample' does not accept value '99999'"}}
 /// -> {"execute": "x-mini-vmm-preflight", "arguments": {"uri": "tcp:192.0.2.1:4444", "speed": 1}}
 /// <- {"error": {"class": "GenericError", "desc": "Parameter 'speed' is unexpected"}}
+/// -> {"execute": "x-mini-vmm-preflight", "arguments": {"qemu": true}}
+/// <- {"return": {"would-move": false, "destination": "QEMU 7.2 (nobody was asked)", "problems": [{"code": "qemu-firmware", "what": "the guest", "expected": "a BIOS", "found": "none", "hint": "", "device": "", "field": "", "fatal": true, "known-as": ""}], "left-out": 0, "forecast": null, "rehearsal": null}}
+/// -> {"execute": "x-mini-vmm-preflight", "arguments": {"qemu": true, "uri": "tcp:192.0.2.1:4444"}}
+/// <- {"error": {"class": "GenericError", "desc": "Parameter 'uri' is unexpected"}}
 /// ```
 pub(super) fn preflight(shared: &Shared, mut args: Args) -> Outcome {
+    if args.optional_bool("qemu")?.unwrap_or(false) {
+        args.finish()?;
+        return Ok(shown(&shared.vm.preflight_for_qemu()?));
+    }
     let uri = args.string("uri")?.parse::<MigrationUri>()?;
     let mut rest = args.rest();
     let mut questions = Questions::default();
@@ -48,6 +58,10 @@ pub(super) fn preflight(shared: &Shared, mut args: Args) -> Outcome {
         parameters.set(&name, &value).map_err(refused)?;
     }
     let answer = shared.vm.preflight(&uri, parameters, &questions)?;
+    Ok(shown(&answer))
+}
+
+fn shown(answer: &Preflight) -> Value {
     // Plain values always have a JSON form.
-    Ok(serde_json::to_value(answer).unwrap_or(Value::Null))
+    serde_json::to_value(answer).unwrap_or(Value::Null)
 }

@@ -22,6 +22,7 @@
 //! | [`inspect`] | what a stream contains, for people |
 //! | [`converge`] | when to stop the guest |
 //! | [`control`], [`params`], [`phase`], [`stats`] | steering and watching one migration |
+//! | [`panics`] | a panic is a failure of a step, not the end of a thread |
 #![forbid(unsafe_code)]
 
 pub mod control;
@@ -34,6 +35,7 @@ pub mod guest;
 pub mod handover;
 pub mod inspect;
 pub mod manifest;
+pub mod panics;
 pub mod params;
 pub mod phase;
 pub mod problem;

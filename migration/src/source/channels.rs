@@ -20,6 +20,7 @@ use std::time::Duration;
 use super::SourceError;
 use crate::control::Control;
 use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
+use crate::panics::guarded;
 use crate::stats::Moved;
 use crate::transport::{Connection, is_stall};
 use crate::wire::multifd::{Initial, MAX_PAGES, Packet};
@@ -200,10 +201,11 @@ impl Shared {
     fn serve(&self, index: usize, connection: &Connection) {
         let mut head = Vec::new();
         while let Some(job) = self.next(index) {
-            let written = match &job {
+            let written = guarded(|| match &job {
                 Job::Chunk(chunk) => self.send(connection, chunk, &mut head),
                 Job::Sync => self.send_sync(connection, &mut head),
-            };
+            });
+            let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
             let mut state = self.lock();
             match written {
                 Ok(moved) => {

@@ -7,6 +7,7 @@ mod cut;
 mod failures;
 mod hostile;
 mod loopback;
+mod panics;
 mod preflight;
 mod qemu;
 mod recorded;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use migration::dirty::DirtyBitmap;
@@ -17,6 +17,8 @@ pub(crate) struct FakeRam {
     /// second.
     pub(crate) ambush: Option<(u64, u64)>,
     clears: AtomicU64,
+    /// Whoever sends pages of it, or takes them in, panics.
+    pub(crate) panics: AtomicBool,
 }
 
 impl FakeRam {
@@ -36,6 +38,7 @@ impl FakeRam {
             log: Mutex::new(None),
             ambush,
             clears: AtomicU64::new(0),
+            panics: AtomicBool::new(false),
         })
     }
 
@@ -65,6 +68,10 @@ impl FakeRam {
         self.data.lock().unwrap().clone()
     }
 
+    fn moves(&self) {
+        assert!(!self.panics.load(Ordering::Relaxed), "memory was told to panic");
+    }
+
     fn check(&self, block: usize, offset: u64, len: u64) -> io::Result<()> {
         let inside = self
             .blocks
@@ -92,6 +99,7 @@ impl GuestRam for FakeRam {
             match *part {
                 IoPart::Bytes(bytes) => all.extend_from_slice(bytes),
                 IoPart::Ram { block, offset, len } => {
+                    self.moves();
                     self.check(block, offset, len as u64)?;
                     let at = offset as usize;
                     all.extend_from_slice(&self.data.lock().unwrap()[block][at..at + len]);
@@ -128,6 +136,7 @@ impl GuestRam for FakeRam {
             match part {
                 ReadPart::Bytes(b) => b[..head.len()].copy_from_slice(head),
                 ReadPart::Ram { block, offset, len } => {
+                    self.moves();
                     self.check(*block, *offset, *len as u64)?;
                     self.copy_in(*block, *offset, head)?;
                 }

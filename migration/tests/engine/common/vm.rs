@@ -86,8 +86,16 @@ const SCRAP: u64 = 5 * PAGE_SIZE + 100;
 pub(crate) enum Fault {
     #[default]
     None,
+    Details,
+    Log,
     Pause,
+    /// It stands still, and says that it does not.
+    Paused,
     Drain,
+    /// When it stands still.
+    Sections,
+    LeftDisks,
+    HandOver,
     ReleaseDisks,
     ReacquireDisks,
     Resume,
@@ -105,6 +113,8 @@ pub(crate) struct FakeVm {
     pub(crate) devices: Vec<(SectionId, Arc<Mutex<FakeDevice>>)>,
     pub(crate) world: Arc<World>,
     pub(crate) fault: Fault,
+    /// What goes wrong does so by a panic.
+    pub(crate) panics: bool,
     pub(crate) details: serde_json::Value,
     pub(crate) blockers: Vec<String>,
     pub(crate) was_running: bool,
@@ -134,6 +144,7 @@ impl FakeVm {
                 .collect(),
             world: world.clone(),
             fault: Fault::None,
+            panics: false,
             details: serde_json::json!({ "slots": [2] }),
             blockers: Vec::new(),
             was_running: true,
@@ -180,6 +191,7 @@ impl FakeVm {
 
     fn fault(&self, at: Fault) -> Result<(), VmError> {
         if self.fault == at {
+            assert!(!self.panics, "{at:?} was told to panic");
             return Err(VmError::with(format!("{at:?} was told to fail"), "the reason behind it"));
         }
         Ok(())
@@ -200,6 +212,9 @@ impl Machine for FakeVm {
         self.ram.clone()
     }
     fn sections(&self) -> Vec<Box<dyn Section>> {
+        if self.world.runs().is_none() {
+            self.fault(Fault::Sections).expect("only a panic makes sense here");
+        }
         let mut sections: Vec<Box<dyn Section>> = self
             .devices
             .iter()
@@ -214,6 +229,7 @@ impl Machine for FakeVm {
         sections
     }
     fn details(&self) -> serde_json::Value {
+        self.fault(Fault::Details).expect("only a panic makes sense here");
         self.details.clone()
     }
 }
@@ -231,6 +247,7 @@ impl SourceVm for FakeVm {
         vec![Scrap { address: SCRAP, value: u32::from_le_bytes(bytes) }]
     }
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
+        self.fault(Fault::Log)?;
         Ok(Box::new(FakeLog(self.ram.clone())))
     }
     fn pause(&mut self) -> Result<(), VmError> {
@@ -240,7 +257,7 @@ impl SourceVm for FakeVm {
         }
         self.world.stand(self.who);
         self.world.note("pause");
-        Ok(())
+        self.fault(Fault::Paused)
     }
     fn drain(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Drain)?;
@@ -267,6 +284,7 @@ impl SourceVm for FakeVm {
         Ok(())
     }
     fn left_disks(&self) -> serde_json::Value {
+        self.fault(Fault::LeftDisks).expect("only a panic makes sense here");
         self.world.stamp.load(Ordering::Relaxed).into()
     }
     fn arbiter(&self) -> Arbiter {
@@ -294,6 +312,7 @@ impl SourceVm for FakeVm {
     }
     fn hand_over(&mut self) {
         self.world.note("handed over");
+        self.fault(Fault::HandOver).expect("only a panic makes sense here");
     }
 }
 

@@ -13,3 +13,4 @@ mod qemu;
 mod recorded;
 mod recover;
 mod saved;
+mod verify;

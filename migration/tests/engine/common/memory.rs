@@ -19,6 +19,8 @@ pub(crate) struct FakeRam {
     clears: AtomicU64,
     /// Whoever sends pages of it, or takes them in, panics.
     pub(crate) panics: AtomicBool,
+    /// It can't be read.
+    pub(crate) unreadable: AtomicBool,
 }
 
 impl FakeRam {
@@ -39,6 +41,7 @@ impl FakeRam {
             ambush,
             clears: AtomicU64::new(0),
             panics: AtomicBool::new(false),
+            unreadable: AtomicBool::new(false),
         })
     }
 
@@ -155,6 +158,9 @@ impl GuestRam for FakeRam {
 
     fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.check(block, offset, buf.len() as u64)?;
+        if self.unreadable.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Other.into());
+        }
         let at = offset as usize;
         buf.copy_from_slice(&self.data.lock().unwrap()[block][at..at + buf.len()]);
         Ok(())

@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::fate::{Fate, MigrationId};
+use crate::panics::{Panicked, guarded};
 use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
 use crate::stats::{MigrationInfo, MigrationStats, Report};
@@ -205,6 +206,20 @@ impl Control {
         self.wake.notify_all();
     }
 
+    /// Runs `body`, the thread of this migration, to its end. The engine catches what panics in it; should
+    /// anything around it panic, the migration has failed, if it had not ended before.
+    pub fn watch<T>(&self, body: impl FnOnce() -> T) -> Result<T, Panicked> {
+        guarded(body).inspect_err(|panicked| {
+            if self.stats.phase().is_busy() {
+                let given = lock(&self.requests).committed;
+                let doubt = "it is not known whether the destination runs the guest: ";
+                let doubt = if given { doubt } else { "" };
+                self.stats.fail(&format!("{doubt}the migration's thread has ended: {panicked}"));
+                let _ = guarded(|| self.enter(Phase::Failed));
+            }
+        })
+    }
+
     /// Goes to `phase` if the table of phases allows it, and tells everyone.
     pub(crate) fn enter(&self, phase: Phase) {
         if self.stats.become_phase(phase) {
@@ -225,5 +240,57 @@ impl Control {
         let pass = self.stats.pass();
         self.events.pass(pass);
         pass
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(phases: &[Phase]) -> Control {
+        let control = Control::new(Parameters::default(), Box::new(NoEvents));
+        control.begin(1 << 20);
+        phases.iter().for_each(|phase| control.enter(*phase));
+        control
+    }
+
+    #[test]
+    fn a_thread_that_panics_leaves_a_migration_that_has_failed() {
+        use Phase::*;
+        for phases in
+            [&[][..], &[Active], &[Active, PreSwitchover], &[Active, Device], &[Active, Cancelling]]
+        {
+            let control = at(phases);
+            let panicked = control.watch(|| panic!("a bad day")).unwrap_err().to_string();
+            let info = control.info();
+            assert_eq!(info.status, Some(Failed), "{phases:?}");
+            let said = info.error_desc.unwrap_or_default();
+            assert_eq!(said, format!("the migration's thread has ended: {panicked}"));
+            assert!(said.ends_with("a bad day"), "{said}");
+        }
+        // Behind the order it does not say that the guest is here.
+        let control = at(&[Active, Device]);
+        assert!(control.commit());
+        assert!(control.watch(|| panic!("a bad day")).is_err());
+        let said = control.info().error_desc.unwrap_or_default();
+        assert!(
+            said.starts_with("it is not known whether the destination runs the guest"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn what_had_ended_before_stays_as_it_was() {
+        use Phase::*;
+        for end in [Completed, Failed] {
+            let control = at(&[Active, end]);
+            assert!(control.watch(|| panic!("too late")).is_err());
+            let info = control.info();
+            assert_eq!(info.status, Some(end));
+            assert!(info.error_desc.is_none());
+        }
+        let control = at(&[Active]);
+        assert_eq!(control.watch(|| 7), Ok(7));
+        assert_eq!(control.info().status, Some(Active));
     }
 }

@@ -22,6 +22,7 @@
 //! | [`inspect`] | what a stream contains, for people |
 //! | [`converge`], [`throttle`] | when to stop the guest, and how much to slow it until then |
 //! | [`control`], [`params`], [`phase`], [`stats`] | steering and watching one migration |
+//! | [`panics`] | a panic is a failure of a step, not the end of a thread |
 #![forbid(unsafe_code)]
 
 pub mod control;
@@ -35,6 +36,7 @@ pub mod handover;
 pub mod inspect;
 pub mod manifest;
 pub(crate) mod pace;
+pub mod panics;
 pub mod params;
 pub mod phase;
 pub mod problem;

@@ -6,31 +6,91 @@
 //! section. TCP's own checksum misses one broken segment in 65536.
 
 use std::io;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::guest::GuestRam;
+use crate::guest::{GuestRam, RamBlock};
 use crate::manifest::{BlockDigests, Digests};
 use crate::wire::limits::MAX_RAM_BLOCKS;
 
 /// How many bytes a digest covers.
 const CHUNK: u64 = 1 << 20;
 
-/// The digests of all blocks.
+/// The digests of all blocks, by as many threads as the host has processors: the guest, whose they are
+/// at other times, stands still.
 pub fn digest(ram: &dyn GuestRam) -> io::Result<Digests> {
-    let mut buf = vec![0; CHUNK as usize];
-    let mut blocks = Vec::new();
-    for (index, block) in ram.blocks().into_iter().enumerate() {
-        let mut digests = Vec::with_capacity(block.len.div_ceil(CHUNK) as usize);
-        for offset in (0..block.len).step_by(CHUNK as usize) {
-            let len = (block.len.saturating_sub(offset)).min(CHUNK) as usize;
-            let buf = buf.get_mut(..len).unwrap_or_default();
-            ram.copy_out(index, offset, buf)?;
-            digests.push(xxh3_64(buf));
+    let found: Vec<Chunks> = ram
+        .blocks()
+        .into_iter()
+        .map(|RamBlock { name, len }| Chunks {
+            name,
+            len,
+            digests: (0..len.div_ceil(CHUNK)).map(|_| AtomicU64::new(0)).collect(),
+        })
+        .collect();
+    let count = found.iter().map(|block| block.digests.len()).sum();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let result = digest_some(ram, &found, &next);
+        if result.is_err() {
+            // Nobody needs the others any more.
+            next.store(count, Ordering::Relaxed);
         }
-        blocks.push(BlockDigests { name: block.name, chunk: CHUNK, digests });
-    }
+        result
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(count);
+    thread::scope(|scope| {
+        let start = |n| {
+            let named = thread::Builder::new().name(format!("migration-sum{n}"));
+            // Those that there are do the work of one that can't be started.
+            named.spawn_scoped(scope, work).ok()
+        };
+        let others: Vec<_> = (1..threads).map_while(start).collect();
+        let own = work();
+        others
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .fold(own, Result::and)
+    })?;
+    let blocks = found
+        .into_iter()
+        .map(|Chunks { name, digests, .. }| {
+            let digests = digests.into_iter().map(AtomicU64::into_inner).collect();
+            BlockDigests { name, chunk: CHUNK, digests }
+        })
+        .collect();
     Ok(Digests { blocks, ..Digests::default() })
+}
+
+/// A block, and the digests of its chunks as far as they are found.
+struct Chunks {
+    name: String,
+    len: u64,
+    digests: Vec<AtomicU64>,
+}
+
+/// Finds the digests of chunks whose turn it is, counted over all blocks, until there are none.
+fn digest_some(ram: &dyn GuestRam, blocks: &[Chunks], next: &AtomicUsize) -> io::Result<()> {
+    let mut buf = vec![0; CHUNK as usize];
+    loop {
+        let mut turn = next.fetch_add(1, Ordering::Relaxed);
+        let place = blocks.iter().enumerate().find_map(|(index, block)| {
+            if let Some(digest) = block.digests.get(turn) {
+                return Some((index, block, digest));
+            }
+            turn = turn.saturating_sub(block.digests.len());
+            None
+        });
+        let Some((index, block, digest)) = place else { return Ok(()) };
+        let offset = (turn as u64).saturating_mul(CHUNK);
+        let len = block.len.saturating_sub(offset).min(CHUNK) as usize;
+        let buf = buf.get_mut(..len).unwrap_or_default();
+        ram.copy_out(index, offset, buf)?;
+        digest.store(xxh3_64(buf), Ordering::Relaxed);
+    }
 }
 
 /// The digest of a device section: its version and its body.

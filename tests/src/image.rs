@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// How COMMIT begins: type, number and length.
 pub const COMMIT: &[u8] = b"\x08\x4d\x03\0\x04";
@@ -11,7 +11,7 @@ pub const COMMIT: &[u8] = b"\x08\x4d\x03\0\x04";
 pub struct Disk {
     /// The image.
     pub path: PathBuf,
-    _dir: tempfile::TempDir,
+    _dir: Option<tempfile::TempDir>,
 }
 
 impl Disk {
@@ -19,9 +19,15 @@ impl Disk {
     #[allow(clippy::new_without_default, reason = "it makes a file")]
     pub fn new() -> Self {
         let dir = tempfile::tempdir().expect("an image");
-        let path = dir.path().join("disk.img");
-        File::create(&path).expect("an image").set_len(1 << 20).expect("an image");
-        Self { path, _dir: dir }
+        let path = Self::inside(dir.path(), 1 << 20).path;
+        Self { path, _dir: Some(dir) }
+    }
+
+    /// An empty one of so many bytes in a directory of the caller's.
+    pub fn inside(dir: &Path, len: u64) -> Self {
+        let path = dir.join("disk.img");
+        File::create(&path).and_then(|file| file.set_len(len)).expect("an image");
+        Self { path, _dir: None }
     }
 
     /// The option that gives it to a VM.

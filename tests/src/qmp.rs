@@ -93,7 +93,8 @@ impl Qmp {
         arguments: Value,
     ) -> io::Result<Result<Value, QmpError>> {
         let request = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.writer, "{request}")?;
+        // In one piece: a `quit` is obeyed as soon as its last bracket is there.
+        self.writer.write_all(format!("{request}\n").as_bytes())?;
         loop {
             let mut answer = self.try_read()?;
             if answer.get("event").is_some() {

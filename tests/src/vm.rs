@@ -190,6 +190,13 @@ impl Vm {
         if status.signal().is_some() { -1 } else { status.code().unwrap_or(-1) }
     }
 
+    /// The process has ended, and its runtime directory has no trace of it.
+    pub fn nothing_is_left(&mut self) {
+        assert!(self.has_ended(), "the process is still there");
+        let left = fs::read_dir(self.dir.path().join("mini-vmm")).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "the VM's directory is left behind");
+    }
+
     /// Waits until the guest has written a line that `found` likes, and gives what it makes of it.
     pub fn wait_serial<T>(
         &mut self,

@@ -55,11 +55,20 @@ impl Session {
     }
 
     /// Ends it; fails if a byte was lost or wrong.
-    pub fn finish(self) {
+    pub fn finish(mut self) {
         kill(Pid::from_raw(self.0.id() as i32), Signal::SIGINT).expect("our own child");
-        let said = self.0.wait_with_output().expect("our own child");
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let mut said = String::new();
+        let out = self.0.stdout.as_mut().expect("it has one");
+        out.read_to_string(&mut said).expect("what it said");
         println!("{}", said.lines().last().unwrap_or_default());
         assert!(!said.contains("WRONG") && said.contains("tcp-client:"), "{said}");
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // One that has ended can't be killed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }

@@ -3,9 +3,10 @@
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use system_tests::linux::{Linux, Machine};
 use system_tests::network::{ARP, Sniffer, Tap, is_gratuitous_arp};
+use system_tests::pair::assert_interrupts_go_on;
 use system_tests::wait;
 use system_tests::work::{Session, check_disk, disk};
 use tempfile::TempDir;
@@ -80,6 +81,75 @@ fn three_migrations_in_a_row_lose_nothing() {
     guest.wait_new("GUEST READY", 90);
     // The power button is heard, and powers off by ACPI.
     guest.vm.qmp().ask("system_powerdown");
+    assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
+    check_disk(&image, durable);
+}
+
+#[test]
+fn a_rehearsal_loads_queues_that_are_at_work_and_disturbs_nothing() {
+    let dir = TempDir::new().expect("a directory");
+    let image = disk(dir.path());
+    let tap = Tap::new("mvtap2", "10.97.0.1/24");
+    let machine = Machine {
+        args: format!(
+            "--memory 256M --smp 2 --disk path={} --net tap={} --rng --balloon --console null",
+            image.display(),
+            tap.name()
+        ),
+        append: "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.97.0.2/24".into(),
+        kernel: true,
+    };
+    let mut guest = machine.boot(dir.path(), "here");
+    guest.assert_content();
+    let mut session = Session::start("10.97.0.2");
+    guest.wait_new("tcp-server:", 60);
+    // Requests are in flight all the time from here on, not only when the disk's writer writes.
+    guest.tell(
+        "while [ ! -e /run/enough ]; do \
+         dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null; done &",
+    );
+    let there = machine.incoming(dir.path(), "there", "127.0.0.1");
+    let uri = there.vm.migrate_uri();
+    for _ in 0..3 {
+        let out = guest.vm.cli(&["migrate", "--rehearse", &uri, "--json"]);
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{said}{errors}\n{}", there.vm.stderr());
+        let answer: Value = serde_json::from_str(&said).expect("JSON");
+        println!("{answer}");
+        assert_eq!(answer["would-move"], true, "{answer}");
+        let rehearsal = &answer["rehearsal"];
+        assert_eq!(rehearsal["loaded"], true, "{answer}");
+        assert_eq!(rehearsal["compared-sections"], rehearsal["sections"], "{answer}");
+        // Nothing has become of it on either side.
+        assert_eq!(guest.vm.qmp().status(), "running");
+        assert_eq!(there.vm.qmp().status(), "inmigrate");
+        assert_eq!(there.text(), "", "the guest ran there");
+        let durable = guest.next_number("disk: record");
+        let verified = guest.next_number("memory: generation");
+        guest.wait_new("tcp-server:", 30);
+        guest.wait_new("fpu:", 30);
+        assert!(guest.next_number("disk: record") > durable, "the disk writer went on");
+        assert!(guest.next_number("memory: generation") >= verified, "so did the memory's");
+        session.assert_alive();
+        assert_interrupts_go_on(&mut guest, 2);
+        guest.assert_content();
+    }
+    // The real one, to the same destination, compared to the last bit.
+    let out = guest.vm.migrate_command(&uri).arg("--verify").output().expect("mini-vmm starts");
+    let errors = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{errors}\n{}\n{}", guest.vm.stderr(), there.vm.stderr());
+    println!("{}", String::from_utf8_lossy(&out.stdout));
+    assert_eq!(guest.vm.wait_exit(20), 0, "{}", guest.vm.stderr());
+    guest.assert_calm();
+    let mut guest = there;
+    guest.wait_new("tcp-server:", 60);
+    guest.shell("touch /run/enough");
+    assert_interrupts_go_on(&mut guest, 2);
+    guest.assert_content();
+    let durable = guest.next_number("disk: record");
+    session.finish();
+    guest.tell("poweroff -f");
     assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
     check_disk(&image, durable);
 }

@@ -1,7 +1,7 @@
 //! What a host may do to a guest on its way: no space, no flush, no network, no memory. One side has the
 //! guest, whole, and says what was wrong.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,23 +13,13 @@ use system_tests::faults::case::{Action, Direction, Inside, Place};
 use system_tests::faults::relay::{Fault, Pids, Relay};
 use system_tests::faults::witness::Witness;
 use system_tests::guest::{Guest, number};
+use system_tests::image::Disk;
 use system_tests::network::{Tap, isolate};
 use system_tests::vm::Vm;
 use system_tests::wait;
 
 const MEMORY: &str = "32M";
 const PARAMS: &str = "fill=8M,set=2M,rate=4000,disk=100";
-
-/// A blank image in a directory.
-fn image(dir: &Path, size: u64) -> PathBuf {
-    let path = dir.join("log.img");
-    File::create(&path).and_then(|file| file.set_len(size)).expect("an image");
-    path
-}
-
-fn on(image: &Path) -> String {
-    format!("--disk path={}", image.display())
-}
 
 /// A number of the guest's own.
 fn count(guest: &mut Guest, key: &str) -> u64 {
@@ -65,6 +55,14 @@ fn stays(here: &mut Guest, uri: &str, words: &[&str]) -> Value {
     info
 }
 
+/// A way from here to there on which the first piece of this name waits until it is released.
+fn held_up(here: &Guest, there: &Guest, direction: Direction, unit: &str) -> Relay {
+    let place = Place::At { unit: unit.into(), nth: 0, inside: Inside::Before };
+    let fault = Fault { direction, place, action: Action::Late };
+    let pids = Pids { source: here.vm.pid(), destination: there.vm.pid() };
+    Relay::new(&there.vm.migrate_uri(), Some(fault), pids)
+}
+
 /// The destination has ended with status 1 and these words.
 fn ended(there: &mut Guest, words: &str) {
     assert_eq!(there.vm.wait_exit(60), 1, "{}", there.vm.stderr());
@@ -88,10 +86,10 @@ fn a_guest_whose_disk_has_no_space_left_moves_and_goes_on_when_there_is_some() {
     let small = Some("size=256k");
     mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), small).expect("a tmpfs");
     // What is not written to takes no space.
-    let path = image(dir.path(), 1 << 20);
+    let image = Disk::inside(dir.path(), 1 << 20);
     fs::write(dir.path().join("filler"), vec![1; 200 << 10]).unwrap();
-    let witness = Witness::new(&path);
-    let mut here = Guest::boot_with(MEMORY, 1, PARAMS, &on(&path));
+    let witness = Witness::new(&image.path);
+    let mut here = Guest::boot_with(MEMORY, 1, PARAMS, &image.argument());
     here.wait_ready();
     wait::until(
         "the disk to be full",
@@ -99,7 +97,7 @@ fn a_guest_whose_disk_has_no_space_left_moves_and_goes_on_when_there_is_some() {
         || (count(&mut here, "disk_errors") > 3).then_some(()),
         || "",
     );
-    let mut there = Guest::incoming_with(MEMORY, 1, &on(&path));
+    let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     here.migrate_to(&there, true);
     here.nothing_is_left();
     assert!(here.vm.stderr().contains("No space left"), "{}", here.vm.stderr());
@@ -118,8 +116,8 @@ fn a_guest_whose_disk_has_no_space_left_moves_and_goes_on_when_there_is_some() {
 }
 
 /// A guest whose process has such a disk.
-fn over(disk: &BrokenDisk, image: &Path) -> Guest {
-    let mut vm = Vm::selfcheck(MEMORY, 1, PARAMS).args(&on(image));
+fn over(disk: &BrokenDisk, image: &Disk) -> Guest {
+    let mut vm = Vm::selfcheck(MEMORY, 1, PARAMS).args(&image.argument());
     for (name, value) in disk.environment() {
         vm = vm.env(name, value);
     }
@@ -131,12 +129,12 @@ fn over(disk: &BrokenDisk, image: &Path) -> Guest {
 #[test]
 fn a_disk_that_cannot_be_flushed_keeps_the_guest_where_its_data_is() {
     let dir = tempfile::tempdir().unwrap();
-    let path = image(dir.path(), 1 << 20);
+    let image = Disk::inside(dir.path(), 1 << 20);
     let disk = BrokenDisk::new(dir.path());
-    let witness = Witness::new(&path);
-    let mut here = over(&disk, &path);
+    let witness = Witness::new(&image.path);
+    let mut here = over(&disk, &image);
     disk.set(true);
-    let mut there = Guest::incoming_with(MEMORY, 1, &on(&path));
+    let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     let words = ["could not be flushed", "Input/output error"];
     stays(&mut here, &there.vm.migrate_uri(), &words);
     ended(&mut there, "could not be flushed");
@@ -144,26 +142,20 @@ fn a_disk_that_cannot_be_flushed_keeps_the_guest_where_its_data_is() {
     assert!(count(&mut here, "disk_errors") > 0);
     disk.set(false);
     writes_on(&mut here);
-    here.moves_after_all(MEMORY, 1, &on(&path));
+    here.moves_after_all(MEMORY, 1, &image.argument());
     assert!(witness.testify().unwrap() > 10);
 }
 
 #[test]
 fn a_disk_that_fails_when_it_is_given_up_is_taken_back() {
     let dir = tempfile::tempdir().unwrap();
-    let path = image(dir.path(), 1 << 20);
+    let image = Disk::inside(dir.path(), 1 << 20);
     let disk = BrokenDisk::new(dir.path());
-    let witness = Witness::new(&path);
-    let mut here = over(&disk, &path);
-    let mut there = Guest::incoming_with(MEMORY, 1, &on(&path));
+    let witness = Witness::new(&image.path);
+    let mut here = over(&disk, &image);
+    let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     // The destination is ready, and the source does not know it yet.
-    let fault = Fault {
-        direction: Direction::Back,
-        place: Place::At { unit: "prepared".into(), nth: 0, inside: Inside::Before },
-        action: Action::Late,
-    };
-    let pids = Pids { source: here.vm.pid(), destination: there.vm.pid() };
-    let relay = Relay::new(&there.vm.migrate_uri(), Some(fault), pids);
+    let relay = held_up(&here, &there, Direction::Back, "prepared");
     let quick = json!({ "x-stall-timeout": 30_000, "x-verify": true });
     let mut qmp = here.begin(&relay.uri(), &quick);
     wait::until("PREPARED", 30, || relay.seen().fired, || here.vm.stderr());
@@ -187,10 +179,10 @@ fn a_disk_that_fails_when_it_is_given_up_is_taken_back() {
     here.is_whole();
     writes_on(&mut here);
     // Its lock is back as well.
-    let mut second = Vm::selfcheck(MEMORY, 1, "").args(&on(&path)).spawn();
+    let mut second = Vm::selfcheck(MEMORY, 1, "").args(&image.argument()).spawn();
     assert_eq!(second.wait_exit(20), 1, "{}", second.stderr());
     assert!(second.stderr().contains("in use by another virtual machine"), "{}", second.stderr());
-    here.moves_after_all(MEMORY, 1, &on(&path));
+    here.moves_after_all(MEMORY, 1, &image.argument());
     assert!(witness.testify().unwrap() > 10);
 }
 
@@ -232,13 +224,7 @@ fn a_tap_that_vanishes_takes_the_network_and_nothing_else() {
     // Nor is one that loses it at the last moment.
     let new = Tap::up("gone2");
     let mut there = Guest::incoming_with(MEMORY, 1, &with(&new));
-    let fault = Fault {
-        direction: Direction::There,
-        place: Place::At { unit: "commit".into(), nth: 0, inside: Inside::Before },
-        action: Action::Late,
-    };
-    let pids = Pids { source: here.vm.pid(), destination: there.vm.pid() };
-    let relay = Relay::new(&there.vm.migrate_uri(), Some(fault), pids);
+    let relay = held_up(&here, &there, Direction::There, "commit");
     let mut qmp = here.begin(&relay.uri(), &json!({ "x-stall-timeout": 30_000 }));
     wait::until("COMMIT", 30, || relay.seen().fired, || here.vm.stderr());
     drop(new);
@@ -297,21 +283,15 @@ impl Drop for MemoryGroup {
 fn a_destination_without_memory_half_way_dies_and_the_guest_does_not() {
     const MEMORY: &str = "128M";
     let dir = tempfile::tempdir().unwrap();
-    let path = image(dir.path(), 1 << 20);
-    let witness = Witness::new(&path);
+    let image = Disk::inside(dir.path(), 1 << 20);
+    let witness = Witness::new(&image.path);
     let params = "fill=96M,set=2M,rate=4000,disk=100";
-    let mut here = Guest::boot_with(MEMORY, 1, params, &on(&path));
+    let mut here = Guest::boot_with(MEMORY, 1, params, &image.argument());
     here.wait_ready();
     let group = MemoryGroup::new();
-    let mut there = Guest::incoming_with(MEMORY, 1, &on(&path));
+    let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     // The first bytes of RAM are late, so that the destination has agreed by then.
-    let fault = Fault {
-        direction: Direction::There,
-        place: Place::At { unit: "ram part".into(), nth: 0, inside: Inside::Before },
-        action: Action::Late,
-    };
-    let pids = Pids { source: here.vm.pid(), destination: there.vm.pid() };
-    let relay = Relay::new(&there.vm.migrate_uri(), Some(fault), pids);
+    let relay = held_up(&here, &there, Direction::There, "ram part");
     let mut qmp = here.begin(&relay.uri(), &json!({ "x-stall-timeout": 30_000 }));
     wait::until("RAM", 30, || relay.seen().fired, || here.vm.stderr());
     // Room for half of it.
@@ -327,6 +307,6 @@ fn a_destination_without_memory_half_way_dies_and_the_guest_does_not() {
     assert_eq!(qmp.status(), "running");
     here.is_whole();
     writes_on(&mut here);
-    here.moves_after_all(MEMORY, 1, &on(&path));
+    here.moves_after_all(MEMORY, 1, &image.argument());
     assert!(witness.testify().unwrap() > 10);
 }

@@ -198,6 +198,9 @@ struct BenchArgs {
     /// Measure both with so many connections as well, 2 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(2..=16))]
     channels: Option<u8>,
+    /// Measure mini-vmm alone, with and without `migrate --verify`, and say what that costs
+    #[arg(long)]
+    verify: bool,
     /// Let destinations allocate the guest's memory as it comes, and not before
     #[arg(long)]
     fresh_memory: bool,
@@ -410,6 +413,7 @@ impl BenchArgs {
             rivals: self.rivals,
             scenarios,
             channels: self.channels,
+            verify: self.verify,
             prealloc: !self.fresh_memory,
             rounds: self.rounds,
             memory_mib: self.memory,

@@ -91,6 +91,7 @@ pub fn run(native_only: bool) -> Result<()> {
             rivals: Vec::new(),
             scenarios: vec!["dirty".into()],
             channels: Some(2),
+            verify: false,
             prealloc: true,
             rounds: 1,
             memory_mib: 128,

@@ -32,6 +32,18 @@ impl ReturnPath {
         Self { connection, open: false, mini_vmm: false, last: Instant::now() }
     }
 
+    /// What it goes over.
+    pub(super) fn connection(&self) -> Option<&Connection> {
+        self.connection.as_ref()
+    }
+
+    /// Says nothing any more.
+    pub(super) fn close(&self) {
+        if let Some(connection) = &self.connection {
+            connection.shutdown(Shutdown::Both);
+        }
+    }
+
     /// The source wants answers.
     pub(super) fn open(&mut self) {
         self.open = self.connection.is_some();

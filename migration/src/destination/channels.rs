@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use super::compressed::Compressed;
 use super::{Arrival, DestinationError};
 use crate::guest::{GuestRam, PAGE_SIZE};
+use crate::handover::destination::Event;
 use crate::manifest::Channels as Announced;
+use crate::panics::guarded;
 use crate::stats::{MigrationStats, Moved};
 use crate::transport::{Connection, StreamReader};
 use crate::vmstate::ByteSource;
@@ -128,12 +130,17 @@ impl Channels {
         self.connections.is_empty()
     }
 
-    /// Pages may come from now on.
-    pub(super) fn start(&mut self, ram: &Arc<dyn GuestRam>) -> Result<(), DestinationError> {
+    /// Pages may come from now on. `main` is the connection that everything else comes over.
+    pub(super) fn start(
+        &mut self,
+        ram: &Arc<dyn GuestRam>,
+        main: Option<&Connection>,
+    ) -> Result<(), DestinationError> {
         self.shared.lock().synced = vec![0; self.connections.len()];
         for (index, connection) in self.connections.iter().enumerate() {
             let (shared, ram, connection) = (self.shared.clone(), ram.clone(), connection.clone());
-            let work = move || shared.receive(index, &connection, ram);
+            let main = main.cloned();
+            let work = move || shared.receive(index, &connection, ram, main);
             let thread = thread::Builder::new()
                 .name(format!("migration-ch{index}"))
                 .spawn(work)
@@ -141,6 +148,12 @@ impl Channels {
             self.threads.push(thread);
         }
         Ok(())
+    }
+
+    /// What a thread has found wrong on this side, or in what came: whoever waits at the main connection
+    /// was woken for it.
+    pub(super) fn failure(&self) -> Option<DestinationError> {
+        self.shared.lock().failed.take_if(|error| !is_of_connection(error))
     }
 
     /// Waits until the section has ended on each connection, and lets them be read on. It is a failure when
@@ -200,8 +213,17 @@ impl Shared {
     }
 
     /// One connection's thread.
-    fn receive(&self, index: usize, connection: &Connection, ram: Arc<dyn GuestRam>) {
-        if let Err(error) = self.packets(index, connection, &*ram) {
+    fn receive(
+        &self,
+        index: usize,
+        connection: &Connection,
+        ram: Arc<dyn GuestRam>,
+        main: Option<Connection>,
+    ) {
+        let received = guarded(|| self.packets(index, connection, &*ram));
+        let received = received.unwrap_or_else(|source| Err(DestinationError::Panicked { source }));
+        if let Err(error) = received {
+            let of_connection = is_of_connection(&error);
             let mut state = self.lock();
             if !state.closing {
                 tracing::debug!(channel = index, error = %error.chain(), "a channel failed");
@@ -209,6 +231,11 @@ impl Shared {
             }
             drop(state);
             self.changed.notify_all();
+            // A source whose pages nobody reads says nothing on the main connection either. One that
+            // has lost a connection does.
+            if let Some(main) = main.filter(|_| !of_connection) {
+                main.shutdown(Shutdown::Read);
+            }
         }
     }
 
@@ -264,6 +291,11 @@ impl Shared {
             }
         }
     }
+}
+
+/// Whether it is the way here that failed.
+fn is_of_connection(error: &DestinationError) -> bool {
+    matches!(error, DestinationError::Channel { .. }) || error.event() == Event::Lost
 }
 
 /// A block's name, number and length.

@@ -7,6 +7,7 @@ use crate::fate::MigrationId;
 use crate::guest::VmError;
 use crate::handover::destination::Event;
 use crate::manifest::{PROTOCOL_VERSIONS, Problem};
+use crate::panics::Panicked;
 use crate::transport::{StreamError, is_stall};
 use crate::verify::RamDifference;
 use crate::vmstate::{FieldError, SectionId, StateError};
@@ -341,6 +342,13 @@ pub enum DestinationError {
     /// Someone on this side asked for it.
     #[error("the migration was given up on this side")]
     Cancelled,
+    /// This program has a fault.
+    #[error("the destination can't go on")]
+    Panicked {
+        /// What the panic said.
+        #[source]
+        source: Panicked,
+    },
 }
 
 fn problems(count: usize) -> String {

@@ -47,10 +47,11 @@ use std::time::{Duration, Instant};
 
 use crate::control::Control;
 use crate::fate::Fate;
-use crate::guest::DestinationVm;
+use crate::guest::{DestinationVm, VmError};
 use crate::handover::Peer;
 use crate::handover::destination::{Action, Destination, Event};
 use crate::manifest::{Digests, Manifest, PROTOCOL_VERSIONS, Prepared};
+use crate::panics::guarded;
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::{Report, Step};
@@ -125,7 +126,8 @@ fn take(
             control.stats().fail(&text);
             tracing::warn!(error = %text, "the VM was not taken");
             control.enter(Phase::Failed);
-            Err(Failure { error, vm_untouched: !arrival.touched })
+            let panicked = matches!(error, DestinationError::Panicked { .. });
+            Err(Failure { error, vm_untouched: !arrival.touched && !panicked })
         }
     }
 }
@@ -205,7 +207,7 @@ impl<'a> Arrival<'a> {
             .answer
             .set_stall_timeout(timeout)
             .map_err(|source| DestinationError::Answer { what: "setting timeouts", source })
-            .and_then(|()| self.receive());
+            .and_then(|()| self.guarded(Self::receive));
         if self.rehearsal.is_some() {
             let received = received.map_err(|error| self.cause(error));
             return self.end_rehearsal(received);
@@ -221,11 +223,19 @@ impl<'a> Arrival<'a> {
         });
         loop {
             let step = match action {
-                Action::Prepare => self.prepare().map(|()| Event::Prepared),
-                Action::SendPrepared => self.await_commit().map(|()| Event::Commit),
+                Action::Prepare => self.guarded(Self::prepare).map(|()| Event::Prepared),
+                Action::SendPrepared => self.guarded(Self::await_commit).map(|()| Event::Commit),
                 Action::TakeDisks => self.take_disks(),
                 Action::Acknowledge => self.answer.acknowledge().map(|()| Event::Acknowledged),
-                Action::Start => self.start(),
+                Action::Start => match guarded(|| self.start()) {
+                    Ok(started) => started,
+                    // It may have run for a moment, so nobody is told that it never will: the source
+                    // stays in doubt until it sees who has the disks, and this process ends.
+                    Err(source) => {
+                        self.answer.close();
+                        return Err(DestinationError::Panicked { source });
+                    }
+                },
                 Action::Announce => {
                     // The guest runs; a source that does not hear it stays in doubt and still.
                     if let Err(error) = self.answer.acknowledge() {
@@ -236,7 +246,8 @@ impl<'a> Arrival<'a> {
                 Action::None => return Ok(()),
                 Action::Refuse | Action::ReleaseDisksAndRefuse => {
                     if action == Action::ReleaseDisksAndRefuse {
-                        self.vm.release_disks();
+                        // What is not given back ends with this process.
+                        let _ = guarded(|| self.vm.release_disks());
                     }
                     let error = error.unwrap_or(DestinationError::Cancelled);
                     self.answer.refuse(&error);
@@ -259,6 +270,14 @@ impl<'a> Arrival<'a> {
         }
     }
 
+    /// Runs a step; its panic is a failure of it.
+    fn guarded<T>(
+        &mut self,
+        step: impl FnOnce(&mut Self) -> Result<T, DestinationError>,
+    ) -> Result<T, DestinationError> {
+        guarded(|| step(self)).unwrap_or_else(|source| Err(DestinationError::Panicked { source }))
+    }
+
     /// An error of the connection after an abort is the abort; a command's own words say more than
     /// that its stream broke off.
     fn cause(&mut self, error: DestinationError) -> DestinationError {
@@ -266,6 +285,9 @@ impl<'a> Arrival<'a> {
             return DestinationError::Cancelled;
         }
         let broken = error.event() == Event::Lost;
+        if let Some(failed) = broken.then(|| self.channels.failure()).flatten() {
+            return failed;
+        }
         let words = self.reader.supply().filter(|_| broken).and_then(Supply::why_broken);
         match words {
             Some(source) => DestinationError::Stream { source },
@@ -477,7 +499,7 @@ impl<'a> Arrival<'a> {
         }
         // From here on pages may be written.
         self.touched = true;
-        self.channels.start(&self.vm.ram())?;
+        self.channels.start(&self.vm.ram(), self.answer.connection())?;
         self.ram_records(header.id)
     }
 
@@ -645,7 +667,12 @@ impl<'a> Arrival<'a> {
                 return Err(DestinationError::Disks { source: aborted() });
             }
         }
-        self.vm.take_disks(&self.left).map_err(|source| DestinationError::Disks { source })?;
+        let taken = guarded(|| self.vm.take_disks(&self.left)).unwrap_or_else(|panicked| {
+            // It has some of them, perhaps.
+            let _ = guarded(|| self.vm.release_disks());
+            Err(VmError::new(panicked.to_string()))
+        });
+        taken.map_err(|source| DestinationError::Disks { source })?;
         Ok(Event::DisksTaken)
     }
 
@@ -657,6 +684,6 @@ impl<'a> Arrival<'a> {
     }
 }
 
-fn aborted() -> crate::guest::VmError {
-    crate::guest::VmError::new("the migration was given up on this side")
+fn aborted() -> VmError {
+    VmError::new("the migration was given up on this side")
 }

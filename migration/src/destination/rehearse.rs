@@ -47,8 +47,8 @@ impl Arrival<'_> {
         &mut self,
         received: Result<(), DestinationError>,
     ) -> Result<(), DestinationError> {
-        let loaded = received.and_then(|()| self.load_for_show());
-        if let Err(error) = self.undo() {
+        let loaded = received.and_then(|()| self.guarded(Self::load_for_show));
+        if let Err(error) = self.guarded(Self::undo) {
             self.spoiled = true;
             self.answer.refuse(&error);
             self.answer.linger(&mut self.reader);

@@ -65,9 +65,10 @@ fn stream(description: &str) -> Vec<u8> {
     write_footer(&mut out, 2);
     for _ in 0..2 {
         write_part_header(&mut out, PartType::Part, 2);
-        ram::write_page_header(&mut out, Some("toy.ram"), 0x1000);
+        ram::write_record(&mut out, Some("toy.ram"), 0x1000, ram::PAGE);
         out.extend_from_slice(&[0x11; 4096]);
-        ram::write_zero(&mut out, None, 0x2000);
+        ram::write_record(&mut out, None, 0x2000, ram::ZERO);
+        out.push(0);
         ram::write_eos(&mut out);
         write_footer(&mut out, 2);
     }

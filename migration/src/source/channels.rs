@@ -20,6 +20,7 @@ use std::time::Duration;
 use super::SourceError;
 use crate::control::Control;
 use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
+use crate::panics::guarded;
 use crate::stats::Moved;
 use crate::transport::{Connection, is_stall};
 use crate::wire::multifd::{Initial, MAX_PAGES, Packet};
@@ -248,13 +249,14 @@ impl Shared {
         let mut head = Vec::new();
         let mut smaller = self.zstd.map(Smaller::new);
         while let Some(job) = self.next(index) {
-            let written = match &job {
+            let written = guarded(|| match &job {
                 Job::Chunk(chunk) => match &mut smaller {
                     None => self.send(connection, chunk, &mut head),
                     Some(smaller) => self.send_smaller(connection, chunk, &mut head, smaller),
                 },
                 Job::Sync => self.send_sync(connection, &mut head),
-            };
+            });
+            let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
             let mut state = self.lock();
             match written {
                 Ok(moved) => {

@@ -8,6 +8,7 @@ use crate::fate::{Fate, MigrationId};
 use crate::guest::{Holder, SourceVm, TakenBack, VmError};
 use crate::handover::Arbiter;
 use crate::handover::source::{Action, Event, Source, State};
+use crate::panics::{asked_of_vm, guarded};
 
 /// The last actions.
 pub(super) fn finish(
@@ -21,12 +22,12 @@ pub(super) fn finish(
             Action::RetakeDisks => retake(vm, trouble),
             Action::ProbeDisks => probe(vm, trouble),
             Action::ReleaseDisksAndHold => {
-                if let Err(error) = vm.release_disks() {
+                if let Err(error) = asked_of_vm(|| vm.release_disks()) {
                     trouble.objection = Some(Objection::Disks(error));
                 }
                 return;
             }
-            Action::Resume => match vm.resume() {
+            Action::Resume => match asked_of_vm(|| vm.resume()) {
                 Ok(()) => Event::Resumed,
                 Err(error) => {
                     trouble.resume = Some(error);
@@ -34,7 +35,8 @@ pub(super) fn finish(
                 }
             },
             Action::HandOver => {
-                vm.hand_over();
+                // The other side runs the guest, whatever becomes of this one.
+                let _ = guarded(|| vm.hand_over());
                 return;
             }
             _ => return,
@@ -44,7 +46,7 @@ pub(super) fn finish(
 }
 
 fn retake(vm: &mut dyn SourceVm, trouble: &mut Trouble) -> Event {
-    let (event, objection) = match vm.reacquire_disks() {
+    let (event, objection) = match asked_of_vm(|| vm.reacquire_disks()) {
         Ok(TakenBack::AsLeft) => return Event::DisksTaken,
         Ok(TakenBack::Changed(what)) => (Event::DisksChanged, Objection::Changed(what)),
         Ok(TakenBack::Held(what)) => (Event::DisksLost, Objection::Held(what)),
@@ -55,7 +57,7 @@ fn retake(vm: &mut dyn SourceVm, trouble: &mut Trouble) -> Event {
 }
 
 fn probe(vm: &mut dyn SourceVm, trouble: &mut Trouble) -> Event {
-    let (event, objection) = match vm.probe_disks() {
+    let (event, objection) = match asked_of_vm(|| vm.probe_disks()) {
         Ok(Holder::RunningGuest(_)) => return Event::DisksInUse,
         Ok(Holder::Someone(what)) => (Event::DisksLost, Objection::HeldBySomeone(what)),
         Ok(Holder::Nobody) => (Event::DisksFree, Objection::NobodyRunsIt),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::guest::VmError;
 use crate::manifest::Problem;
+use crate::panics::Panicked;
 use crate::transport::StreamError;
 use crate::vmstate::StateError;
 use crate::wire::WireError;
@@ -66,6 +67,15 @@ pub enum SourceError {
     DestinationStatus {
         /// The status in its last message.
         status: u32,
+    },
+    /// This program has a fault.
+    #[error("while {during}")]
+    Panicked {
+        /// What was under way.
+        during: &'static str,
+        /// What the panic said.
+        #[source]
+        source: Panicked,
     },
     /// The destination closed the connection without a word.
     #[error("the destination closed the connection while {during}; its own log may say why")]

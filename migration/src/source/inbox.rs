@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::SourceError;
 use crate::control::Control;
+use crate::panics::guarded;
 use crate::transport::{Connection, StreamReader, is_stall};
 use crate::wire::WireError;
 use crate::wire::return_path::Message;
@@ -215,6 +216,14 @@ impl Inbox {
 
 /// The return path's thread: reads until the destination has said its last word.
 pub(super) fn read_messages(connection: &Connection, inbox: &Inbox, control: &Control) {
+    if guarded(|| read_until_last(connection, inbox, control)).is_err() {
+        // Whoever waits for an answer must not wait for one that nobody reads.
+        inbox.end(End::Closed);
+        connection.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+fn read_until_last(connection: &Connection, inbox: &Inbox, control: &Control) {
     let mut reader = StreamReader::new(connection.clone());
     loop {
         if !reader.has_buffered() && !wait_readable(connection, inbox, control) {

@@ -40,6 +40,7 @@ use crate::control::Control;
 use crate::fate::MigrationId;
 use crate::guest::{DirtyTracker, SourceVm, VmError};
 use crate::handover::source::State;
+use crate::panics::guarded;
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
@@ -119,13 +120,17 @@ fn with_return_path<T>(
     connection.set_stall_timeout(stall).map_err(|e| SourceError::send("the first bytes", e))?;
     let inbox = Inbox::default();
     thread::scope(|scope| {
-        thread::Builder::new()
+        let reader = thread::Builder::new()
             .name("migration-return".into())
             .spawn_scoped(scope, || inbox::read_messages(connection, &inbox, control))
             .map_err(|e| SourceError::send("the return path's thread", e))?;
         let result = body(&inbox);
         inbox.finish();
         connection.shutdown(std::net::Shutdown::Both);
+        // Joined here, since a panic of its own must not take the result along.
+        if reader.join().is_err() {
+            tracing::error!("the thread that reads the destination's answers panicked");
+        }
         Ok(result)
     })
 }
@@ -205,7 +210,7 @@ impl<'a> Migration<'a> {
     }
 
     fn run(mut self) -> Outcome {
-        let mut handover = match self.greet() {
+        let mut handover = match self.guarded("the two sides got to know each other", Self::greet) {
             Ok(peer) => {
                 let machine = crate::handover::source::Source::new(peer, self.vm.arbiter());
                 if self.id.is_some() { machine.fenced() } else { machine }
@@ -215,7 +220,7 @@ impl<'a> Migration<'a> {
                 return Outcome::Kept { error };
             }
         };
-        let passes = match self.precopy() {
+        let passes = match self.guarded("RAM was sent", Self::precopy) {
             Ok(passes) => passes,
             Err(error) => {
                 self.stop_tracking();
@@ -248,10 +253,21 @@ impl<'a> Migration<'a> {
         }
     }
 
+    /// Runs a step; its panic is a failure of it.
+    fn guarded<T>(
+        &mut self,
+        during: &'static str,
+        step: impl FnOnce(&mut Self) -> Result<T, SourceError>,
+    ) -> Result<T, SourceError> {
+        guarded(|| step(self))
+            .unwrap_or_else(|source| Err(SourceError::Panicked { during, source }))
+    }
+
     fn stop_tracking(&mut self) {
         self.unthrottle();
         if let Some(mut tracker) = self.tracker.take() {
-            tracker.stop();
+            // Said already; a log that stays on costs time, and nothing else.
+            let _ = guarded(|| tracker.stop());
         }
     }
 
@@ -292,7 +308,8 @@ impl<'a> Migration<'a> {
     fn farewell(&mut self, reason: &str) {
         if self.inbox.is_mini_vmm() && self.inbox.failure().is_none() {
             let abort = Abort { reason: bounded_reason(reason) };
-            self.out.say_at_border(&Command::Abort(abort));
+            // A destination that does not hear it hears that the connection ends.
+            let _ = guarded(|| self.out.say_at_border(&Command::Abort(abort)));
         }
     }
 }

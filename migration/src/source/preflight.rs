@@ -99,7 +99,7 @@ pub fn preflight(
     with_return_path(connection, control, |inbox| {
         let channel = Channel::Connection(connection);
         let mut migration = Migration::new(vm, channel, control, inbox, parameters);
-        let result = migration.ask(questions);
+        let result = migration.guarded("the destination was asked", |m| m.ask(questions));
         migration.farewell("the migration was only tried (preflight)");
         result
     })?

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::out::RAM_SECTION_ID;
 use super::{Migration, SourceError};
 use crate::manifest::{Rehearse, Scrap};
+use crate::panics::asked_of_vm;
 use crate::problem::{Problem, kind};
 use crate::vmstate::Audience;
 use crate::wire::command::Command;
@@ -41,10 +42,14 @@ impl Migration<'_> {
     /// Rehearses. What the destination can't load is a problem, and no error.
     pub(super) fn rehearse(&mut self) -> Result<(Rehearsal, Option<Problem>), SourceError> {
         let begin = Instant::now();
-        self.vm.pause().map_err(SourceError::vm("stopping the guest for the rehearsal"))?;
-        let taken = self.take();
-        // Whatever came of it.
-        self.vm.resume().map_err(SourceError::vm("letting the guest go on after the rehearsal"))?;
+        let taken = self.guarded("the guest stood still for the rehearsal", |migration| {
+            let stopped = migration.vm.pause();
+            stopped.map_err(SourceError::vm("stopping the guest for the rehearsal"))?;
+            migration.take()
+        });
+        // Whatever came of it: a pause may have failed half way.
+        asked_of_vm(|| self.vm.resume())
+            .map_err(SourceError::vm("letting the guest go on after the rehearsal"))?;
         let pause_us = micros(begin);
         let Taken { saved, scraps } = taken?;
         let mut rehearsal = Rehearsal {

@@ -26,6 +26,7 @@ use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
 use crate::manifest::{Digests, PROTOCOL_VERSIONS, SectionDigest};
+use crate::panics::asked_of_vm;
 use crate::phase::Phase;
 use crate::stats::Step;
 use crate::supplement::{FullerSection, Supplement};
@@ -83,14 +84,23 @@ impl Migration<'_> {
         let mut action = machine.on(Event::Switch);
         loop {
             let step = match action {
-                Action::Pause => self.pause().map(|()| Event::Paused),
-                Action::Send => self.send_rest(peer, &mut passes).map(|text| {
-                    description = text;
-                    Event::StateSent
+                Action::Pause => {
+                    self.guarded("the guest was stopped", Self::pause).map(|()| Event::Paused)
+                }
+                Action::Send => self
+                    .guarded("the guest's state was sent", |m| m.send_rest(peer, &mut passes))
+                    .map(|text| {
+                        description = text;
+                        Event::StateSent
+                    }),
+                Action::AwaitPrepared => self
+                    .guarded("PREPARED was awaited", Self::await_prepared)
+                    .map(|()| Event::Prepared),
+                Action::ReleaseDisks => Ok(self.release_disks(&mut trouble)),
+                // Whether the order has left is not known when this panics.
+                Action::Commit => self.guarded("the order to run the guest was sent", |m| {
+                    Ok(m.commit(peer, &description, &mut trouble))
                 }),
-                Action::AwaitPrepared => self.await_prepared().map(|()| Event::Prepared),
-                Action::ReleaseDisks => self.release_disks(&mut trouble),
-                Action::Commit => Ok(self.commit(peer, &description, &mut trouble)),
                 other => {
                     finish(machine, other, self.vm, &mut trouble);
                     if let Some(objection) = &trouble.objection {
@@ -271,15 +281,15 @@ impl Migration<'_> {
         }
     }
 
-    fn release_disks(&mut self, trouble: &mut Trouble) -> Result<Event, SourceError> {
+    fn release_disks(&mut self, trouble: &mut Trouble) -> Event {
         self.control.stats().step(Step::Commit);
-        Ok(match self.vm.release_disks() {
+        match asked_of_vm(|| self.vm.release_disks()) {
             Ok(()) => Event::DisksReleased,
             Err(source) => {
                 trouble.note(SourceError::Vm { during: "giving up the disks' locks", source });
                 Event::DisksKept
             }
-        })
+        }
     }
 
     /// The end of a stream that nobody answers: only when all of it is on the disk, or a command says

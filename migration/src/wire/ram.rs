@@ -189,24 +189,13 @@ pub fn write_block_list(out: &mut Vec<u8>, blocks: &[ListedBlock]) {
     }
 }
 
-/// Writes the header of a page record, up to the page's bytes. `block` is `None` when it is the
-/// one of the record before.
-pub fn write_page_header(out: &mut Vec<u8>, block: Option<&str>, offset: u64) {
-    write_record(out, block, offset, PAGE);
-}
-
-/// Writes a record of a page that is all zero.
-pub fn write_zero(out: &mut Vec<u8>, block: Option<&str>, offset: u64) {
-    write_record(out, block, offset, ZERO);
-    out.push(0);
-}
-
 /// Writes the end of the records.
 pub fn write_eos(out: &mut Vec<u8>) {
     out.extend_from_slice(&EOS.to_be_bytes());
 }
 
-/// Writes the header of a record of this kind.
+/// Writes the header of a record of this kind, up to what [`RecordHeader`] says follows it. `block` is
+/// `None` when it is the one of the record before.
 pub fn write_record(out: &mut Vec<u8>, block: Option<&str>, offset: u64, kind: u64) {
     match block {
         None => out.extend_from_slice(&(offset | kind | CONTINUE).to_be_bytes()),
@@ -252,9 +241,10 @@ mod tests {
         write_blocks(&mut out, &[RamBlock { name: "pc.ram".into(), len: 0x100_0000 }]);
         assert_eq!(out, b"\0\0\0\0\x01\0\0\x04\x06pc.ram\0\0\0\0\x01\0\0\0");
         out.clear();
-        write_page_header(&mut out, Some("pc.ram"), 0x1000);
-        write_page_header(&mut out, None, 0x2000);
-        write_zero(&mut out, None, 0x3000);
+        write_record(&mut out, Some("pc.ram"), 0x1000, PAGE);
+        write_record(&mut out, None, 0x2000, PAGE);
+        write_record(&mut out, None, 0x3000, ZERO);
+        out.push(0);
         write_eos(&mut out);
         assert_eq!(
             out,

@@ -18,12 +18,19 @@ use migration::phase::Phase;
 use migration::source::{self, Outcome};
 use migration::stats::Report;
 use migration::transport::{Address, Connection, Links, Listener};
+use migration::wire::ram;
 
 pub(crate) use guest::FakeState;
 pub(crate) use memory::FakeRam;
 pub(crate) use vm::{FakeVm, Fault, World};
 
 pub(crate) const MACHINE: &str = "pc-i440fx-7.2";
+
+/// Writes a record of a page that is all zero.
+pub(crate) fn zero_page(out: &mut Vec<u8>, block: Option<&str>, offset: u64) {
+    ram::write_record(out, block, offset, ram::ZERO);
+    out.push(0);
+}
 
 /// Long enough for a loaded machine; nothing waits for so long unless it hangs.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);

@@ -57,10 +57,10 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
     ram::write_eos(&mut out);
     section::write_footer(&mut out, 2);
     section::write_part_header(&mut out, PartType::End, 2);
-    ram::write_zero(&mut out, Some("pc.ram"), 0);
-    ram::write_page_header(&mut out, None, 0x1000);
+    zero_page(&mut out, Some("pc.ram"), 0);
+    ram::write_record(&mut out, None, 0x1000, ram::PAGE);
     out.extend_from_slice(&[7; 4096]);
-    ram::write_page_header(&mut out, Some("pc.bios"), 0x2000);
+    ram::write_record(&mut out, Some("pc.bios"), 0x2000, ram::PAGE);
     out.extend_from_slice(&[8; 4096]);
     ram::write_record(&mut out, None, 0, ram::PAGE | ram::RUN);
     ram::write_run(&mut out, 2);

@@ -149,6 +149,25 @@ fn a_destination_that_can_t_throw_it_away_takes_nobody_any_more() {
 }
 
 #[test]
+fn a_guest_that_a_rehearsal_has_stopped_goes_on_whatever_happens() {
+    for (fault, panics) in
+        [(Fault::Paused, false), (Fault::Paused, true), (Fault::Drain, false), (Fault::Drain, true)]
+    {
+        let (mut source, destination, world) = two_vms(64);
+        (source.fault, source.panics) = (fault, panics);
+        let (a, b) = pair();
+        let there = waits(destination, b);
+        let questions = Questions { sample: Duration::ZERO, rehearse: true, ..quick() };
+        let error = preflight(&mut source, &a, &control(), &questions).unwrap_err().chain();
+        assert!(error.contains(&format!("{fault:?} was told to")), "{error}");
+        assert_eq!((world.runs(), world.disks()), (Some("source"), Some("source")));
+        let (_, destination) = join(there);
+        source.fault = Fault::None;
+        assert_moved(&migrate(source, destination, pair(), (control(), control())));
+    }
+}
+
+#[test]
 fn nobody_is_stopped_for_a_rehearsal_that_would_be_in_vain() {
     let (mut source, mut destination, world) = two_vms(64);
     destination.vcpus = 4;

@@ -41,9 +41,9 @@ impl Stream {
             for (n, page) in data.chunks(PAGE_SIZE as usize).enumerate() {
                 let offset = n as u64 * PAGE_SIZE;
                 if page.iter().all(|b| *b == 0) {
-                    ram::write_zero(&mut records, named.take(), offset);
+                    zero_page(&mut records, named.take(), offset);
                 } else {
-                    ram::write_page_header(&mut records, named.take(), offset);
+                    ram::write_record(&mut records, named.take(), offset, ram::PAGE);
                     records.extend_from_slice(page);
                 }
             }
@@ -149,9 +149,9 @@ fn its_stream_is_taken_with_and_without_a_return_path() {
 fn blocks_of_firmware_are_kept_and_sections_may_be_missing() {
     let (mut stream, mut vm, contents) = qemu_and_us();
     stream.blocks.push(RamBlock { name: "/rom@etc/acpi/tables".into(), len: 2 * PAGE_SIZE });
-    ram::write_page_header(&mut stream.records, Some("/rom@etc/acpi/tables"), 0);
+    ram::write_record(&mut stream.records, Some("/rom@etc/acpi/tables"), 0, ram::PAGE);
     stream.records.extend_from_slice(&[0xaa; PAGE_SIZE as usize]);
-    ram::write_zero(&mut stream.records, None, PAGE_SIZE);
+    zero_page(&mut stream.records, None, PAGE_SIZE);
     stream.sections.remove(1);
     stream.sections.reverse();
     vm.keeps = vec!["/rom@etc/acpi/tables".into()];
@@ -184,14 +184,14 @@ fn what_does_not_fit_is_refused_by_name_with_shut_1() {
         (
             |s| {
                 s.records.clear();
-                ram::write_zero(&mut s.records, Some("pc.ram"), 0x40000)
+                zero_page(&mut s.records, Some("pc.ram"), 0x40000)
             },
             "Illegal RAM offset 0x40000 in pc.ram",
         ),
         (
             |s| {
                 s.records.clear();
-                ram::write_zero(&mut s.records, Some("pc.rom"), 0)
+                zero_page(&mut s.records, Some("pc.rom"), 0)
             },
             "Unknown ramblock \"pc.rom\"",
         ),

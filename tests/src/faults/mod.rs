@@ -8,6 +8,10 @@
 
 pub mod campaign;
 pub mod case;
+mod judge;
+pub mod locks;
+mod operator;
+mod process;
 pub mod relay;
 pub mod run;
 pub mod table;

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::case::Case;
-use super::run::{End, Outcome, stage_of};
+use super::run::{End, Outcome};
 
 /// Counts by what was done, and by where.
 #[derive(Debug, Default)]
@@ -119,4 +119,24 @@ impl Row {
             self.longest.as_secs_f64()
         )
     }
+}
+
+/// The stage of a migration to which a piece belongs.
+fn stage(at: &str) -> &'static str {
+    match at {
+        "header" | "configuration" | "open return path" | "hello" | "manifest" | "verdict" => {
+            "greeting"
+        }
+        "ping" | "pong" => "pings",
+        "prepared" => "prepared",
+        "commit" => "commit",
+        "shut" | "settled" => "last word",
+        _ if at.starts_with("ram") || at.ends_with("page") || at.ends_with("pages") => "memory",
+        _ => "devices",
+    }
+}
+
+/// The place of a case as its table has it.
+fn stage_of(at: Option<&str>) -> &'static str {
+    at.map_or("its place never came", stage)
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -63,6 +63,7 @@ fn sector(file: &File, number: u64) -> Sector {
 pub struct Witness {
     path: PathBuf,
     end: Arc<AtomicBool>,
+    count: Arc<AtomicU64>,
     watcher: Option<JoinHandle<Vec<Record>>>,
 }
 
@@ -72,7 +73,8 @@ impl Witness {
         let path = image.to_owned();
         let file = File::open(image).expect("the image");
         let end = Arc::new(AtomicBool::new(false));
-        let until = end.clone();
+        let count = Arc::new(AtomicU64::new(0));
+        let (until, counted) = (end.clone(), count.clone());
         let watcher = thread::spawn(move || {
             let mut seen = Vec::new();
             loop {
@@ -80,6 +82,7 @@ impl Witness {
                 // A record that is being written is not whole yet.
                 while let Sector::Record(record) = sector(&file, seen.len() as u64) {
                     seen.push(record);
+                    counted.store(seen.len() as u64, Ordering::Release);
                 }
                 if last {
                     return seen;
@@ -87,7 +90,12 @@ impl Witness {
                 thread::sleep(STEP);
             }
         });
-        Self { path, end, watcher: Some(watcher) }
+        Self { path, end, count, watcher: Some(watcher) }
+    }
+
+    /// How many records it has seen so far.
+    pub fn seen(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
     }
 
     /// What was seen: every record was written once, by a guest that went on from the one before. Gives
@@ -145,6 +153,7 @@ mod tests {
     use std::fs::OpenOptions;
 
     use super::*;
+    use crate::wait;
 
     fn write(path: &Path, number: u64, nonce: u64, before: u64) {
         let mut words = [0u64; 64];
@@ -178,8 +187,7 @@ mod tests {
         let (_dir, path) = image();
         write(&path, 0, 5, 0);
         let witness = Witness::new(&path);
-        // The witness has it when the watcher looks for the next one.
-        thread::sleep(20 * STEP);
+        wait::until("it to be seen", 20, || (witness.seen() == 1).then_some(()), || "");
         write(&path, 0, 7, 0);
         assert!(witness.testify().unwrap_err().contains("record 0 was"));
     }

@@ -173,7 +173,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn measure(options: &Options) -> Result<Growth> {
-    let rival = Rival::new(OURS, &options.program, Way { channels: None, prealloc: true })?;
+    let rival = Rival::new(OURS, &options.program, Way { prealloc: true, ..Way::default() })?;
     let dir = TempDir::with_prefix("mini-vmm-growth-")
         .doing(|| "create a temporary directory".to_owned())?;
     let image = dir.path().join("selfcheck.elf");

@@ -56,6 +56,8 @@ pub struct Options {
     pub scenarios: Vec<String>,
     /// Measure both programs with so many connections as well.
     pub channels: Option<u8>,
+    /// Measure this project's program alone, with and without `--verify`.
+    pub verify: bool,
     /// Destinations allocate the guest's memory at their start, as every VMM can be told to: else it is
     /// mostly the host's clearing of memory that is measured.
     pub prealloc: bool,
@@ -92,6 +94,12 @@ pub fn run(options: &Options, report: &Report) -> Result<()> {
     if let Some(path) = &report.json {
         results.save(path)?;
     }
+    for (scenario, cost) in results.verifying() {
+        println!(
+            "{scenario}: --verify costs {cost:.0} ms of downtime for each GiB of memory (the source's \
+             medians)"
+        );
+    }
     let missed = results.missed(OURS, THEIRS);
     match missed.is_empty() {
         true => println!("every target is met"),
@@ -104,10 +112,14 @@ pub fn run(options: &Options, report: &Report) -> Result<()> {
 fn measure(options: &Options) -> Result<Results> {
     setup::measuring()?;
     let mut rivals = Vec::new();
-    let alone = Way { channels: None, prealloc: options.prealloc };
+    let alone = Way { prealloc: options.prealloc, ..Way::default() };
     let several = options.channels.map(|_| Way { channels: options.channels, ..alone });
     for way in [alone].into_iter().chain(several) {
         rivals.push(Rival::new(OURS, &options.program, way)?);
+        if options.verify {
+            rivals.push(Rival::new(OURS, &options.program, Way { verify: true, ..way })?);
+            continue;
+        }
         rivals.push(Rival::new(THEIRS, Path::new(QEMU), way)?);
         for (name, path) in &options.rivals {
             rivals.push(Rival::new(name, path, way)?);
@@ -192,10 +204,12 @@ impl Bench<'_> {
     /// The commands as a person would type them.
     fn program(&self, rival: &Rival, scenarios: &[Scenario]) -> Program {
         let (image, qmp) = (Path::new("selfcheck.elf"), Path::new("QMP"));
+        // That it compares is said on the control socket.
+        let name = rival.name.trim_end_matches(rival::VERIFIED);
         let roles = scenarios.first().map(Role::Source).into_iter().chain([Role::Destination(0)]);
         let line = |role| {
             process::line(&rival.command(self.options.memory_mib, &role, image, qmp))
-                .replacen(&rival.program.display().to_string(), &rival.name, 1)
+                .replacen(&rival.program.display().to_string(), name, 1)
                 .replace("127.0.0.1:0", "127.0.0.1:PORT")
         };
         Program {
@@ -278,7 +292,8 @@ fn move_guest(mut source: Vm, destination: &mut Vm, rival: &Rival, port: u16) ->
     source.say(b'r')?;
     let from = source.say(b's')?;
     source.line(from, "up_ms=")?;
-    for (command, arguments) in rival.several().into_iter().chain(orders(&port.to_string())) {
+    let own = rival.several().into_iter().chain(rival.comparing());
+    for (command, arguments) in own.chain(orders(&port.to_string())) {
         source.ask(command, arguments)?;
     }
     let info = source.migrated()?;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::figures::{Metric, Row, Summary};
 use super::host::Machine;
+use super::rival::VERIFIED;
 use crate::error::{Doing, Error, Result};
 
 /// An idle guest's memory goes through one connection at least so fast as this part of `iperf3`'s stream.
@@ -131,6 +132,23 @@ impl Results {
         text
     }
 
+    /// In ms for each GiB, how much longer a guest stands still when both sides compare, for each scenario
+    /// that was measured with and without: the difference of the source's medians.
+    pub fn verifying(&self) -> Vec<(String, f64)> {
+        let gib = self.memory_mib as f64 / 1024.0;
+        let mut costs = Vec::new();
+        for (scenario, _) in &self.scenarios {
+            for name in self.names().filter(|name| name.ends_with(VERIFIED)) {
+                let plain = name.trim_end_matches(VERIFIED);
+                let median = |name| self.find(scenario, name, Metric::Downtime).map(|s| s.median);
+                if let (Some(plain), Some(verified)) = (median(plain), median(name)) {
+                    costs.push((format!("{scenario}, {name}"), (verified - plain) / gib));
+                }
+            }
+        }
+        costs
+    }
+
     /// How the medians changed since `old`, for what both have.
     pub fn changes(&self, old: &Results) -> String {
         let mut text = String::new();
@@ -246,6 +264,23 @@ mod tests {
         let mut slow = results(1.0, 15.0);
         slow.rows[2].summary = Summary::of(&[50.1]).unwrap();
         assert_eq!(slow.missed("ours", "theirs").len(), 1);
+    }
+
+    #[test]
+    fn what_comparing_costs_is_told_for_each_gib() {
+        let mut results = results(1.0, 1.0);
+        results.memory_mib = 2048;
+        results.programs[1].name = "ours --verify".into();
+        assert!(results.verifying().is_empty(), "nothing was measured");
+        for (rival, downtime) in [("ours", 10.0), ("ours --verify", 310.0)] {
+            results.rows.push(Row {
+                scenario: "idle".into(),
+                rival: rival.into(),
+                metric: Metric::Downtime,
+                summary: Summary::of(&[downtime]).unwrap(),
+            });
+        }
+        assert_eq!(results.verifying(), [("idle, ours --verify".to_owned(), 150.0)]);
     }
 
     #[test]

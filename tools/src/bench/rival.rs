@@ -18,6 +18,9 @@ pub enum Kind {
     Qemu,
 }
 
+/// What a program's name ends with where both sides compare.
+pub const VERIFIED: &str = " --verify";
+
 /// A program that is measured.
 #[derive(Debug, Clone)]
 pub struct Rival {
@@ -40,6 +43,8 @@ pub struct Way {
     pub channels: Option<u8>,
     /// The destination has allocated the guest's memory when it begins.
     pub prealloc: bool,
+    /// Both sides compare all memory and state at the switchover; only a mini-vmm can.
+    pub verify: bool,
 }
 
 /// What a VM is to do.
@@ -66,6 +71,7 @@ impl Rival {
             Some(channels) => format!("{name}×{channels}"),
             None => name.to_owned(),
         };
+        let name = if way.verify { format!("{name}{VERIFIED}") } else { name };
         Ok(Rival { name, program: program.to_owned(), kind, version, way })
     }
 
@@ -77,6 +83,12 @@ impl Rival {
             orders.push(("migrate-incoming", json!({ "uri": format!("tcp:127.0.0.1:{port}") })));
         }
         orders
+    }
+
+    /// What the source is told beside the orders that are the same for all.
+    pub fn comparing(&self) -> Option<(&'static str, Value)> {
+        let verify = json!({ "x-verify": true });
+        self.way.verify.then_some(("migrate-set-parameters", verify))
     }
 
     /// What both control sockets are told of connections.

@@ -114,10 +114,13 @@ impl SourceVm for Leaving {
         let mut life = self.vm.life();
         match life.state {
             RunState::Running => {
-                self.vm
-                    .machine
-                    .pause_vcpus()
-                    .map_err(|e| VmError::with("the vCPUs could not be stopped", e))?;
+                // Whatever interrupts this, they are to go on.
+                self.before = Some(life.state);
+                if let Err(e) = self.vm.machine.pause_vcpus() {
+                    // They do already.
+                    self.before = None;
+                    return Err(VmError::with("the vCPUs could not be stopped", e));
+                }
                 self.vm.says_stopped();
             }
             RunState::Paused | RunState::Prelaunch => {}

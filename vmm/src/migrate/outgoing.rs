@@ -8,6 +8,7 @@ use devices::virtio::DiskImage;
 use migration::control::{Control, Owed};
 use migration::destination::{self, DestinationError, Failure};
 use migration::guest::GuestRam;
+use migration::panics::{Panicked, guarded};
 use migration::source::{self, Outcome};
 use migration::transport::{Address, Listener, TransportError};
 
@@ -57,6 +58,9 @@ pub enum IncomingError {
     /// The thread.
     #[error("cannot start the thread that waits for the migration")]
     Thread(#[source] std::io::Error),
+    /// The thread that waited has a fault.
+    #[error("the thread that waits for the migration has ended")]
+    Panicked(#[from] Panicked),
     /// It came, but could not be taken.
     #[error("the incoming migration failed")]
     Failed(#[from] Failure),
@@ -93,7 +97,10 @@ impl Vm {
         }
         let thread = thread::Builder::new()
             .name("migration-out".into())
-            .spawn(move || vm.go(way, address, &shared))
+            .spawn(move || {
+                // What it panicked with has been said, and stands in the migration's report.
+                let _ = shared.watch(|| vm.go(way, address, &shared));
+            })
             .map_err(MigrateError::Thread)?;
         desk.begin(control, thread);
         Ok(())
@@ -147,12 +154,20 @@ impl Vm {
         let thread = thread::Builder::new()
             .name("migration-in".into())
             .spawn(move || {
-                let received = match way {
-                    WayIn::Listener(listener) => vm.receive(listener, shared),
+                let received = shared.watch(|| match way {
+                    WayIn::Listener(listener) => vm.receive(listener, shared.clone()),
                     only => vm.receive_only(only, &shared),
-                };
-                if let Err(e) = received {
-                    vm.queue(MachineEvent::IncomingFailed(e));
+                });
+                match received {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => vm.queue(MachineEvent::IncomingFailed(e)),
+                    // Nobody waits here any more, and nobody will come.
+                    Err(panicked) if vm.state() == RunState::Inmigrate => {
+                        vm.life().state = RunState::InternalError;
+                        vm.queue(MachineEvent::IncomingFailed(panicked.into()));
+                    }
+                    // The guest is here, and lives on without that thread.
+                    Err(_) => {}
                 }
             })
             .map_err(IncomingError::Thread)?;
@@ -254,7 +269,10 @@ impl Vm {
         while !self.migration.lock().closing && until.is_none_or(|until| Instant::now() < until) {
             match listener.accept(ACCEPT_STEP) {
                 Ok(Some(connection)) => {
-                    if destination::answer(connection, owed, ANSWER_PATIENCE) {
+                    let answered =
+                        guarded(|| destination::answer(connection, owed, ANSWER_PATIENCE));
+                    // One that makes this side panic has not been answered; the next may be.
+                    if answered.unwrap_or(false) {
                         tracing::warn!("the source knows now what became of the guest");
                         return true;
                     }

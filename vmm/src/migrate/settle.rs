@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migration::fate::{Fate, MigrationId};
+use migration::panics::guarded;
 use migration::source::{self, Asked, Settled};
 use migration::transport::{Abort, Address, Connection};
 
@@ -124,7 +125,8 @@ impl Vm {
         let mut pause = FIRST;
         while asker.rest(pause) {
             pause = pause.saturating_mul(2).min(LONGEST);
-            let answer = asker.ask(whom, self.config().machine.to_string());
+            let asked = guarded(|| asker.ask(whom, self.config().machine.to_string()));
+            let answer = asked.unwrap_or_else(|panicked| Err(panicked.to_string()));
             asker.note(&answer);
             let settled = self.settle(asker, answer.as_ref().ok().map(Asked::fate));
             if settled && let Ok(answer) = answer {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use migration::dirty::DirtyBitmap;
@@ -31,6 +31,10 @@ pub(crate) struct FakeRam {
     /// second.
     pub(crate) ambush: Option<(u64, u64)>,
     clears: AtomicU64,
+    /// Whoever sends pages of it, or takes them in, panics.
+    pub(crate) panics: AtomicBool,
+    /// It can't be read.
+    pub(crate) unreadable: AtomicBool,
 }
 
 impl FakeRam {
@@ -51,6 +55,8 @@ impl FakeRam {
             log: Mutex::new(None),
             ambush,
             clears: AtomicU64::new(0),
+            panics: AtomicBool::new(false),
+            unreadable: AtomicBool::new(false),
         })
     }
 
@@ -85,6 +91,10 @@ impl FakeRam {
         self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
     }
 
+    fn moves(&self) {
+        assert!(!self.panics.load(Ordering::Relaxed), "memory was told to panic");
+    }
+
     fn check(&self, block: usize, offset: u64, len: u64) -> io::Result<()> {
         let inside = self
             .blocks
@@ -113,6 +123,7 @@ impl GuestRam for FakeRam {
             match *part {
                 IoPart::Bytes(bytes) => all.extend_from_slice(bytes),
                 IoPart::Ram { block, offset, len } => {
+                    self.moves();
                     self.check(block, offset, len as u64)?;
                     let at = offset as usize;
                     all.extend_from_slice(&self.data.lock().unwrap()[block][at..at + len]);
@@ -150,6 +161,7 @@ impl GuestRam for FakeRam {
             match part {
                 ReadPart::Bytes(b) => b[..head.len()].copy_from_slice(head),
                 ReadPart::Ram { block, offset, len } => {
+                    self.moves();
                     self.check(*block, *offset, *len as u64)?;
                     self.put(*block, *offset, head);
                 }
@@ -168,6 +180,9 @@ impl GuestRam for FakeRam {
 
     fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.check(block, offset, buf.len() as u64)?;
+        if self.unreadable.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Other.into());
+        }
         let at = offset as usize;
         buf.copy_from_slice(&self.data.lock().unwrap()[block][at..at + buf.len()]);
         Ok(())

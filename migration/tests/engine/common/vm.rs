@@ -87,8 +87,16 @@ pub(crate) enum Fault {
     #[default]
     None,
     Throttle,
+    Details,
+    Log,
     Pause,
+    /// It stands still, and says that it does not.
+    Paused,
     Drain,
+    /// When it stands still.
+    Sections,
+    LeftDisks,
+    HandOver,
     ReleaseDisks,
     ReacquireDisks,
     Resume,
@@ -106,6 +114,8 @@ pub(crate) struct FakeVm {
     pub(crate) devices: Vec<(SectionId, Arc<Mutex<FakeDevice>>)>,
     pub(crate) world: Arc<World>,
     pub(crate) fault: Fault,
+    /// What goes wrong does so by a panic.
+    pub(crate) panics: bool,
     pub(crate) details: serde_json::Value,
     pub(crate) blockers: Vec<String>,
     pub(crate) against_qemu: Vec<Problem>,
@@ -136,6 +146,7 @@ impl FakeVm {
                 .collect(),
             world: world.clone(),
             fault: Fault::None,
+            panics: false,
             details: serde_json::json!({ "slots": [2] }),
             blockers: Vec::new(),
             against_qemu: Vec::new(),
@@ -198,6 +209,7 @@ impl FakeVm {
 
     fn fault(&self, at: Fault) -> Result<(), VmError> {
         if self.fault == at {
+            assert!(!self.panics, "{at:?} was told to panic");
             return Err(VmError::with(format!("{at:?} was told to fail"), "the reason behind it"));
         }
         Ok(())
@@ -218,6 +230,9 @@ impl Machine for FakeVm {
         self.ram.clone()
     }
     fn sections(&self) -> Vec<Box<dyn Section>> {
+        if self.world.runs().is_none() {
+            self.fault(Fault::Sections).expect("only a panic makes sense here");
+        }
         let mut sections: Vec<Box<dyn Section>> = self
             .devices
             .iter()
@@ -232,6 +247,7 @@ impl Machine for FakeVm {
         sections
     }
     fn details(&self) -> serde_json::Value {
+        self.fault(Fault::Details).expect("only a panic makes sense here");
         self.details.clone()
     }
 }
@@ -252,6 +268,7 @@ impl SourceVm for FakeVm {
         vec![Scrap { address: SCRAP, value: u32::from_le_bytes(bytes) }]
     }
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
+        self.fault(Fault::Log)?;
         Ok(Box::new(FakeLog(self.ram.clone())))
     }
     fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
@@ -268,7 +285,7 @@ impl SourceVm for FakeVm {
         }
         self.world.stand(self.who);
         self.world.note("pause");
-        Ok(())
+        self.fault(Fault::Paused)
     }
     fn drain(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Drain)?;
@@ -295,6 +312,7 @@ impl SourceVm for FakeVm {
         Ok(())
     }
     fn left_disks(&self) -> serde_json::Value {
+        self.fault(Fault::LeftDisks).expect("only a panic makes sense here");
         self.world.stamp.load(Ordering::Relaxed).into()
     }
     fn arbiter(&self) -> Arbiter {
@@ -322,6 +340,7 @@ impl SourceVm for FakeVm {
     }
     fn hand_over(&mut self) {
         self.world.note("handed over");
+        self.fault(Fault::HandOver).expect("only a panic makes sense here");
     }
 }
 

@@ -219,6 +219,8 @@ impl Trial {
                 thread::sleep(STEP);
                 continue;
             }
+            // Before it is asked: an answer may take as long as a process is frozen, and is old then.
+            let late = self.relay.seen().fired.unwrap_or(start).elapsed() > Self::limit();
             let now = state(&mut self.here.vm);
             if let State::Alive { migration, .. } = &now {
                 match migration.as_str() {
@@ -233,8 +235,7 @@ impl Trial {
             if matches!(now, State::Ended(_)) {
                 break now;
             }
-            let since = self.relay.seen().fired.unwrap_or(start);
-            if since.elapsed() > Self::limit() {
+            if late {
                 return Err(format!("the source does not notice: {now:?}"));
             }
             thread::sleep(STEP);
@@ -323,6 +324,7 @@ impl Trial {
     fn settle_destination(&mut self) -> Result<(), String> {
         let start = Instant::now();
         loop {
+            let late = start.elapsed() > Self::limit();
             let now = state(&mut self.there.vm);
             match &now {
                 State::Ended(_) => return Ok(()),
@@ -338,7 +340,7 @@ impl Trial {
                 }
                 _ => {}
             }
-            if start.elapsed() > Self::limit() {
+            if late {
                 return Err(format!("the destination does not notice: {now:?}"));
             }
             thread::sleep(STEP);

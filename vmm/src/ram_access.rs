@@ -1,7 +1,7 @@
 //! The migration's way to guest memory: vectored reads and writes straight between a socket and
 //! the guest's pages, with no copy in user space.
 //!
-//! This file, with [`zero`], is the only place where guest memory is reached by raw pointer. Guest memory is
+//! This file, with `zero.rs`, is the only place where guest memory is reached by raw pointer. Guest memory is
 //! shared with running vCPUs, so no Rust reference to it is ever made: the kernel reads and writes
 //! it, and the few loops here use volatile accesses.
 

@@ -21,7 +21,7 @@ type Look = unsafe fn(*const u8, usize) -> bool;
 /// multiples of 256.
 pub(crate) unsafe fn is_zero(from: *const u8, len: usize) -> bool {
     static LOOK: OnceLock<Look> = OnceLock::new();
-    debug_assert!(from as usize % STEP == 0 && len % STEP == 0);
+    debug_assert!((from as usize).is_multiple_of(STEP) && len.is_multiple_of(STEP));
     let look = LOOK.get_or_init(|| looks().last().copied().unwrap_or(words));
     // SAFETY: the caller vouches for the memory, and `looks` for the processor.
     unsafe { look(from, len) }

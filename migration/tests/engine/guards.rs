@@ -11,7 +11,7 @@ use migration::guest::{PAGE_SIZE, RamBlock};
 
 /// Pages of the guest: 64 MiB, none of them zero.
 const PAGES: u64 = 16 << 10;
-const MIB: u64 = PAGES * PAGE_SIZE >> 20;
+const MIB: u64 = (PAGES * PAGE_SIZE) >> 20;
 
 fn count(of: &AtomicU64) -> u64 {
     of.load(Ordering::Relaxed)
@@ -69,7 +69,7 @@ fn a_bitmap_with_nothing_in_it_costs_a_look_at_each_word() {
             }
         }
         best[1] = best[1].min(begin.elapsed());
-        assert_eq!(found, [pages - 1..pages]);
+        assert_eq!((found.len(), found[0].start), (1, pages - 1));
     }
     assert!(best[1] < best[0] * 4, "counted in {:?}, walked in {:?}", best[0], best[1]);
 }

@@ -209,15 +209,18 @@ impl Control {
     /// Runs `body`, the thread of this migration, to its end. The engine catches what panics in it; should
     /// anything around it panic, the migration has failed, if it had not ended before.
     pub fn watch<T>(&self, body: impl FnOnce() -> T) -> Result<T, Panicked> {
-        guarded(body).inspect_err(|panicked| {
-            if self.stats.phase().is_busy() {
-                let given = lock(&self.requests).committed;
-                let doubt = "it is not known whether the destination runs the guest: ";
-                let doubt = if given { doubt } else { "" };
-                self.stats.fail(&format!("{doubt}the migration's thread has ended: {panicked}"));
-                let _ = guarded(|| self.enter(Phase::Failed));
-            }
-        })
+        guarded(body).inspect_err(|panicked| self.panicked(panicked))
+    }
+
+    /// The thread of this migration has ended by a panic.
+    pub fn panicked(&self, panicked: &Panicked) {
+        if self.stats.phase().is_busy() {
+            let given = lock(&self.requests).committed;
+            let doubt = "it is not known whether the destination runs the guest: ";
+            let doubt = if given { doubt } else { "" };
+            self.stats.fail(&format!("{doubt}the migration's thread has ended: {panicked}"));
+            let _ = guarded(|| self.enter(Phase::Failed));
+        }
     }
 
     /// Goes to `phase` if the table of phases allows it, and tells everyone.

@@ -83,6 +83,8 @@ pub struct Progress {
     pub timeout: Option<Duration>,
     /// What to do when that is over.
     pub on_timeout: OnTimeout,
+    /// What was left fitted the limit once, and after another pass it did not.
+    pub missed: bool,
 }
 
 /// What to do next.
@@ -90,6 +92,8 @@ pub struct Progress {
 pub enum Decision {
     /// One more pass.
     GoOn,
+    /// One more pass, although the rest fits the limit: it makes the pause shorter.
+    Shorten,
     /// Stop the guest: the rest fits the limit.
     Switch,
     /// Stop the guest although the rest does not fit: time is over.
@@ -103,9 +107,11 @@ pub fn decide(progress: &Progress) -> Decision {
     let fits = progress.forecast.filter(|forecast| *forecast <= progress.downtime_limit);
     if let Some(forecast) = fits {
         let over = progress.timeout.is_some_and(|timeout| progress.elapsed >= timeout);
-        return match over || !pays(forecast, progress.remaining, progress.before) {
+        // A guest that is quiet for less than a pass would be asked for one for ever.
+        let no_more = over || progress.missed;
+        return match no_more || !pays(forecast, progress.remaining, progress.before) {
             true => Decision::Switch,
-            false => Decision::GoOn,
+            false => Decision::Shorten,
         };
     }
     match (progress.timeout, progress.on_timeout) {
@@ -158,6 +164,7 @@ mod tests {
                 elapsed,
                 timeout,
                 on_timeout,
+                missed: false,
             })
         };
         let (cancel, force) = (OnTimeout::Cancel, OnTimeout::Force);
@@ -176,6 +183,10 @@ mod tests {
     fn the_limit_is_not_aimed_at_while_passes_pay() {
         use Decision::*;
         let case = |ms: u32, remaining, before, elapsed: u32| {
+            progress(ms, remaining, before, elapsed, false)
+        };
+        let missed = |ms, remaining| progress(ms, remaining, 100, 0, true);
+        fn progress(ms: u32, remaining: u64, before: u64, elapsed: u32, missed: bool) -> Decision {
             decide(&Progress {
                 forecast: Some(ms * MS),
                 remaining,
@@ -184,14 +195,17 @@ mod tests {
                 elapsed: elapsed * MS,
                 timeout: Some(1000 * MS),
                 on_timeout: OnTimeout::Cancel,
+                missed,
             })
-        };
-        assert_eq!(case(300, 75, 100, 0), GoOn, "clearly less than before");
+        }
+        assert_eq!(case(300, 75, 100, 0), Shorten, "clearly less than before");
         assert_eq!(case(300, 76, 100, 0), Switch, "nearly as much as before");
-        assert_eq!(case(3, 75, 100, 0), GoOn);
+        assert_eq!(case(3, 75, 100, 0), Shorten);
         assert_eq!(case(2, 1, 100, 0), Switch, "a trifle");
         assert_eq!(case(300, 75, 100, 1000), Switch, "time is over, and it fits");
         assert_eq!(case(301, 75, 100, 1000), GiveUp);
+        assert_eq!(missed(300, 1), Switch, "the second time that it fits");
+        assert_eq!(missed(301, 1), GoOn);
         // However the guest writes, there is an end.
         let (mut remaining, mut passes, mut ms) = (1 << 30, 0, 300.0);
         while pays(Duration::from_secs_f64(ms / 1e3), remaining * 3 / 4, remaining) {

@@ -243,6 +243,9 @@ impl GuestRam for Ram {
     }
 
     fn is_zero(&self, block: usize, offset: u64) -> bool {
+        if !offset.is_multiple_of(PAGE_SIZE) {
+            return false;
+        }
         let mut zero = true;
         let whole = self.stretches(&roms(self, block), block, offset, PAGE_SIZE, |p, n| {
             // SAFETY: the stretch lies inside one of this RAM's mappings, and is a whole page.

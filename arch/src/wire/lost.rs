@@ -31,7 +31,22 @@ const HARMLESS: &[(u32, &str)] = &[
          matters does so for the host's kernel already",
     ),
     (0x1fc, "POWER_CTL: KVM keeps the value, and nothing follows from it"),
+    (0x1db, LAST_BRANCH),
+    (0x1dc, LAST_BRANCH),
+    (0x1dd, LAST_BRANCH),
+    (0x1de, LAST_BRANCH),
 ];
+const LAST_BRANCH: &str = "the last branch or interrupt, which the processor records for debuggers";
+
+/// DEBUGCTL, and its bit that has a bus lock trapped (Intel SDM volume 3, 17.4.1), which Linux sets where a
+/// split lock is not trapped already.
+const DEBUGCTL: u32 = 0x1d9;
+const BUS_LOCK_DETECT: u64 = 1 << 2;
+const BUS_LOCK: &str = "the kernel's log no longer warns of programs that lock the bus";
+/// Where events are stored, and which counters do so (Intel SDM volume 3, 19.6.2.4).
+const DS_AREA: u32 = 0x600;
+const PEBS_ENABLE: u32 = 0x3f1;
+const NO_PEBS: &str = "an address for events that no counter stores";
 
 /// AMD's performance monitor: the four selects and counters of the K7 (AMD APM volume 2, 13.2), the six
 /// pairs of family 15h under other numbers, and version 2's global registers.
@@ -118,9 +133,14 @@ fn lost_msrs(now: &[Msr], power_on: &[Msr], context: &WireContext) -> Vec<Loss> 
     let counts = |msr: &Msr| AMD_SELECTS.contains(&msr.index) && msr.value & SELECT_ENABLE != 0;
     let idle = !now.iter().any(counts);
     let within = |ranges: &[RangeInclusive<u32>], index| ranges.iter().any(|r| r.contains(&index));
-    let harmless = |index: u32| match HARMLESS.iter().find(|(number, _)| *number == index) {
-        Some((_, why)) => Some(*why),
-        None => (idle && within(AMD_PMU, index)).then_some(PMU_IDLE),
+    let storing = value(now, PEBS_ENABLE).unwrap_or(0) != 0;
+    let harmless = |msr: &Msr, power_on: u64| {
+        let known = HARMLESS.iter().find(|(number, _)| *number == msr.index).map(|(_, why)| *why);
+        known.or(match msr.index {
+            DEBUGCTL => (msr.value & !BUS_LOCK_DETECT == power_on).then_some(BUS_LOCK),
+            DS_AREA => (!storing).then_some(NO_PEBS),
+            index => (idle && within(AMD_PMU, index)).then_some(PMU_IDLE),
+        })
     };
     let lost = |msr: &Msr| {
         let power_on = value(power_on, msr.index).unwrap_or(0);
@@ -129,7 +149,7 @@ fn lost_msrs(now: &[Msr], power_on: &[Msr], context: &WireContext) -> Vec<Loss> 
             register: format!("MSR {:#x}", msr.index),
             value: msr.value,
             power_on,
-            harmless: harmless(msr.index),
+            harmless: harmless(msr, power_on),
         })
     };
     now.iter().filter_map(lost).collect()
@@ -178,6 +198,19 @@ mod tests {
         // A field of 32 bits does not hold 64.
         let lost = lost_msrs(&of(&numbers, &[0, 1, 2, 0, 1 << 40, 0, 0]), &power_on, &context);
         assert_eq!(names(&lost), [("MSR 0x174", false)]);
+    }
+
+    #[test]
+    fn what_warns_and_what_nobody_stores_does_no_harm() {
+        let numbers = [0x1d9, 0x1db, 0x3f1, 0x600];
+        let context = context(&numbers);
+        let power_on = of(&numbers, &[0; 4]);
+        let lost = |values: &[u64]| lost_msrs(&of(&numbers, values), &power_on, &context);
+        let harmless = [("MSR 0x1d9", true), ("MSR 0x1db", true), ("MSR 0x600", true)];
+        assert_eq!(names(&lost(&[4, 7, 0, 0xffff])), harmless);
+        // Single steps on branches, and counters that store.
+        let fatal = [("MSR 0x1d9", false), ("MSR 0x3f1", false), ("MSR 0x600", false)];
+        assert_eq!(names(&lost(&[6, 0, 1, 0xffff])), fatal);
     }
 
     #[test]

@@ -60,7 +60,7 @@ use crate::transport::{Connection, Input, StreamError, StreamReader, Supply, is_
 use crate::verify;
 use crate::vmstate::{ByteSource, SectionId};
 use crate::wire::WireError;
-use crate::wire::command::{self, Command, Commit, PING_MAGIC};
+use crate::wire::command::{self, Abort, Command, Commit, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::limits::MAX_SECTION_BODY;
 use crate::wire::ram::{SECTION, VERSION};
@@ -343,6 +343,10 @@ impl<'a> Arrival<'a> {
     fn skip_description(&mut self) -> Result<(), DestinationError> {
         match section::read_part_type(&mut self.reader)? {
             PartType::Description => Ok(section::skip_description(&mut self.reader)?),
+            PartType::Command => match Command::read(&mut self.reader)? {
+                Command::Abort(Abort { reason }) => Err(DestinationError::SourceGaveUp { reason }),
+                _ => Err(self.out_of_turn("a command before the description")),
+            },
             _ => Err(self.out_of_turn("no description at the end")),
         }
     }

@@ -54,6 +54,8 @@ impl Arrival<'_> {
             self.answer.linger(&mut self.reader);
             return Err(error);
         }
+        // What a panic has left half done is nobody's to load a guest into.
+        self.spoiled |= matches!(loaded, Err(DestinationError::Panicked { .. }));
         let count = 0;
         let told = match loaded {
             Ok(prepared) => self.answer.send(&Message::Prepared(prepared)),

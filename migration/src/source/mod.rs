@@ -33,6 +33,7 @@ pub(crate) use greet::PROGRAM;
 pub use preflight::{Preflight, Questions, preflight, preflight_for_qemu};
 pub use rehearse::Rehearsal;
 
+use std::panic::resume_unwind;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,7 +41,7 @@ use crate::control::Control;
 use crate::fate::MigrationId;
 use crate::guest::{DirtyTracker, SourceVm, VmError};
 use crate::handover::source::State;
-use crate::panics::guarded;
+use crate::panics::{asked_of_vm, guarded};
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
@@ -124,14 +125,15 @@ fn with_return_path<T>(
             .name("migration-return".into())
             .spawn_scoped(scope, || inbox::read_messages(connection, &inbox, control))
             .map_err(|e| SourceError::send("the return path's thread", e))?;
-        let result = body(&inbox);
+        let result = guarded(|| body(&inbox));
         inbox.finish();
         connection.shutdown(std::net::Shutdown::Both);
         // Joined here, since a panic of its own must not take the result along.
         if reader.join().is_err() {
             tracing::error!("the thread that reads the destination's answers panicked");
         }
-        Ok(result)
+        // Each step is guarded by itself; what is left is between them, and the caller's to report.
+        Ok(result.unwrap_or_else(|panicked| resume_unwind(Box::new(panicked.to_string()))))
     })
 }
 
@@ -278,7 +280,7 @@ impl<'a> Migration<'a> {
         }
         self.throttle = Throttle::default();
         self.control.stats().throttle(0);
-        if let Err(error) = self.vm.throttle(0) {
+        if let Err(error) = asked_of_vm(|| self.vm.throttle(0)) {
             tracing::error!(error = %crate::wire::error_chain(&error), "the vCPUs still rest");
         }
     }

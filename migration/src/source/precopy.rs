@@ -37,6 +37,8 @@ const PART_BYTES: u64 = 64 << 20;
 const CHANNELS_PART_BYTES: u64 = 1 << 30;
 /// ... and how long such a section takes at most.
 const PART_TIME: Duration = Duration::from_secs(1);
+/// What a connection is taken to carry before anything is known of it, in bytes per second.
+const UNKNOWN_RATE: u64 = 1 << 20;
 /// How often the rate is measured within a pass.
 const SAMPLE: Duration = Duration::from_millis(100);
 
@@ -55,6 +57,10 @@ pub(super) struct Passes {
     pace: Pace,
     /// Bytes per second that are allowed; 0 is no limit.
     limit: u64,
+    /// What was left after the last pass fitted the downtime limit.
+    fits: bool,
+    /// That was so once, and after another pass it was not.
+    missed: bool,
 }
 
 /// The section of RAM that is being sent.
@@ -91,11 +97,21 @@ impl Passes {
             pages: 0,
             pace: Pace::new(now, 0),
             limit: bandwidth,
+            fits: false,
+            missed: false,
         }
     }
 
     fn remaining(&self) -> u64 {
         self.dirty.count() * PAGE_SIZE
+    }
+
+    /// Bytes of pages that a connection is given at once: where little is allowed or little gets through,
+    /// little, so that all of them end a section within a few seconds.
+    fn piece(&self) -> u64 {
+        let rate = self.rate.bytes_per_s().map_or(UNKNOWN_RATE, |rate| rate as u64);
+        let rate = if self.limit > 0 { rate.min(self.limit) } else { rate };
+        rate / 10
     }
 }
 
@@ -145,7 +161,7 @@ impl Migration<'_> {
             self.control.stats().remaining(remaining);
             self.control.stats().expected_downtime(forecast);
             tracing::debug!(remaining, ?forecast, dirty_pages_per_s = rate, "pass sent");
-            if end == PassEnd::TimeOver {
+            if end == PassEnd::TimeOver && self.control.timeout().1 == OnTimeout::Force {
                 return Ok(passes);
             }
             let decision = decide(&Progress {
@@ -156,8 +172,12 @@ impl Migration<'_> {
                 elapsed: passes.started.elapsed(),
                 timeout: parameters.timeout,
                 on_timeout: parameters.on_timeout,
+                missed: passes.missed,
             });
+            passes.missed |= passes.fits && decision == Decision::GoOn;
+            passes.fits = decision == Decision::Shorten;
             match decision {
+                Decision::Shorten => self.check()?,
                 Decision::GoOn => {
                     self.check()?;
                     let pass = Pass {
@@ -249,8 +269,7 @@ impl Migration<'_> {
                     let limit = if running { passes.limit } else { 0 };
                     if self.channels.is_some() && !zero {
                         chunk.push(offset);
-                        // Where little is allowed, little is sent at once.
-                        if limit > 0 && chunk.len() as u64 * PAGE_SIZE >= limit / 10 {
+                        if running && chunk.len() as u64 * PAGE_SIZE >= passes.piece() {
                             self.submit(block, std::mem::take(&mut chunk))?;
                             self.sample(passes, SAMPLE);
                             self.pace(passes);
@@ -382,6 +401,8 @@ impl Migration<'_> {
         }
         match on_timeout {
             OnTimeout::Force => Ok(true),
+            // This pass is one more than needed.
+            OnTimeout::Cancel if passes.fits => Ok(true),
             OnTimeout::Cancel => Err(self.not_converged(passes)),
         }
     }

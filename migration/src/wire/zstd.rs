@@ -18,6 +18,9 @@ pub const MAX_COMPRESSED: usize = 2 * MAX_PLAIN;
 /// How far back, as a power of two, a stream may refer to what came before, which the reader must keep: 8
 /// MiB, what level 19 uses. QEMU's level 20 uses more, and would take 32 MiB for each connection here.
 const WINDOW_LOG: u32 = 23;
+/// Entries of a search table at most, as a power of two, of 4 bytes each. zstd's own for the highest levels
+/// are up to 2^25, which would be some 200 MiB for each connection, beside a guest that runs.
+const TABLE_LOG: u32 = 22;
 /// The highest level, QEMU's. Those above 19 use the window of 19 here.
 pub const MAX_LEVEL: u8 = 20;
 
@@ -50,7 +53,7 @@ fn library(code: usize) -> ZstdError {
     ZstdError::Library(get_error_name(code))
 }
 
-/// One connection's stream on its way out.
+/// One connection's stream on its way out. Takes up to 60 MiB at the highest levels, some MiB at the usual ones.
 pub struct Compressor {
     context: CCtx<'static>,
     out: Box<[u8]>,
@@ -64,6 +67,10 @@ impl Compressor {
         context.set_parameter(CParameter::CompressionLevel(level)).map_err(library)?;
         if level > 19 {
             context.set_parameter(CParameter::WindowLog(WINDOW_LOG)).map_err(library)?;
+        }
+        if level > 15 {
+            context.set_parameter(CParameter::ChainLog(TABLE_LOG)).map_err(library)?;
+            context.set_parameter(CParameter::HashLog(TABLE_LOG)).map_err(library)?;
         }
         Ok(Self { context, out: vec![0; MAX_COMPRESSED].into_boxed_slice() })
     }

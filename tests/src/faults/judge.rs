@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::json;
 
-use super::case::{Action, Case, Direction, Side};
+use super::case::{Action, Case, Direction, Inside, Place, Side};
 use super::locks::{holds, is_locked};
 use super::process::{State, command, state};
 use super::run::{End, Trial};
@@ -77,9 +77,8 @@ impl Trial {
         // A source that was killed has the guest until it has given it up, and a destination that
         // refuses it after that would be a loss: it has no reason to.
         if died_here {
-            let said = self.there.vm.stderr();
-            let ended = self.there.vm.has_ended();
-            return if ended && (said.contains("broke off") || !said.trim().is_empty()) {
+            let says = !self.there.vm.stderr().trim().is_empty();
+            return if self.there.vm.has_ended() && says {
                 Ok(())
             } else {
                 Err("the source was killed, and the destination does not say what became of it"
@@ -150,6 +149,12 @@ impl Trial {
         if !fired && !moved && !slow {
             return Err(format!("nothing was done, but the guest has not moved: {end:?}"));
         }
+        if fired && end == End::Died && was_given(case) {
+            return Err(
+                "all of COMMIT had passed when its source was killed, and nobody runs the guest"
+                    .into(),
+            );
+        }
         if matches!(case.action, Action::Delay(_)) && !moved && !slow {
             return Err(format!("a delay is no reason to fail: {end:?}"));
         }
@@ -197,4 +202,15 @@ impl Trial {
         }
         Ok(records)
     }
+}
+
+/// Whether the source is killed when the destination has been told everything: the guest is its to run then,
+/// and nobody else has it.
+fn was_given(case: &Case) -> bool {
+    let Place::At { unit, inside, .. } = &case.place else { return false };
+    let behind = match case.direction {
+        Direction::There => unit == "commit" && *inside == Inside::Behind,
+        Direction::Back => unit == "shut",
+    };
+    behind && matches!(case.action, Action::Kill(Side::Source, _))
 }

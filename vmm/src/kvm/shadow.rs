@@ -3,7 +3,7 @@
 //!
 //! Each segment is a memory slot of its own, once one of them is something else than RAM; until then, which
 //! is for ever where no firmware runs, all of them are one: whatever is done to a slot takes KVM a grace
-//! period, and milliseconds on a busy host. KVM changes no slot from RAM to ROM: it is taken away and
+//! period, and milliseconds on a busy host. The first change takes all of it away for a moment. KVM changes no slot from RAM to ROM: it is taken away and
 //! made again, and while that lasts there is nothing at these addresses. So do not change what a vCPU
 //! executes meanwhile; firmware does not.
 
@@ -143,7 +143,13 @@ impl Shadow {
         }
         self.split = true;
         self.lost |= self.logging;
-        (0..SEGMENTS).try_for_each(|index| self.set(index, &View::Ram))
+        // What fails here is nothing until it is shown once more.
+        self.shown.segments = std::array::from_fn(|_| View::Nothing);
+        for index in 0..SEGMENTS {
+            self.set(index, &View::Ram)?;
+            self.note(index, View::Ram);
+        }
+        Ok(())
     }
 
     /// The slot of a segment of RAM.
@@ -183,10 +189,10 @@ impl Shadow {
             if now.is(view) {
                 continue;
             }
-            let something = !matches!(now, View::Nothing);
             self.split()?;
             self.lost |= self.logging;
-            if something {
+            let nothing = matches!(self.shown.segments.get(index), Some(View::Nothing) | None);
+            if !nothing {
                 self.set(index, &View::Nothing)?;
                 self.note(index, View::Nothing);
             }

@@ -1,11 +1,13 @@
 //! This machine as the engine's destination sees it.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
 use migration::manifest::{Problem, Scrap};
+use migration::panics::guarded;
 use migration::transport::{Connection, Listener};
 use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
@@ -53,6 +55,30 @@ impl Machine for Arriving<'_> {
     }
     fn details(&self) -> Value {
         details::of(&self.vm)
+    }
+}
+
+impl Arriving<'_> {
+    /// Everything that can fail before the guest runs.
+    fn get_ready(&self) -> Result<(), VmError> {
+        self.vm
+            .kvm_state
+            .start_clocks(&self.vm.machine)
+            .map_err(|e| VmError::with("the clocks could not be set", e))?;
+        // Before the guest runs, so that it never does unseen.
+        if let Err(e) = self.vm.machine.board.guest_started() {
+            tracing::warn!("{}", crate::error_chain(&e));
+        }
+        Ok(())
+    }
+
+    fn let_run(&self) {
+        let mut life = self.vm.life();
+        if self.vm.came_running() && life.autostart {
+            self.vm.start_running(&mut life);
+        } else {
+            life.state = RunState::Paused;
+        }
     }
 }
 
@@ -147,24 +173,18 @@ impl DestinationVm for Arriving<'_> {
     }
 
     fn start(&mut self) -> Result<(), VmError> {
-        self.vm
-            .kvm_state
-            .start_clocks(&self.vm.machine)
-            .map_err(|e| VmError::with("the clocks could not be set", e))?;
-        // Nothing can fail from here on. Before the guest runs, so that it never does unseen.
-        if let Err(e) = self.vm.machine.board.guest_started() {
-            tracing::warn!("{}", crate::error_chain(&e));
+        guarded(|| self.get_ready())
+            .unwrap_or_else(|panicked| Err(VmError::new(panicked.to_string())))?;
+        if let Err(panicked) = guarded(|| self.let_run()) {
+            // It may have run for a moment. Whoever looks at the disks shall take it neither for one that
+            // runs on nor for one that never did.
+            self.vm.leave_mark();
+            self.release_disks();
+            resume_unwind(Box::new(panicked.to_string()));
         }
-        let mut life = self.vm.life();
-        let came_running = self.vm.came_running();
-        if came_running && life.autostart {
-            self.vm.start_running(&mut life);
-        } else {
-            life.state = RunState::Paused;
-        }
-        drop(life);
+        // It runs, whatever becomes of this.
         let rounds = Rounds::from(&self.vm.migration.lock().parameters);
-        self.vm.machine.board.announce(rounds, None);
+        let _ = guarded(|| self.vm.machine.board.announce(rounds, None));
         Ok(())
     }
 

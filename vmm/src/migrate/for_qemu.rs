@@ -34,7 +34,7 @@ fn register(vcpu: u32, loss: &Loss) -> Problem {
     };
     Problem::new(
         kind,
-        format!("vCPU {vcpu}: {}, which QEMU's layout has no place for", loss.register),
+        format!("vCPU {vcpu}: {}, which has no place in what a QEMU gets", loss.register),
         format_args!("{:#x}, its value after power-on", loss.power_on),
         format_args!("{:#x}", loss.value),
         hint,

@@ -154,10 +154,15 @@ impl Vm {
         let thread = thread::Builder::new()
             .name("migration-in".into())
             .spawn(move || {
-                let received = shared.watch(|| match way {
-                    WayIn::Listener(listener) => vm.receive(listener, shared.clone()),
+                let received = guarded(|| match way {
+                    WayIn::Listener(listener) => vm.receive(listener, shared),
                     only => vm.receive_only(only, &shared),
                 });
+                if let Err(panicked) = &received {
+                    // The one that is served now; there may have been others before.
+                    let control = vm.migration.lock().control.clone();
+                    control.iter().for_each(|control| control.panicked(panicked));
+                }
                 match received {
                     Ok(Ok(())) => {}
                     Ok(Err(e)) => vm.queue(MachineEvent::IncomingFailed(e)),
@@ -252,7 +257,7 @@ impl Vm {
 
     /// The guest ends here, and its source has never heard that it ran: even if it has written nothing,
     /// its disks shall not look as if it had not.
-    fn leave_mark(&self) {
+    pub(super) fn leave_mark(&self) {
         // What is given away is another's.
         if matches!(self.state(), RunState::FinishMigrate | RunState::Postmigrate) {
             return;

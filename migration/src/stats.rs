@@ -72,6 +72,7 @@ struct Inner {
     remaining: u64,
     transferred: u64,
     transferred_stopped: u64,
+    beside: u64,
     normal_pages: u64,
     zero_pages: u64,
     passes: u64,
@@ -153,6 +154,12 @@ impl MigrationStats {
         let mut s = self.lock();
         let before = s.error.take().unwrap_or_default();
         s.error = Some(format!("{before}; this has settled: {how}"));
+    }
+
+    /// The same over connections beside the first.
+    pub(crate) fn moved_beside(&self, moved: Moved) {
+        self.lock().beside += moved.bytes;
+        self.moved(moved);
     }
 
     pub(crate) fn moved(&self, moved: Moved) {
@@ -297,7 +304,7 @@ impl Inner {
             dirty_sync_count: self.passes,
             postcopy_requests: 0,
             page_size: PAGE_SIZE,
-            multifd_bytes: 0,
+            multifd_bytes: self.beside,
             pages_per_second: self.pages_per_s as u64,
             precopy_bytes: self.transferred - self.transferred_stopped,
             downtime_bytes: self.transferred_stopped,

@@ -175,7 +175,7 @@ impl Channels {
             }
             if state.moved != Moved::default() {
                 since = Instant::now();
-                stats.moved(std::mem::take(&mut state.moved));
+                stats.moved_beside(std::mem::take(&mut state.moved));
             }
             let missing = state.synced.iter().position(|synced| *synced < self.generation);
             let Some(channel) = missing else { break };

@@ -216,7 +216,7 @@ impl Channels {
 
 /// Adds what the threads have moved to the migration's numbers.
 fn count(state: &mut State, control: &Control) {
-    control.stats().moved(std::mem::take(&mut state.moved));
+    control.stats().moved_beside(std::mem::take(&mut state.moved));
 }
 
 impl Drop for Channels {

@@ -46,6 +46,12 @@ fn a_guest_that_writes_without_pause_arrives_over_any_number_of_connections() {
         assert_eq!((here.normal_pages, here.zero_pages), (there.normal_pages, there.zero_pages));
         assert!(here.transferred_bytes > here.normal_pages * PAGE_SIZE);
         assert!(there.transferred_bytes > there.normal_pages * PAGE_SIZE);
+        // Pages go over the further ones, and the rest does not.
+        for (report, control) in [(&here, &control), (&there, &other)] {
+            let ram = control.info().ram.unwrap();
+            assert!(ram.multifd_bytes > report.normal_pages * PAGE_SIZE);
+            assert!(ram.multifd_bytes < report.transferred_bytes);
+        }
     }
 }
 

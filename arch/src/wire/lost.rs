@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 use kvm_ioctls::VcpuFd;
 
 use super::cpu::Cpu;
-use super::{WireContext, fpu, msrs};
+use super::{WireContext, fpu, msrs, nested};
 use crate::error::{KvmError, vcpu_error};
 use crate::host::KvmHost;
 use crate::msr::{self, Msr};
@@ -69,6 +69,11 @@ const SELECT_ENABLE: u64 = 1 << 22;
 const PMU_IDLE: &str = "a performance monitor that counts nothing: Linux on AMD tries a counter out when it \
                         boots, and sets each before it lets it count";
 
+/// The timer that a hypervisor in the guest gives its own guest on Intel, and what becomes of it.
+const INNER_TIMER: &str = "the VMX preemption timer of the guest's own guest";
+const INNER_TIMER_RESTARTS: &str =
+    "it runs anew from its full length, so it is late by what had passed of it";
+
 /// A register that would be lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loss {
@@ -90,12 +95,15 @@ pub struct Registers {
     xcrs: Vec<(u32, u64)>,
     /// The XSAVE area.
     xsave: Vec<u8>,
+    /// See [`nested::preemption_timer`].
+    inner_timer: Option<u64>,
 }
 
 impl From<&VcpuState> for Registers {
     fn from(state: &VcpuState) -> Self {
         let (xcrs, xsave) = (state.xcrs.clone(), state.xsave.clone());
-        Self { msrs: state.msrs.clone(), xcrs, xsave }
+        let inner_timer = state.nested.as_deref().and_then(nested::preemption_timer);
+        Self { msrs: state.msrs.clone(), xcrs, xsave, inner_timer }
     }
 }
 
@@ -104,11 +112,18 @@ impl Registers {
     pub fn capture(index: u32, vcpu: &VcpuFd, host: &KvmHost) -> Result<Self, KvmError> {
         let xcrs = vcpu.get_xcrs().map_err(vcpu_error(index, "KVM_GET_XCRS"))?;
         let count = usize::try_from(xcrs.nr_xcrs).unwrap_or(0);
+        let inner = match host.nested_state_size {
+            0 => None,
+            _ => Some(
+                sys::get_nested_state(vcpu).map_err(vcpu_error(index, "KVM_GET_NESTED_STATE"))?,
+            ),
+        };
         Ok(Self {
             msrs: msr::read(index, vcpu, &host.msrs)?,
             xcrs: xcrs.xcrs.iter().take(count).map(|xcr| (xcr.xcr, xcr.value)).collect(),
             xsave: sys::get_xsave(vcpu, host.xsave_size)
                 .map_err(vcpu_error(index, "KVM_GET_XSAVE2"))?,
+            inner_timer: inner.as_deref().and_then(nested::preemption_timer),
         })
     }
 
@@ -120,6 +135,12 @@ impl Registers {
         lost.extend(beyond.map(|(n, value)| loss(format!("XCR{n}"), *value)));
         let parts = fpu::inexpressible(&self.xsave, &context.xsave);
         lost.extend(parts.map(|n| loss(format!("XSAVE component {n}"), 1)));
+        lost.extend(self.inner_timer.map(|ends| Loss {
+            register: INNER_TIMER.into(),
+            value: ends,
+            power_on: 0,
+            harmless: Some(INNER_TIMER_RESTARTS),
+        }));
         lost
     }
 }
@@ -248,5 +269,13 @@ mod tests {
         now.xcrs[1].1 = 4;
         let lost = now.lost(&[], &context);
         assert_eq!(names(&lost), [("XCR1", false), ("XSAVE component 17", false)]);
+    }
+
+    #[test]
+    fn a_timer_of_the_inner_guest_is_lost_with_a_word() {
+        let now = Registers { inner_timer: Some(77), ..Registers::default() };
+        let lost = now.lost(&[], &context(&[]));
+        assert_eq!(names(&lost), [(INNER_TIMER, true)]);
+        assert_eq!(lost[0].value, 77);
     }
 }

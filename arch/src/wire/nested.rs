@@ -14,6 +14,8 @@ const FORMAT_VMX: u16 = 0;
 const FORMAT_SVM: u16 = 1;
 /// The inner guest is running.
 const GUEST_MODE: u16 = 1;
+/// VMX's flag for a preemption timer that runs (`KVM_STATE_VMX_PREEMPTION_TIMER_DEADLINE`).
+const TIMER_RUNS: u32 = 1;
 
 fn page(state: &[u8], n: usize) -> Option<FixedVec<u8, PAGE>> {
     let start = HEADER + n * PAGE;
@@ -24,6 +26,10 @@ fn u64_at(state: &[u8], at: usize) -> u64 {
     state.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
 }
 
+fn u32_at(state: &[u8], at: usize) -> u32 {
+    state.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b))
+}
+
 fn u16_at(state: &[u8], at: usize) -> u16 {
     state.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_le_bytes(*b))
 }
@@ -31,6 +37,13 @@ fn u16_at(state: &[u8], at: usize) -> u16 {
 /// Whether the vCPU is inside the inner guest.
 pub(crate) fn in_guest_mode(state: &[u8]) -> bool {
     u16_at(state, 0) & GUEST_MODE != 0
+}
+
+/// When the preemption timer of an inner guest on Intel ends, in ticks of the outer guest's TSC, while it
+/// runs. QEMU's subsection has no place for it.
+pub(super) fn preemption_timer(state: &[u8]) -> Option<u64> {
+    let runs = u16_at(state, 2) == FORMAT_VMX && u32_at(state, 28) & TIMER_RUNS != 0;
+    runs.then(|| u64_at(state, 32))
 }
 
 /// QEMU's subsection for the kernel's state.
@@ -116,6 +129,14 @@ mod tests {
         let size = svm.len() as u32;
         svm[4..8].copy_from_slice(&size.to_le_bytes());
         assert_eq!(from_wire(&to_wire(&svm)).unwrap(), svm);
+
+        assert_eq!((preemption_timer(&vmx), preemption_timer(&svm)), (None, None));
+        vmx[28] = 1;
+        vmx[32..40].copy_from_slice(&0x1234_5678_9abc_u64.to_le_bytes());
+        assert_eq!(preemption_timer(&vmx), Some(0x1234_5678_9abc));
+        // SVM's header is another.
+        svm[28] = 1;
+        assert_eq!(preemption_timer(&svm), None);
 
         let mut wrong = to_wire(&svm);
         wrong.format = 0;

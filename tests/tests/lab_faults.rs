@@ -137,9 +137,12 @@ impl World {
         qmp.execute("migrate", json!({ "uri": relay.uri() })).expect("the migration starts");
         wait::until(
             "the place of the fault",
-            60,
+            30,
             || relay.seen().fired,
-            || format!("{:?}\n{}", relay.seen(), self.guest.vm.stderr()),
+            || {
+                let (here, there) = (self.guest.vm.stderr(), there.vm.stderr());
+                format!("{:?}\nthe source: {here}\nthe destination: {there}", relay.seen())
+            },
         );
         (there, relay, pids)
     }

@@ -163,12 +163,12 @@ enum Lab {
         #[command(flatten)]
         run: RunArgs,
     },
-    /// Build and run one of the lab's test programs (tests/tests/lab_*.rs)
+    /// Build and run the lab's tests, or one of their programs (tests/tests/lab_*.rs)
     ///
     /// Those named lab_pair… get a second host.
     Test {
-        /// The program, as in lab_linux
-        program: String,
+        /// The program, as in lab_linux; without one all run, several at a time
+        program: Option<String>,
         /// Arguments for it: names of tests, and whatever else a Rust test program takes
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<String>,
@@ -290,7 +290,7 @@ struct HostArgs {
     #[arg(long, allow_hyphen_values = true, value_name = "FEATURES")]
     cpu: Option<String>,
     /// Processors of each lab host
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N")]
     smp: u32,
     /// Memory of each lab host in MiB
     #[arg(long, default_value_t = 4096, value_name = "MIB")]
@@ -372,9 +372,10 @@ impl Cli {
                 };
                 lab_run(&host, run, Some(Second { options, command }))
             }
-            Command::Lab(Lab::Test { program, args }) => {
+            Command::Lab(Lab::Test { program: Some(program), args }) => {
                 xtask::suite::run_in_lab(&program, &args).map(|()| 0)
             }
+            Command::Lab(Lab::Test { program: None, .. }) => xtask::suite::whole_lab().map(|()| 0),
             Command::Lab(Lab::OnPeer { command }) => lab::peer::run_on_peer(command),
             Command::Lab(Lab::Serve) => lab::peer::serve(),
         }
@@ -458,6 +459,7 @@ fn lab_run(host: &HostArgs, run: RunArgs, b: Option<Second>) -> Result<u8> {
         b,
         results: run.results,
         timeout: run.timeout,
+        output: lab::Output::Own,
     })
 }
 

@@ -152,6 +152,22 @@ pub enum Error {
         /// The end of that log, and what its QEMU said.
         tail: String,
     },
+    /// A lab host runs on and does nothing any more.
+    #[error("{}", format_args!(
+        "lab host {host} has stood still for {} s: its first process says nothing any more. The end of its \
+         console ({}):{}",
+        .silence.as_secs(), .console.display(), Indented(.tail)
+    ))]
+    LabHostSilent {
+        /// The host's letter.
+        host: char,
+        /// For how long.
+        silence: Duration,
+        /// The host's console log.
+        console: PathBuf,
+        /// The end of that log, and what its QEMU said.
+        tail: String,
+    },
     /// SIGINT or SIGTERM.
     #[error("interrupted")]
     Interrupted,
@@ -162,7 +178,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::LabTimeout { .. } => 124,
-            Error::LabHostDied { .. } => 125,
+            Error::LabHostDied { .. } | Error::LabHostSilent { .. } => 125,
             Error::Interrupted => 130,
             _ => 1,
         }

@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use super::streams::{Event, Port, Streams};
+use super::emulator::Emulator;
+use super::streams::{Event, Output, Port, Streams};
 use super::{ADDRESS_A, ADDRESS_B, HostOptions, LabCommand, image};
 use crate::error::{Doing, Error, Result};
 use crate::kernel::Kernel;
@@ -25,16 +26,23 @@ const KERNEL_ARGUMENTS: &str =
 /// How long QEMU may take to be ready for the other host's connection.
 const LINK_WAIT: Duration = Duration::from_secs(20);
 
+/// A host that lives says so every five seconds; one that boots takes less than twenty.
+const SILENCE: Duration = Duration::from_secs(60);
+
 /// Everything that makes a host.
 pub(super) struct Plan {
     /// `a` or `b`.
     pub(super) letter: char,
     /// What was asked for.
     pub(super) options: HostOptions,
+    /// What emulates it.
+    pub(super) emulator: Emulator,
     /// The kernel asked for.
     pub(super) kernel: Kernel,
     /// What it runs.
     pub(super) command: LabCommand,
+    /// Where its output goes.
+    pub(super) output: Output,
     /// The socket that joins it to the other host: A listens there, B connects.
     pub(super) link: Option<PathBuf>,
 }
@@ -44,9 +52,12 @@ pub(super) struct Host {
     letter: char,
     child: Child,
     streams: Streams,
+    output: Output,
     console: PathBuf,
     qemu_log: PathBuf,
     status: Option<u8>,
+    /// When its first process last said something.
+    heard: Instant,
 }
 
 impl Host {
@@ -66,11 +77,20 @@ impl Host {
         let log = File::create(&qemu_log).doing(|| format!("create {}", qemu_log.display()))?;
         let err = log.try_clone().doing(|| format!("share {}", qemu_log.display()))?;
 
-        let streams = Streams::listen(letter, plan.link.is_some(), scratch, events)?;
+        let streams = Streams::listen(letter, plan.link.is_some(), scratch, events, &plan.output)?;
         let mut command = qemu(&plan, &initrd, &console, results, &streams);
         command.stdin(Stdio::null()).stdout(log).stderr(err);
         let child = command.spawn().map_err(|source| process::start_error(&command, source))?;
-        let mut host = Host { letter, child, streams, console, qemu_log, status: None };
+        let mut host = Host {
+            letter,
+            child,
+            streams,
+            output: plan.output,
+            console,
+            qemu_log,
+            status: None,
+            heard: Instant::now(),
+        };
         if let (Some(link), 'a') = (&plan.link, letter) {
             host.wait_for_link(link)?;
         }
@@ -89,12 +109,13 @@ impl Host {
 
     /// Takes a line that the host's first process sent.
     pub(super) fn note(&mut self, line: &str, start: Instant) {
+        self.heard = Instant::now();
         if line == "up" {
-            eprintln!(
-                "xtask: lab host {} is up after {:.1} s",
+            self.output.say(format_args!(
+                "lab host {} is up after {:.1} s",
                 self.letter,
                 start.elapsed().as_secs_f32()
-            );
+            ));
         } else if let Some(status) =
             line.strip_prefix("exit ").and_then(|number| number.parse().ok())
         {
@@ -106,6 +127,17 @@ impl Host {
     pub(super) fn is_gone(&mut self) -> Result<bool> {
         let ended = self.child.try_wait().doing(|| "wait for QEMU".to_owned())?.is_some();
         Ok(ended && self.streams.at_end())
+    }
+
+    /// Whether it has stopped saying that it lives, or has never begun to.
+    pub(super) fn is_silent(&self) -> bool {
+        self.heard.elapsed() > SILENCE
+    }
+
+    /// The error for a host that [is silent](Self::is_silent).
+    pub(super) fn silent(&self) -> Error {
+        let (host, console) = (self.letter, self.console.clone());
+        Error::LabHostSilent { host, silence: SILENCE, console, tail: self.tail() }
     }
 
     /// The error for a host that is gone before its command's end.
@@ -128,7 +160,8 @@ impl Host {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        eprintln!("xtask: lab host {} does not shut down; its QEMU is killed", self.letter);
+        self.output
+            .say(format_args!("lab host {} does not shut down; its QEMU is killed", self.letter));
         Ok(())
     }
 
@@ -171,8 +204,9 @@ fn qemu(plan: &Plan, initrd: &Path, console: &Path, results: &Path, streams: &St
     // they don't see the terminal's Ctrl-C, which is handled here.
     let mut command = Command::new("setpriv");
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command.args(["--pdeathsig", "KILL"]);
+    plan.emulator.add_to(&mut command);
     command
-        .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
         .args(["-name", &format!("lab-{}", plan.letter)])
         .args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", &cpu])
         .args(["-smp", &options.smp.to_string(), "-m", &options.memory_mib.to_string()])

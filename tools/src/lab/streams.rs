@@ -2,13 +2,49 @@
 //!
 //! Each is a virtio-serial port whose other end is a Unix socket that this process listens on.
 
+use std::fmt;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::error::{Doing, Error, Result};
+
+/// Where everything goes that a run has to say.
+#[derive(Debug, Clone, Default)]
+pub enum Output {
+    /// To this process' own standard output and error.
+    #[default]
+    Own,
+    /// Into a file, in the order in which it comes, so that several runs at a time stay apart.
+    File(Arc<File>),
+}
+
+impl Output {
+    fn stdout(&self) -> Box<dyn Write> {
+        match self {
+            Output::Own => Box::new(io::stdout()),
+            Output::File(file) => Box::new(Arc::clone(file)),
+        }
+    }
+
+    fn stderr(&self) -> Box<dyn Write> {
+        match self {
+            Output::Own => Box::new(io::stderr()),
+            Output::File(file) => Box::new(Arc::clone(file)),
+        }
+    }
+
+    /// A line of our own.
+    pub fn say(&self, line: fmt::Arguments<'_>) {
+        // Who does not want to read it any more need not.
+        let _ = writeln!(self.stderr(), "xtask: {line}");
+    }
+}
 
 /// A line from a host's first process.
 pub(super) struct Event {
@@ -48,6 +84,7 @@ impl Streams {
         label: bool,
         scratch: &Path,
         events: Sender<Event>,
+        output: &Output,
     ) -> Result<Streams> {
         let prefix = if label { format!("{host}| ") } else { String::new() };
         let mut readers = Vec::new();
@@ -55,14 +92,14 @@ impl Streams {
             let socket = scratch.join(format!("{host}-{name}.sock"));
             let listener =
                 UnixListener::bind(&socket).doing(|| format!("listen on {}", socket.display()))?;
-            let (prefix, events) = (prefix.clone(), events.clone());
+            let (prefix, events, output) = (prefix.clone(), events.clone(), output.clone());
             let thread = thread::Builder::new()
                 .name(format!("lab-{host}-{name}"))
                 .spawn(move || {
                     let (stream, _) = listener.accept()?;
                     match port {
-                        Port::Output => copy(stream, io::stdout(), &prefix),
-                        Port::Errors => copy(stream, io::stderr(), &prefix),
+                        Port::Output => copy(stream, output.stdout(), &prefix),
+                        Port::Errors => copy(stream, output.stderr(), &prefix),
                         Port::Control => notify(host, stream, &events),
                     }
                 })
@@ -130,7 +167,25 @@ fn copy(stream: UnixStream, mut to: impl Write, prefix: &str) -> io::Result<()> 
     }
 }
 
+/// Interrupts the host four times a second, until it is gone.
+///
+/// The emulator loses an interrupt now and then, and with the timer's a processor stands still. What is lost
+/// stays pending in the local APIC, which looks at everything anew when the next interrupt comes.
+fn nudge(mut stream: UnixStream) {
+    // A host that does not read has had its interrupts.
+    while match stream.write(b"\n") {
+        Ok(_) => true,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    } {
+        thread::sleep(Duration::from_millis(250));
+    }
+}
+
 fn notify(host: char, stream: UnixStream, events: &Sender<Event>) -> io::Result<()> {
+    let nudged = stream.try_clone()?;
+    nudged.set_write_timeout(Some(Duration::from_millis(250)))?;
+    // It ends with the connection.
+    thread::Builder::new().name(format!("lab-{host}-nudge")).spawn(move || nudge(nudged))?;
     for line in BufReader::new(stream).lines() {
         // Nobody listens any more when the run is over.
         if events.send(Event { host, line: line? }).is_err() {

@@ -1,0 +1,238 @@
+//! The tests that need a real KVM, each on a lab host of its own.
+//!
+//! A lab host has one processor, so as many run side by side as this machine has processors. What a test
+//! has to say is kept until it is over.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Seek};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::{cargo, cargo_program};
+use crate::error::{Doing, Error, Result};
+use crate::kernel::KernelKind;
+use crate::lab::{self, HostOptions, LabCommand, Output, Second};
+use crate::{images, process};
+
+/// Times in the lab are those of an emulated processor: the tests' deadlines grow by this factor.
+const SLOWNESS: &str = "5";
+/// How long one test may take, the lab's boot included: longer than any wait in it, which says what it
+/// waited for.
+const TIMEOUT: Duration = Duration::from_secs(480);
+/// How often a test is tried, each time on a new host (docs/testing.md, "What the lab is not").
+const TRIES: u32 = 4;
+/// How many tries may fail in one run of all tests: a change that breaks much is not the lab's fault.
+const FAILURES: usize = 10;
+
+/// Tries that have failed, and why.
+#[derive(Default)]
+pub(super) struct Failures(Mutex<Vec<String>>);
+
+impl Failures {
+    /// For whoever reads the end of a run that has passed.
+    pub(super) fn print(&self) {
+        for failure in locked(&self.0).iter() {
+            println!("passed at a later try only: {failure}");
+        }
+    }
+
+    /// Notes one, and says how many that makes.
+    fn note(&self, failure: String) -> usize {
+        let mut all = locked(&self.0);
+        all.push(failure);
+        all.len()
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Builds `mini-vmm` and the lab's tests, and runs them all.
+pub fn whole_lab() -> Result<()> {
+    cargo(&["build", "--package", "vmm", "--quiet"], &[])?;
+    let failures = Failures::default();
+    let result = all(&failures);
+    failures.print();
+    result
+}
+
+/// Runs all of them.
+pub(super) fn all(failures: &Failures) -> Result<()> {
+    let programs = lab_programs()?;
+    let mut tests = Vec::new();
+    for program in &programs {
+        tests.extend(tests_of(program, &[])?.into_iter().map(|test| (program, test)));
+    }
+    let (pairs, single): (Vec<_>, Vec<_>) =
+        tests.into_iter().partition(|(program, _)| program.is_pair());
+    let queue = Mutex::new(VecDeque::from(single));
+    let failed = Mutex::new(None);
+    let worker = || {
+        while locked(&failed).is_none() {
+            let Some((program, test)) = locked(&queue).pop_front() else { break };
+            if let Err(error) = kept_apart(program, &test, failures) {
+                locked(&failed).get_or_insert(error);
+            }
+        }
+    };
+    let count = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(worker);
+        }
+    });
+    if let Some(error) = locked(&failed).take() {
+        return Err(error);
+    }
+    // Two hosts each.
+    pairs.into_iter().try_for_each(|(program, test)| kept_apart(program, &test, failures))
+}
+
+/// Runs one test, and prints what it said when it is over.
+fn kept_apart(program: &LabProgram, test: &str, failures: &Failures) -> Result<()> {
+    let start = Instant::now();
+    let file = tempfile::tempfile().doing(|| "create a temporary file".to_owned())?;
+    let file = Arc::new(file);
+    let result = tried(program, test, Output::File(Arc::clone(&file)), failures);
+    let verdict = super::verdict(&result);
+    let mut out = io::stdout().lock();
+    replay(&file, &mut out)?;
+    println!("=== {}, {test}: {verdict} ({:.0} s)", program.name, start.elapsed().as_secs_f64());
+    result
+}
+
+fn replay(mut file: &File, to: &mut impl io::Write) -> Result<()> {
+    file.rewind()
+        .and_then(|()| io::copy(&mut file, to))
+        .doing(|| "print what a test has said".to_owned())
+        .map(drop)
+}
+
+/// Builds `mini-vmm` and the lab's tests, and runs one of their programs in the lab, with these
+/// arguments for it.
+pub fn run_in_lab(name: &str, args: &[String]) -> Result<()> {
+    cargo(&["build", "--package", "vmm", "--quiet"], &[])?;
+    let programs = lab_programs()?;
+    let program = programs.iter().find(|program| program.name == name);
+    let known: Vec<&str> = programs.iter().map(|program| program.name.as_str()).collect();
+    let program = program
+        .ok_or_else(|| Error::NoLabProgram { name: name.into(), known: known.join(", ") })?;
+    let tests = tests_of(program, args)?;
+    if tests.is_empty() {
+        return Err(Error::NoLabTest { program: program.name.clone(), filter: args.join(" ") });
+    }
+    let failures = Failures::default();
+    tests.iter().try_for_each(|test| tried(program, test, Output::Own, &failures))
+}
+
+/// Runs one test, on a host of its own, so that a host which it brings down harms no other; and once more
+/// where it fails.
+fn tried(program: &LabProgram, test: &str, output: Output, failures: &Failures) -> Result<()> {
+    let run = lab_run(program, test, output.clone())?;
+    let mut tries = 1;
+    while let Err(why) = lab_try(program, test, &run) {
+        let all = failures.note(format!("{}, {test}, try {tries}: {why}", program.name));
+        if matches!(why, Error::Interrupted) || tries == TRIES || all > FAILURES {
+            return Err(why);
+        }
+        output.say(format_args!("{test}: try {tries} of {TRIES} failed, once more: {why}"));
+        tries += 1;
+    }
+    if tries > 1 {
+        output.say(format_args!("{test}: passed at try {tries}"));
+    }
+    Ok(())
+}
+
+fn lab_try(program: &LabProgram, test: &str, run: &lab::Run) -> Result<()> {
+    match lab::run(run)? {
+        0 => Ok(()),
+        status => Err(Error::Lab { program: format!("{}, {test},", program.name), status }),
+    }
+}
+
+/// A test program for the lab.
+struct LabProgram {
+    name: String,
+    path: PathBuf,
+}
+
+impl LabProgram {
+    /// Whether its tests need a second host.
+    fn is_pair(&self) -> bool {
+        self.name.starts_with("lab_pair")
+    }
+}
+
+/// Builds the lab's tests and says where they are.
+fn lab_programs() -> Result<Vec<LabProgram>> {
+    let build = ["test", "--package", "system-tests", "--features", "lab", "--no-run", "--quiet"];
+    // Once for people, who want to read what does not compile, and once for the paths.
+    cargo(&build, &[])?;
+    let mut command = Command::new(cargo_program());
+    command.args(build).arg("--message-format=json");
+    let messages = process::output(&mut command)?;
+    let mut programs: Vec<_> = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter_map(|message| {
+            let name = message.pointer("/target/name")?.as_str()?;
+            let path = message.get("executable")?.as_str()?;
+            name.starts_with("lab_").then(|| LabProgram { name: name.into(), path: path.into() })
+        })
+        .collect();
+    programs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(programs)
+}
+
+/// The names of a program's tests, those that contain `filter`.
+fn tests_of(program: &LabProgram, filter: &[String]) -> Result<Vec<String>> {
+    let mut command = Command::new(&program.path);
+    let listed = process::output(command.args(["--list", "--format", "terse"]).args(filter))?;
+    let name = |line: &str| line.strip_suffix(": test").map(str::to_owned);
+    Ok(listed.lines().filter_map(name).collect())
+}
+
+/// One test of a program as a run of the lab.
+fn lab_run(program: &LabProgram, test: &str, output: Output) -> Result<lab::Run> {
+    // Made here, where there is a network; the lab finds them in the cache.
+    let guest = images::linux_guest(KernelKind::Default)?;
+    let path = |p: &Path| p.display().to_string();
+    let vmm = program.path.ancestors().nth(2).unwrap_or(Path::new(".")).join("mini-vmm");
+    let options = ["--exact", "--test-threads=1", "--nocapture"].map(str::to_owned);
+    let command = LabCommand {
+        argv: [path(&program.path), test.to_owned()].into_iter().chain(options).collect(),
+        env: vec![
+            ("MINI_VMM".into(), path(&vmm)),
+            ("MINI_VMM_TEST_SLOWNESS".into(), SLOWNESS.into()),
+            ("MINI_VMM_GUEST_KERNEL".into(), path(&guest.bzimage)),
+            ("MINI_VMM_GUEST_INITRD".into(), path(&guest.initrd)),
+            ("MINI_VMM_GUEST_TOOL".into(), path(&guest.guest_tool)),
+        ],
+        cwd: std::env::current_dir()
+            .map_err(|source| Error::Start { program: "the lab".into(), source })?,
+    };
+    let second = program.is_pair().then(|| Second {
+        options: HostOptions {
+            kernel: KernelKind::Backports,
+            cpu: Some("-avx2,-pku".into()),
+            ..HostOptions::default()
+        },
+        command: None,
+    });
+    Ok(lab::Run {
+        command,
+        a: HostOptions::default(),
+        b: second,
+        results: None,
+        timeout: TIMEOUT,
+        output,
+    })
+}

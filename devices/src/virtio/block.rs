@@ -20,6 +20,7 @@ use super::core::{Core, VirtioError};
 use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
 use super::disk::{CacheMode, DiskImage, OpenDisk, SECTOR};
 use super::element::RawElement;
+use super::flush::Flusher;
 use super::trouble::Trouble;
 
 static KIND: Kind = Kind {
@@ -277,6 +278,10 @@ impl VirtioDevice for Block {
         if let Some(error) = &self.unsaved {
             tracing::error!("{}: the disk image cannot be flushed: {error}", self.options.id);
         }
+    }
+
+    fn flusher(&self) -> io::Result<Option<Flusher>> {
+        self.shared.gate().disk.as_ref().map(OpenDisk::flusher).transpose()
     }
 
     fn open(&mut self) -> Result<(), BackendError> {

@@ -19,6 +19,7 @@ use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 use super::chain::Buffers;
+use super::flush::Flusher;
 
 /// Bytes of a sector, the unit of every request.
 pub(super) const SECTOR: u64 = 512;
@@ -141,7 +142,9 @@ impl DiskImage {
         lock(&file, self.readonly).map_err(|e| locked(&self.path, e))?;
         let size = file.seek(SeekFrom::End(0))?;
         let buffer = if direct { vec![0; BUFFER + ALIGNMENT] } else { Vec::new() };
-        Ok(OpenDisk { file, size, buffer, cache: self.cache, readonly: self.readonly })
+        let flushes = !self.readonly && self.cache != CacheMode::Unsafe;
+        let flusher = Flusher::new(flushes.then(|| file.try_clone()).transpose()?);
+        Ok(OpenDisk { file, size, buffer, cache: self.cache, readonly: self.readonly, flusher })
     }
 }
 
@@ -284,6 +287,7 @@ pub struct OpenDisk {
     buffer: Vec<u8>,
     cache: CacheMode,
     readonly: bool,
+    flusher: Flusher,
 }
 
 impl OpenDisk {
@@ -315,13 +319,15 @@ impl OpenDisk {
 
     /// Writes all of `from` at byte `offset`.
     pub fn write(&mut self, offset: u64, from: &mut Buffers<'_>) -> io::Result<()> {
-        if self.cache == CacheMode::Direct {
-            self.write_direct(offset, from)?;
+        let written = if self.cache == CacheMode::Direct {
+            self.write_direct(offset, from)
         } else {
-            self.file.seek(SeekFrom::Start(offset))?;
-            from.drain_to(&mut self.file)?;
-        }
-        Ok(())
+            let start = self.file.seek(SeekFrom::Start(offset));
+            start.and_then(|_| from.drain_to(&mut self.file).map(drop))
+        };
+        // A part of it, if it failed.
+        self.flusher.has_written();
+        written
     }
 
     fn read_direct(&mut self, offset: u64, to: &mut Buffers<'_>) -> io::Result<()> {
@@ -364,10 +370,12 @@ impl OpenDisk {
 
     /// Brings what was written to the disk.
     pub fn flush(&self) -> io::Result<()> {
-        if self.readonly || self.cache == CacheMode::Unsafe {
-            return Ok(());
-        }
-        self.file.sync_data()
+        self.flusher.flush()
+    }
+
+    /// Does the same from anywhere, and while requests go on.
+    pub fn flusher(&self) -> io::Result<Flusher> {
+        self.flusher.another()
     }
 
     /// Gives up what is stored in a range. A host file system that cannot do that keeps it.
@@ -396,7 +404,9 @@ impl OpenDisk {
         let mut at = offset;
         while at < end {
             let n = usize::try_from(end - at).unwrap_or(usize::MAX).min(zeros.len());
-            self.file.write_all_at(zeros.get(..n).unwrap_or_default(), at)?;
+            let written = self.file.write_all_at(zeros.get(..n).unwrap_or_default(), at);
+            self.flusher.has_written();
+            written?;
             at = at.saturating_add(to_u64(n));
         }
         Ok(())
@@ -405,7 +415,9 @@ impl OpenDisk {
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         let signed =
             |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
-        Ok(fallocate(&self.file, flags, signed(offset)?, signed(len)?)?)
+        let done = fallocate(&self.file, flags, signed(offset)?, signed(len)?);
+        self.flusher.has_written();
+        Ok(done?)
     }
 }
 

@@ -183,8 +183,8 @@ impl VirtioSection {
             None
         } else {
             Some(MsixState {
-                table: from.get_seq("msix.table", 16 * vectors)?,
-                pba: from.get_seq("msix.pba", vectors.div_ceil(8))?,
+                table: from.get_bytes(16 * vectors)?,
+                pba: from.get_bytes(vectors.div_ceil(8))?,
                 config_vector: from.get("config_vector")?,
             })
         };
@@ -194,7 +194,7 @@ impl VirtioSection {
             let problem = format_args!("{config_len} bytes of configuration, at most {MAX_CONFIG}");
             return Err(from.malformed("config_len", problem));
         }
-        let config = from.get_seq("config", usize::try_from(config_len).unwrap_or(0))?;
+        let config = from.get_bytes(usize::try_from(config_len).unwrap_or(0))?;
         let count: u32 = from.get("num_queues")?;
         let expected = function.core.len();
         if usize::try_from(count) != Ok(expected) {
@@ -294,9 +294,8 @@ impl VirtioPci {
         to.put(&self.config.save(pin))?;
         let has_msix = msix.is_some();
         if let Some((table, pba)) = msix {
-            for byte in table.iter().chain(&pba) {
-                to.put(byte)?;
-            }
+            to.put_bytes(&table);
+            to.put_bytes(&pba);
             to.put(&config_vector)?;
         }
         let accepted = self.core.features();
@@ -309,9 +308,7 @@ impl VirtioPci {
         })?;
         let config = self.device.config();
         to.put(&u32::try_from(config.len()).unwrap_or(0))?;
-        for byte in &config {
-            to.put(byte)?;
-        }
+        to.put_bytes(&config);
         to.put(&u32::try_from(self.core.len()).unwrap_or(0))?;
         let mut rings = FixedVec::<RingState, QUEUES>::default();
         let mut default_sizes = FixedVec::<u32, QUEUES>::default();

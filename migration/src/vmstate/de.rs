@@ -1,6 +1,6 @@
 //! Reading: the walk over a type that is `Deserialize`, whatever feeds it.
 
-use serde::de::value::StrDeserializer;
+use serde::de::value::{StrDeserializer, UsizeDeserializer};
 use serde::de::{
     DeserializeOwned, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess,
     Visitor,
@@ -49,7 +49,7 @@ pub(super) struct Found {
 
 /// Walks over `T`, in the given version; errors name `root`.
 pub(super) fn walk<T: DeserializeOwned>(
-    feed: &mut dyn Feed,
+    feed: &mut impl Feed,
     version: u32,
     root: String,
 ) -> Result<T, Fault> {
@@ -58,8 +58,9 @@ pub(super) fn walk<T: DeserializeOwned>(
     T::deserialize(&mut walker).map_err(|fault| fault.at(&walker.path, start))
 }
 
-struct Walker<'a> {
-    feed: &'a mut dyn Feed,
+/// One for each kind of feed: the guest stands still while tens of thousands of values are read.
+struct Walker<'a, F> {
+    feed: &'a mut F,
     path: Path,
     depth: usize,
     /// The version of the section or subsection that is being read.
@@ -68,7 +69,7 @@ struct Walker<'a> {
     sets: Vec<Names>,
 }
 
-impl Walker<'_> {
+impl<F: Feed> Walker<'_, F> {
     fn bytes<const N: usize>(&mut self, leaf: Leaf) -> Result<[u8; N], Fault> {
         let mut bytes = [0; N];
         self.feed.leaf(leaf, &mut bytes)?;
@@ -129,7 +130,7 @@ macro_rules! leaves {
     };
 }
 
-impl<'de> Deserializer<'de> for &mut Walker<'_> {
+impl<'de, F: Feed> Deserializer<'de> for &mut Walker<'_, F> {
     type Error = Fault;
 
     fn is_human_readable(&self) -> bool {
@@ -197,7 +198,7 @@ impl<'de> Deserializer<'de> for &mut Walker<'_> {
                 walker.sets.pop();
                 Ok(value)
             }
-            _ => visitor.visit_map(Fields { walker, names: names.iter(), next: "" }),
+            _ => visitor.visit_map(Fields { walker, names: names.iter().enumerate(), next: "" }),
         })
     }
     fn deserialize_option<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Fault> {
@@ -216,14 +217,14 @@ fn refused(what: &str) -> Fault {
 }
 
 /// The elements of a tuple or array.
-struct Elements<'w, 'a> {
-    walker: &'w mut Walker<'a>,
+struct Elements<'w, 'a, F> {
+    walker: &'w mut Walker<'a, F>,
     group: Group,
     index: usize,
     len: usize,
 }
 
-impl<'de> SeqAccess<'de> for Elements<'_, '_> {
+impl<'de, F: Feed> SeqAccess<'de> for Elements<'_, '_, F> {
     type Error = Fault;
 
     fn next_element_seed<T: DeserializeSeed<'de>>(
@@ -240,13 +241,13 @@ impl<'de> SeqAccess<'de> for Elements<'_, '_> {
 }
 
 /// The fields of a struct, as far as the version has them.
-struct Fields<'w, 'a> {
-    walker: &'w mut Walker<'a>,
-    names: std::slice::Iter<'static, &'static str>,
+struct Fields<'w, 'a, F> {
+    walker: &'w mut Walker<'a, F>,
+    names: std::iter::Enumerate<std::slice::Iter<'static, &'static str>>,
     next: &'static str,
 }
 
-impl<'de> MapAccess<'de> for Fields<'_, '_> {
+impl<'de, F: Feed> MapAccess<'de> for Fields<'_, '_, F> {
     type Error = Fault;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(
@@ -254,12 +255,14 @@ impl<'de> MapAccess<'de> for Fields<'_, '_> {
         seed: K,
     ) -> Result<Option<K::Value>, Fault> {
         let version = self.walker.version;
-        let present = |name: &&&str| split_version(name).1.is_none_or(|since| since <= version);
-        let Some(name) = self.names.find(present) else {
+        let present =
+            |(_, name): &(usize, &&str)| split_version(name).1.is_none_or(|since| since <= version);
+        let Some((index, name)) = self.names.find(present) else {
             return Ok(None);
         };
         self.next = name;
-        let key: StrDeserializer<'_, Fault> = name.into_deserializer();
+        // A derived struct knows its fields by their places too, which are compared faster than names.
+        let key: UsizeDeserializer<Fault> = index.into_deserializer();
         seed.deserialize(key).map(Some)
     }
 
@@ -270,13 +273,13 @@ impl<'de> MapAccess<'de> for Fields<'_, '_> {
 }
 
 /// The subsections that follow, in the order in which they come.
-struct Subsections<'w, 'a> {
-    walker: &'w mut Walker<'a>,
+struct Subsections<'w, 'a, F> {
+    walker: &'w mut Walker<'a, F>,
     set: Set,
     next: Option<Found>,
 }
 
-impl<'de> MapAccess<'de> for Subsections<'_, '_> {
+impl<'de, F: Feed> MapAccess<'de> for Subsections<'_, '_, F> {
     type Error = Fault;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(
@@ -317,9 +320,9 @@ impl<'de> MapAccess<'de> for Subsections<'_, '_> {
 }
 
 /// A subsection that is there: the `Some` of an `Option`.
-struct Present<'w, 'a>(&'w mut Walker<'a>);
+struct Present<'w, 'a, F>(&'w mut Walker<'a, F>);
 
-impl<'de> Deserializer<'de> for Present<'_, '_> {
+impl<'de, F: Feed> Deserializer<'de> for Present<'_, '_, F> {
     type Error = Fault;
 
     fn is_human_readable(&self) -> bool {

@@ -71,6 +71,17 @@ impl<'a> Decoder<'a> {
         (0..n).map(|index| self.get_at(format!("{field}[{index}]"))).collect()
     }
 
+    /// The next `n` bytes.
+    ///
+    /// `n` is the caller's to bound.
+    pub fn get_bytes(&mut self, n: usize) -> Result<Vec<u8>, StateError> {
+        let offset = self.source.offset();
+        let mut bytes = vec![0; n];
+        let io = |source| Fault::Io { offset, source }.reading(&self.section);
+        self.source.read_exact(&mut bytes).map_err(io)?;
+        Ok(bytes)
+    }
+
     /// An error about the value `field` that has just been read, for a count or size that decides
     /// what follows and cannot be right.
     pub fn malformed(&self, field: &str, problem: impl std::fmt::Display) -> StateError {

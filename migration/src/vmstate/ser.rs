@@ -34,6 +34,11 @@ impl Encoder {
         walk(value, &mut self.out).map_err(|fault| fault.writing(&self.section))
     }
 
+    /// Appends bytes as they are.
+    pub fn put_bytes(&mut self, bytes: &[u8]) {
+        self.out.0.extend_from_slice(bytes);
+    }
+
     /// The body so far.
     pub fn into_bytes(self) -> Vec<u8> {
         self.out.0

@@ -8,6 +8,7 @@ mod asking;
 mod details;
 mod disks;
 mod fit;
+mod flush_ahead;
 mod for_qemu;
 mod leaving;
 mod outgoing;

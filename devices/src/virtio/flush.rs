@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 /// What is known of one open image.
 #[derive(Debug)]
@@ -16,8 +16,8 @@ struct Shared {
     /// How many of them are on the disk.
     synced: AtomicU64,
     /// The kernel says once only that something could not be brought to the disk (fsync(2)), and has said
-    /// it to somebody who could do nothing about it.
-    lost: AtomicBool,
+    /// it to somebody who could do nothing about it: its error, or 0.
+    lost: AtomicI32,
 }
 
 /// Brings to the disk what was written to an image. A copy of it keeps the image open, with its locks.
@@ -32,7 +32,7 @@ impl Flusher {
     /// For a file that has just been opened.
     pub(super) fn new(file: Option<File>) -> Self {
         let (written, synced) = (AtomicU64::new(1), AtomicU64::new(0));
-        Self { file, shared: Arc::new(Shared { written, synced, lost: AtomicBool::new(false) }) }
+        Self { file, shared: Arc::new(Shared { written, synced, lost: AtomicI32::new(0) }) }
     }
 
     /// Another one for the same image.
@@ -50,16 +50,15 @@ impl Flusher {
     pub fn is_needed(&self) -> bool {
         let Shared { written, synced, lost } = &*self.shared;
         let on_disk = written.load(Ordering::Acquire) == synced.load(Ordering::Acquire);
-        self.file.is_some() && (!on_disk || lost.load(Ordering::Acquire))
+        self.file.is_some() && (!on_disk || lost.load(Ordering::Acquire) != 0)
     }
 
     /// Returns when all that was written before is on the disk.
     pub fn flush(&self) -> io::Result<()> {
         let Some(file) = self.file.as_ref().filter(|_| self.is_needed()) else { return Ok(()) };
-        if self.shared.lost.swap(false, Ordering::AcqRel) {
-            return Err(io::Error::other(
-                "what was written before was lost on the way to the disk",
-            ));
+        match self.shared.lost.swap(0, Ordering::AcqRel) {
+            0 => {}
+            error => return Err(io::Error::from_raw_os_error(error)),
         }
         let written = self.shared.written.load(Ordering::Acquire);
         file.sync_data()?;
@@ -69,12 +68,12 @@ impl Flusher {
 
     /// The same ahead of time: what fails is kept for the next [`flush`](Self::flush) to say.
     pub fn flush_ahead(&self) {
-        if self.shared.lost.load(Ordering::Acquire) {
+        if self.shared.lost.load(Ordering::Acquire) != 0 {
             return;
         }
         if let Err(error) = self.flush() {
             tracing::warn!("a disk image can't be flushed ahead of time: {error}");
-            self.shared.lost.store(true, Ordering::Release);
+            self.shared.lost.store(error.raw_os_error().unwrap_or(libc::EIO), Ordering::Release);
         }
     }
 }
@@ -108,9 +107,14 @@ mod tests {
         let ahead = flusher.another().unwrap();
         ahead.flush_ahead();
         assert!(flusher.is_needed());
-        let said = flusher.flush().unwrap_err().to_string();
-        assert!(said.contains("lost on the way"), "{said}");
-        // And it is tried again.
-        assert!(flusher.flush().unwrap_err().raw_os_error().is_some());
+        assert_eq!(flusher.flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert!(flusher.is_needed(), "it is tried again");
+        let file = tempfile::tempfile().unwrap();
+        let flusher = Flusher { file: Some(file), shared: flusher.shared };
+        ahead.flush_ahead();
+        // The next attempt would succeed, and is not made before somebody knows of the first.
+        assert_eq!(flusher.flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        flusher.flush().unwrap();
+        assert!(!ahead.is_needed());
     }
 }

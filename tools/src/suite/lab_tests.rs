@@ -1,7 +1,7 @@
 //! The tests that need a real KVM, each on a lab host of its own.
 //!
-//! A lab host has one processor, so as many run side by side as this machine has processors. What a test
-//! has to say is kept until it is over.
+//! A lab host has one processor, so several run side by side, as many as this machine has processors and
+//! at most four. What a test has to say is kept until it is over.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -29,6 +29,9 @@ const TIMEOUT: Duration = Duration::from_secs(480);
 const TRIES: u32 = 4;
 /// How many tries may fail in one run of all tests: a change that breaks much is not the lab's fault.
 const FAILURES: usize = 10;
+
+/// How many hosts there are at a time at most: each may use 4 GiB of memory.
+const AT_ONCE: usize = 4;
 
 /// Tries that have failed, and why.
 #[derive(Default)]
@@ -82,7 +85,7 @@ pub(super) fn all(failures: &Failures) -> Result<()> {
             }
         }
     };
-    let count = thread::available_parallelism().map_or(1, usize::from);
+    let count = thread::available_parallelism().map_or(1, usize::from).min(AT_ONCE);
     thread::scope(|scope| {
         for _ in 0..count {
             scope.spawn(worker);

@@ -170,7 +170,7 @@ enum Lab {
         /// The program, as in lab_linux; without one all run, several at a time
         program: Option<String>,
         /// Arguments for it: names of tests, and whatever else a Rust test program takes
-        #[arg(last = true, value_name = "ARGS")]
+        #[arg(last = true, requires = "program", value_name = "ARGS")]
         args: Vec<String>,
     },
     /// (In a pair) Run a command on the other host; killing this kills it

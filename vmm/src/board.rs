@@ -1,7 +1,6 @@
 //! The board `pc-i440fx-7.2`: which device is where, on which interrupt, and in which order their
 //! states travel. This is the only file that knows all devices by name.
 
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use devices::bus::{BusError, IoBus};
@@ -28,8 +27,8 @@ use devices::pci::{PciBus, PciBusError, PciBusLines, PciHost};
 use devices::timer::Timed;
 use devices::virtio::{
     BackendError, Balloon, BalloonControl, Block, BlockOptions, CacheMode, Console, ConsoleLine,
-    DiskImage, Flusher, Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket,
-    Tap, Trouble, VirtioDevice, VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
+    DiskImage, Generation, Net, NetBackend, NetOptions, Rng, StreamAddress, StreamSocket, Tap,
+    Trouble, VirtioDevice, VirtioError, VirtioEvents, VirtioPci, VirtioSection, Wiring,
 };
 use migration::vmstate::{Migratable, Section, SectionId, SectionOf};
 
@@ -407,12 +406,6 @@ impl Board {
     pub fn close_backends(&self) -> Result<(), BackendError> {
         let closed = self.virtio.iter().map(|there| lock(&there.function).close());
         closed.fold(Ok(()), Result::and)
-    }
-
-    /// What brings to safety, while the guest runs, what it has written to its disks.
-    pub fn flushers(&self) -> io::Result<Vec<Flusher>> {
-        let all = self.virtio.iter().map(|slot| lock(&slot.function).flusher());
-        all.filter_map(Result::transpose).collect()
     }
 
     /// Where in guest memory the devices' states are looked up while they are loaded, a word each.

@@ -39,8 +39,8 @@ pub(crate) fn in_guest_mode(state: &[u8]) -> bool {
     u16_at(state, 0) & GUEST_MODE != 0
 }
 
-/// When the preemption timer of an inner guest on Intel ends, in ticks of the outer guest's TSC, while it
-/// runs. QEMU's subsection has no place for it.
+/// When the preemption timer of an inner guest on Intel ends, in units of 32 ticks of the outer guest's TSC,
+/// while it runs. QEMU's subsection has no place for it.
 pub(super) fn preemption_timer(state: &[u8]) -> Option<u64> {
     let runs = u16_at(state, 2) == FORMAT_VMX && u32_at(state, 28) & TIMER_RUNS != 0;
     runs.then(|| u64_at(state, 32))

@@ -20,7 +20,6 @@ use super::core::{Core, VirtioError};
 use super::device::{BackendError, Kind, Part, PartDecoder, VirtioDevice};
 use super::disk::{CacheMode, DiskImage, OpenDisk, SECTOR};
 use super::element::RawElement;
-use super::flush::Flusher;
 use super::trouble::Trouble;
 
 static KIND: Kind = Kind {
@@ -273,15 +272,12 @@ impl VirtioDevice for Block {
         }
     }
     fn flush(&mut self) {
-        let flushed = self.shared.gate().disk.as_ref().map_or(Ok(()), OpenDisk::flush);
+        let flush = |disk: &OpenDisk| disk.flush().inspect_err(|error| disk.owe(error));
+        let flushed = self.shared.gate().disk.as_ref().map_or(Ok(()), flush);
         self.unsaved = flushed.err().map(|error| error.to_string());
         if let Some(error) = &self.unsaved {
             tracing::error!("{}: the disk image cannot be flushed: {error}", self.options.id);
         }
-    }
-
-    fn flusher(&self) -> io::Result<Option<Flusher>> {
-        self.shared.gate().disk.as_ref().map(OpenDisk::flusher).transpose()
     }
 
     fn open(&mut self) -> Result<(), BackendError> {

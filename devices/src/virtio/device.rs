@@ -1,14 +1,12 @@
 //! What a device type (block, net, …) is to its transport.
 
 use std::any::Any;
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use migration::vmstate::{Audience, Decoder, Encoder, FieldError, LayoutDigest, StateError};
 
 use super::core::{Core, VirtioError};
-use super::flush::Flusher;
 use super::trouble::Trouble;
 
 /// What is the same for all devices of a type.
@@ -130,12 +128,6 @@ pub trait VirtioDevice: Send {
     fn unquiesce(&mut self) {}
     /// The VM has paused: what was written is brought to safety. Follows [`quiesce`](Self::quiesce).
     fn flush(&mut self) {}
-
-    /// What brings to safety, while the device works, what was written so far; nothing if there is nothing
-    /// to write to.
-    fn flusher(&self) -> io::Result<Option<Flusher>> {
-        Ok(None)
-    }
 
     /// Opens the host side for use. On a destination of a migration this comes last.
     fn open(&mut self) -> Result<(), BackendError> {

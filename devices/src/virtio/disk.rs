@@ -6,6 +6,7 @@
 //! is ours: it is locked when a guest that was migrated here has started, so that a source that has
 //! lost its connection to us can see it.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -19,7 +20,6 @@ use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 use super::chain::Buffers;
-use super::flush::Flusher;
 
 /// Bytes of a sector, the unit of every request.
 pub(super) const SECTOR: u64 = 512;
@@ -142,9 +142,15 @@ impl DiskImage {
         lock(&file, self.readonly).map_err(|e| locked(&self.path, e))?;
         let size = file.seek(SeekFrom::End(0))?;
         let buffer = if direct { vec![0; BUFFER + ALIGNMENT] } else { Vec::new() };
-        let flushes = !self.readonly && self.cache != CacheMode::Unsafe;
-        let flusher = Flusher::new(flushes.then(|| file.try_clone()).transpose()?);
-        Ok(OpenDisk { file, size, buffer, cache: self.cache, readonly: self.readonly, flusher })
+        Ok(OpenDisk {
+            file,
+            size,
+            buffer,
+            cache: self.cache,
+            readonly: self.readonly,
+            unsynced: Cell::new(true),
+            owed: Cell::new(None),
+        })
     }
 }
 
@@ -287,7 +293,10 @@ pub struct OpenDisk {
     buffer: Vec<u8>,
     cache: CacheMode,
     readonly: bool,
-    flusher: Flusher,
+    /// Something may not be on the disk yet; at first, what others have left in the page cache.
+    unsynced: Cell<bool>,
+    /// The error of a flush that the guest has not heard of.
+    owed: Cell<Option<i32>>,
 }
 
 impl OpenDisk {
@@ -319,15 +328,14 @@ impl OpenDisk {
 
     /// Writes all of `from` at byte `offset`.
     pub fn write(&mut self, offset: u64, from: &mut Buffers<'_>) -> io::Result<()> {
-        let written = if self.cache == CacheMode::Direct {
-            self.write_direct(offset, from)
+        self.unsynced.set(true);
+        if self.cache == CacheMode::Direct {
+            self.write_direct(offset, from)?;
         } else {
-            let start = self.file.seek(SeekFrom::Start(offset));
-            start.and_then(|_| from.drain_to(&mut self.file).map(drop))
-        };
-        // A part of it, if it failed.
-        self.flusher.has_written();
-        written
+            self.file.seek(SeekFrom::Start(offset))?;
+            from.drain_to(&mut self.file)?;
+        }
+        Ok(())
     }
 
     fn read_direct(&mut self, offset: u64, to: &mut Buffers<'_>) -> io::Result<()> {
@@ -368,14 +376,25 @@ impl OpenDisk {
         Ok(())
     }
 
-    /// Brings what was written to the disk.
+    /// Brings to the disk what was written since the last time.
     pub fn flush(&self) -> io::Result<()> {
-        self.flusher.flush()
+        if self.readonly || self.cache == CacheMode::Unsafe {
+            return Ok(());
+        }
+        if let Some(error) = self.owed.take() {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        if self.unsynced.get() {
+            self.file.sync_data()?;
+            self.unsynced.set(false);
+        }
+        Ok(())
     }
 
-    /// Does the same from anywhere, and while requests go on.
-    pub fn flusher(&self) -> io::Result<Flusher> {
-        self.flusher.another()
+    /// A flush that the guest did not ask for has failed: its next one will. The kernel says only once
+    /// that something did not get to the disk (fsync(2)).
+    pub(super) fn owe(&self, error: &io::Error) {
+        self.owed.set(Some(error.raw_os_error().unwrap_or(libc::EIO)));
     }
 
     /// Gives up what is stored in a range. A host file system that cannot do that keeps it.
@@ -398,26 +417,24 @@ impl OpenDisk {
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
             other => return other,
         }
+        self.unsynced.set(true);
         let mut zeros = vec![0; BUFFER + ALIGNMENT];
         let zeros = aligned(&mut zeros);
         let end = offset.saturating_add(len);
         let mut at = offset;
         while at < end {
             let n = usize::try_from(end - at).unwrap_or(usize::MAX).min(zeros.len());
-            let written = self.file.write_all_at(zeros.get(..n).unwrap_or_default(), at);
-            self.flusher.has_written();
-            written?;
+            self.file.write_all_at(zeros.get(..n).unwrap_or_default(), at)?;
             at = at.saturating_add(to_u64(n));
         }
         Ok(())
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        self.unsynced.set(true);
         let signed =
             |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
-        let done = fallocate(&self.file, flags, signed(offset)?, signed(len)?);
-        self.flusher.has_written();
-        Ok(done?)
+        Ok(fallocate(&self.file, flags, signed(offset)?, signed(len)?)?)
     }
 }
 
@@ -504,5 +521,49 @@ mod tests {
         File::open(&other).unwrap().set_modified(before.written).unwrap();
         std::fs::rename(&other, file.path()).unwrap();
         assert_ne!(image.stamp().unwrap(), before);
+    }
+
+    /// What a flush needs of an open image that is this file.
+    fn over(file: File) -> OpenDisk {
+        OpenDisk {
+            file,
+            size: 4096,
+            buffer: Vec::new(),
+            cache: CacheMode::Writeback,
+            readonly: false,
+            unsynced: Cell::new(true),
+            owed: Cell::new(None),
+        }
+    }
+
+    #[test]
+    fn a_flush_does_what_is_left_to_do() {
+        // A pipe can't be synchronised, which shows when it is tried.
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        let disk = over(File::from(pipe));
+        for _ in 0..2 {
+            assert_eq!(disk.flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+        disk.unsynced.set(false);
+        disk.flush().unwrap();
+
+        let disk = over(tempfile::tempfile().unwrap());
+        disk.flush().unwrap();
+        assert!(!disk.unsynced.get());
+        disk.write_zeroes(0, 512, false).unwrap();
+        assert!(disk.unsynced.get());
+        disk.flush().unwrap();
+        disk.discard(0, 512).unwrap();
+        assert!(disk.unsynced.get());
+    }
+
+    #[test]
+    fn a_failure_that_the_guest_has_not_heard_of_is_its_next_flush() {
+        let disk = over(tempfile::tempfile().unwrap());
+        disk.owe(&io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(disk.flush().unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        disk.flush().unwrap();
+        disk.owe(&io::Error::other("not the kernel's"));
+        assert_eq!(disk.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
     }
 }

@@ -5,7 +5,6 @@
 //! few steps: [`set_status`](VirtioPci::set_status), [`enable_queue`](VirtioPci::enable_queue) and
 //! so on, which restoring a state uses as well.
 
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -14,7 +13,6 @@ use vmm_sys_util::epoll::EventSet;
 use super::core::{Core, VirtioError, status};
 use super::device::{BackendError, VirtioDevice};
 use super::features;
-use super::flush::Flusher;
 use super::interrupt::Interrupts;
 use super::queue::RingAddresses;
 use crate::device::Device;
@@ -204,11 +202,6 @@ impl VirtioPci {
     /// A guest that was migrated here has started.
     pub fn guest_started(&mut self) -> Result<(), BackendError> {
         self.device.guest_started()
-    }
-
-    /// See [`VirtioDevice::flusher`].
-    pub fn flusher(&self) -> io::Result<Option<Flusher>> {
-        self.device.flusher()
     }
 
     /// Closes the host side. The VM must be paused.

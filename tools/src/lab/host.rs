@@ -191,6 +191,8 @@ impl Drop for Host {
         // It may have ended already, and then there is nothing to kill.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // What it had said is wanted most when it has failed; that it can't be passed on has no ear here.
+        let _ = self.streams.join();
     }
 }
 

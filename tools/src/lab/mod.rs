@@ -16,9 +16,9 @@ mod streams;
 pub use streams::Output;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::cache;
@@ -192,13 +192,19 @@ pub fn run(run: &Run) -> Result<u8> {
     Ok(status)
 }
 
-/// Raises a flag on SIGINT and SIGTERM, from now on and for the rest of the process.
+/// The flag that SIGINT and SIGTERM raise, from the first run on and for the rest of the process.
 fn watch_signals() -> Result<Arc<AtomicBool>> {
+    static FLAG: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
+    let mut watched = FLAG.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(flag) = &*watched {
+        return Ok(Arc::clone(flag));
+    }
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&flag))
             .doing(|| format!("watch for signal {signal}"))?;
     }
+    *watched = Some(Arc::clone(&flag));
     Ok(flag)
 }
 

@@ -41,8 +41,8 @@ impl Output {
 
     /// A line of our own.
     pub fn say(&self, line: fmt::Arguments<'_>) {
-        // Who does not want to read it any more need not.
-        let _ = writeln!(self.stderr(), "xtask: {line}");
+        // In one piece, since others write there too. Who does not want to read it any more need not.
+        let _ = self.stderr().write_all(format!("xtask: {line}\n").as_bytes());
     }
 }
 
@@ -127,6 +127,8 @@ impl Streams {
     /// Waits until all output is out. The host's QEMU must have ended.
     pub(super) fn join(&mut self) -> Result<()> {
         for reader in self.readers.drain(..) {
+            // As in `at_end`.
+            drop(UnixStream::connect(&reader.socket));
             let done = reader
                 .thread
                 .join()

@@ -5,9 +5,11 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Seek};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,7 +24,7 @@ use crate::{images, process};
 
 /// Times in the lab are those of an emulated processor: the tests' deadlines grow by this factor.
 const SLOWNESS: &str = "5";
-/// How long one test may take, the lab's boot included: longer than any wait in it, which says what it
+/// How long one test may take, the lab's boot included: longer than most waits in it, which say what they
 /// waited for.
 const TIMEOUT: Duration = Duration::from_secs(480);
 /// How often a test is tried, each time on a new host (docs/testing.md, "What the lab is not").
@@ -33,9 +35,9 @@ const FAILURES: usize = 10;
 /// How many hosts there are at a time at most: each may use 4 GiB of memory.
 const AT_ONCE: usize = 4;
 
-/// Tries that have failed, and why.
+/// Tries that have failed, and why; and whether a test has failed for good.
 #[derive(Default)]
-pub(super) struct Failures(Mutex<Vec<String>>);
+pub(super) struct Failures(Mutex<Vec<String>>, AtomicBool);
 
 impl Failures {
     /// For whoever reads the end of a run that has passed.
@@ -43,6 +45,11 @@ impl Failures {
         for failure in locked(&self.0).iter() {
             println!("passed at a later try only: {failure}");
         }
+    }
+
+    /// Nothing need be tried any more.
+    fn are_final(&self) -> bool {
+        self.1.load(Ordering::Relaxed)
     }
 
     /// Notes one, and says how many that makes.
@@ -61,9 +68,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub fn whole_lab() -> Result<()> {
     cargo(&["build", "--package", "vmm", "--quiet"], &[])?;
     let failures = Failures::default();
-    let result = all(&failures);
+    all(&failures)?;
     failures.print();
-    result
+    Ok(())
 }
 
 /// Runs all of them.
@@ -71,14 +78,17 @@ pub(super) fn all(failures: &Failures) -> Result<()> {
     let programs = lab_programs()?;
     let mut tests = Vec::new();
     for program in &programs {
-        tests.extend(tests_of(program, &[])?.into_iter().map(|test| (program, test)));
+        tests.extend(some_tests_of(program, &[])?.into_iter().map(|test| (program, test)));
+    }
+    if tests.is_empty() {
+        return Err(Error::NoLabProgram { name: "lab_…".into(), known: String::new() });
     }
     let (pairs, single): (Vec<_>, Vec<_>) =
         tests.into_iter().partition(|(program, _)| program.is_pair());
     let queue = Mutex::new(VecDeque::from(single));
     let failed = Mutex::new(None);
     let worker = || {
-        while locked(&failed).is_none() {
+        while !failures.are_final() {
             let Some((program, test)) = locked(&queue).pop_front() else { break };
             if let Err(error) = kept_apart(program, &test, failures) {
                 locked(&failed).get_or_insert(error);
@@ -111,11 +121,21 @@ fn kept_apart(program: &LabProgram, test: &str, failures: &Failures) -> Result<(
     result
 }
 
-fn replay(mut file: &File, to: &mut impl io::Write) -> Result<()> {
-    file.rewind()
-        .and_then(|()| io::copy(&mut file, to))
-        .doing(|| "print what a test has said".to_owned())
-        .map(drop)
+/// Without moving the place at which it is written to.
+fn replay(file: &File, to: &mut impl io::Write) -> Result<()> {
+    let mut copy = || -> io::Result<()> {
+        let (mut buffer, mut at) = (vec![0; 64 << 10], 0);
+        loop {
+            match file.read_at(&mut buffer, at)? {
+                0 => return Ok(()),
+                n => {
+                    to.write_all(&buffer[..n])?;
+                    at += n as u64;
+                }
+            }
+        }
+    };
+    copy().doing(|| "print what a test has said".to_owned())
 }
 
 /// Builds `mini-vmm` and the lab's tests, and runs one of their programs in the lab, with these
@@ -127,10 +147,7 @@ pub fn run_in_lab(name: &str, args: &[String]) -> Result<()> {
     let known: Vec<&str> = programs.iter().map(|program| program.name.as_str()).collect();
     let program = program
         .ok_or_else(|| Error::NoLabProgram { name: name.into(), known: known.join(", ") })?;
-    let tests = tests_of(program, args)?;
-    if tests.is_empty() {
-        return Err(Error::NoLabTest { program: program.name.clone(), filter: args.join(" ") });
-    }
+    let tests = some_tests_of(program, args)?;
     let failures = Failures::default();
     tests.iter().try_for_each(|test| tried(program, test, Output::Own, &failures))
 }
@@ -142,7 +159,10 @@ fn tried(program: &LabProgram, test: &str, output: Output, failures: &Failures) 
     let mut tries = 1;
     while let Err(why) = lab_try(program, test, &run) {
         let all = failures.note(format!("{}, {test}, try {tries}: {why}", program.name));
-        if matches!(why, Error::Interrupted) || tries == TRIES || all > FAILURES {
+        let last = matches!(why, Error::Interrupted) || tries == TRIES || all > FAILURES;
+        if last || failures.are_final() {
+            failures.1.store(true, Ordering::Relaxed);
+            output.say(format_args!("{test}: try {tries} of {TRIES} failed: {why}"));
             return Err(why);
         }
         output.say(format_args!("{test}: try {tries} of {TRIES} failed, once more: {why}"));
@@ -193,6 +213,15 @@ fn lab_programs() -> Result<Vec<LabProgram>> {
         .collect();
     programs.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(programs)
+}
+
+/// The same, and there is one.
+fn some_tests_of(program: &LabProgram, filter: &[String]) -> Result<Vec<String>> {
+    let tests = tests_of(program, filter)?;
+    if tests.is_empty() {
+        return Err(Error::NoLabTest { program: program.name.clone(), filter: filter.join(" ") });
+    }
+    Ok(tests)
 }
 
 /// The names of a program's tests, those that contain `filter`.

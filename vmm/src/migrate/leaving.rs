@@ -11,7 +11,6 @@ use migration::vmstate::Section;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::disks::{self, LeftDisks};
-use super::flush_ahead::FlushAhead;
 use super::{details, for_qemu};
 use crate::control::RunState;
 use crate::dirty::RamTracker;
@@ -28,13 +27,11 @@ pub(super) struct Leaving {
     left: LeftDisks,
     /// Makes the vCPUs rest, since they first had to.
     throttle: Option<Throttle>,
-    /// While RAM is sent. It keeps the images open, with their locks.
-    flush_ahead: Option<FlushAhead>,
 }
 
 impl Leaving {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, before: None, left: LeftDisks::default(), throttle: None, flush_ahead: None }
+        Self { vm, before: None, left: LeftDisks::default(), throttle: None }
     }
 }
 
@@ -97,8 +94,6 @@ impl SourceVm for Leaving {
     }
 
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
-        let failed = |e| VmError::with("the thread that flushes disks does not start", e);
-        self.flush_ahead = Some(FlushAhead::start(self.vm.clone()).map_err(failed)?);
         let machine = &self.vm.machine;
         Ok(Box::new(RamTracker::new(machine.ram.clone(), machine.dirty_log.clone())))
     }
@@ -143,7 +138,6 @@ impl SourceVm for Leaving {
     }
 
     fn drain(&mut self) -> Result<(), VmError> {
-        self.flush_ahead = None;
         if self.before == Some(RunState::Running) {
             self.vm.machine.pause_devices();
         }
@@ -155,7 +149,6 @@ impl SourceVm for Leaving {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        self.flush_ahead = None;
         self.vm.kvm_state.forget();
         let mut life = self.vm.life();
         let Some(before) = self.before.take() else { return Ok(()) };

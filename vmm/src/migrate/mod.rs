@@ -8,7 +8,6 @@ mod asking;
 mod details;
 mod disks;
 mod fit;
-mod flush_ahead;
 mod for_qemu;
 mod leaving;
 mod outgoing;

@@ -391,8 +391,9 @@ impl OpenDisk {
         Ok(())
     }
 
-    /// A flush that the guest did not ask for has failed: its next one will. The kernel says only once
-    /// that something did not get to the disk (fsync(2)).
+    /// A flush that the guest did not ask for has failed: its next one will, and until then every other. The
+    /// kernel says only once that something did not get to the disk (fsync(2)), and a guest that was given
+    /// away would never hear of it.
     pub(super) fn owe(&self, error: &io::Error) {
         self.owed.set(Some(error.raw_os_error().unwrap_or(libc::EIO)));
     }
@@ -417,7 +418,6 @@ impl OpenDisk {
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
             other => return other,
         }
-        self.unsynced.set(true);
         let mut zeros = vec![0; BUFFER + ALIGNMENT];
         let zeros = aligned(&mut zeros);
         let end = offset.saturating_add(len);

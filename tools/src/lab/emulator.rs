@@ -1,8 +1,8 @@
 //! The QEMU that lab hosts run on: a newer one than this release of Debian installs.
 //!
-//! Its emulated SVM has to carry guests with several processors. The 7.2 of Debian 12 loses guests and
-//! hosts at it (docs/testing.md, "What the lab is not"), so the one of bookworm-backports is unpacked
-//! into the cache. It is not installed: the QEMU that guests move to and from stays Debian 12's own.
+//! Its emulated SVM loses fewer guests and hosts than 7.2's (docs/testing.md, "The lab"), so the one of
+//! bookworm-backports is unpacked into the cache. It is not installed: the QEMU that guests move to and from
+//! stays Debian 12's own.
 
 use std::path::PathBuf;
 use std::process::Command;

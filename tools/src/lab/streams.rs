@@ -15,10 +15,9 @@ use std::time::Duration;
 use crate::error::{Doing, Error, Result};
 
 /// Where everything goes that a run has to say.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub enum Output {
     /// To this process' own standard output and error.
-    #[default]
     Own,
     /// Into a file, in the order in which it comes, so that several runs at a time stay apart.
     File(Arc<File>),
@@ -174,12 +173,12 @@ fn copy(stream: UnixStream, mut to: impl Write, prefix: &str) -> io::Result<()> 
 /// The emulator loses an interrupt now and then, and with the timer's a processor stands still. What is lost
 /// stays pending in the local APIC, which looks at everything anew when the next interrupt comes.
 fn nudge(mut stream: UnixStream) {
-    // A host that does not read has had its interrupts.
-    while match stream.write(b"\n") {
-        Ok(_) => true,
-        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
-    } {
-        thread::sleep(Duration::from_millis(250));
+    loop {
+        match stream.write(b"\n") {
+            // A host that does not read has had its interrupts.
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return,
+            _ => thread::sleep(Duration::from_millis(250)),
+        }
     }
 }
 

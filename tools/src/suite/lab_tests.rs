@@ -4,9 +4,7 @@
 //! at most four. What a test has to say is kept until it is over.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,26 +33,26 @@ const FAILURES: usize = 10;
 /// How many hosts there are at a time at most: each may use 4 GiB of memory.
 const AT_ONCE: usize = 4;
 
-/// Tries that have failed, and why; and whether a test has failed for good.
+/// What has failed so far.
 #[derive(Default)]
-pub(super) struct Failures(Mutex<Vec<String>>, AtomicBool);
+pub(super) struct Failures {
+    /// Tries, and why.
+    tries: Mutex<Vec<String>>,
+    /// A test has failed for good, and nothing need be tried any more.
+    is_final: AtomicBool,
+}
 
 impl Failures {
     /// For whoever reads the end of a run that has passed.
     pub(super) fn print(&self) {
-        for failure in locked(&self.0).iter() {
+        for failure in locked(&self.tries).iter() {
             println!("passed at a later try only: {failure}");
         }
     }
 
-    /// Nothing need be tried any more.
-    fn are_final(&self) -> bool {
-        self.1.load(Ordering::Relaxed)
-    }
-
     /// Notes one, and says how many that makes.
     fn note(&self, failure: String) -> usize {
-        let mut all = locked(&self.0);
+        let mut all = locked(&self.tries);
         all.push(failure);
         all.len()
     }
@@ -88,9 +86,10 @@ pub(super) fn all(failures: &Failures) -> Result<()> {
     let queue = Mutex::new(VecDeque::from(single));
     let failed = Mutex::new(None);
     let worker = || {
-        while !failures.are_final() {
+        while !failures.is_final.load(Ordering::Relaxed) {
             let Some((program, test)) = locked(&queue).pop_front() else { break };
             if let Err(error) = kept_apart(program, &test, failures) {
+                failures.is_final.store(true, Ordering::Relaxed);
                 locked(&failed).get_or_insert(error);
             }
         }
@@ -111,31 +110,15 @@ pub(super) fn all(failures: &Failures) -> Result<()> {
 /// Runs one test, and prints what it said when it is over.
 fn kept_apart(program: &LabProgram, test: &str, failures: &Failures) -> Result<()> {
     let start = Instant::now();
-    let file = tempfile::tempfile().doing(|| "create a temporary file".to_owned())?;
-    let file = Arc::new(file);
-    let result = tried(program, test, Output::File(Arc::clone(&file)), failures);
+    let file = tempfile::NamedTempFile::new().doing(|| "create a temporary file".to_owned())?;
+    // Whoever reads it has a place of its own in it.
+    let open = || file.reopen().doing(|| format!("open {}", file.path().display()));
+    let result = tried(program, test, Output::File(Arc::new(open()?)), failures);
     let verdict = super::verdict(&result);
     let mut out = io::stdout().lock();
-    replay(&file, &mut out)?;
+    io::copy(&mut open()?, &mut out).doing(|| "print what a test has said".to_owned())?;
     println!("=== {}, {test}: {verdict} ({:.0} s)", program.name, start.elapsed().as_secs_f64());
     result
-}
-
-/// Without moving the place at which it is written to.
-fn replay(file: &File, to: &mut impl io::Write) -> Result<()> {
-    let mut copy = || -> io::Result<()> {
-        let (mut buffer, mut at) = (vec![0; 64 << 10], 0);
-        loop {
-            match file.read_at(&mut buffer, at)? {
-                0 => return Ok(()),
-                n => {
-                    to.write_all(&buffer[..n])?;
-                    at += n as u64;
-                }
-            }
-        }
-    };
-    copy().doing(|| "print what a test has said".to_owned())
 }
 
 /// Builds `mini-vmm` and the lab's tests, and runs one of their programs in the lab, with these
@@ -160,8 +143,7 @@ fn tried(program: &LabProgram, test: &str, output: Output, failures: &Failures) 
     while let Err(why) = lab_try(program, test, &run) {
         let all = failures.note(format!("{}, {test}, try {tries}: {why}", program.name));
         let last = matches!(why, Error::Interrupted) || tries == TRIES || all > FAILURES;
-        if last || failures.are_final() {
-            failures.1.store(true, Ordering::Relaxed);
+        if last || failures.is_final.load(Ordering::Relaxed) {
             output.say(format_args!("{test}: try {tries} of {TRIES} failed: {why}"));
             return Err(why);
         }
@@ -215,6 +197,14 @@ fn lab_programs() -> Result<Vec<LabProgram>> {
     Ok(programs)
 }
 
+/// The names of a program's tests, those that contain `filter`.
+fn tests_of(program: &LabProgram, filter: &[String]) -> Result<Vec<String>> {
+    let mut command = Command::new(&program.path);
+    let listed = process::output(command.args(["--list", "--format", "terse"]).args(filter))?;
+    let name = |line: &str| line.strip_suffix(": test").map(str::to_owned);
+    Ok(listed.lines().filter_map(name).collect())
+}
+
 /// The same, and there is one.
 fn some_tests_of(program: &LabProgram, filter: &[String]) -> Result<Vec<String>> {
     let tests = tests_of(program, filter)?;
@@ -222,14 +212,6 @@ fn some_tests_of(program: &LabProgram, filter: &[String]) -> Result<Vec<String>>
         return Err(Error::NoLabTest { program: program.name.clone(), filter: filter.join(" ") });
     }
     Ok(tests)
-}
-
-/// The names of a program's tests, those that contain `filter`.
-fn tests_of(program: &LabProgram, filter: &[String]) -> Result<Vec<String>> {
-    let mut command = Command::new(&program.path);
-    let listed = process::output(command.args(["--list", "--format", "terse"]).args(filter))?;
-    let name = |line: &str| line.strip_suffix(": test").map(str::to_owned);
-    Ok(listed.lines().filter_map(name).collect())
 }
 
 /// One test of a program as a run of the lab.

@@ -19,7 +19,7 @@ use crate::phase::Phase;
 /// | drain | devices finish, disks are flushed | |
 /// | vcpu-state | every section is saved | |
 /// | last-pages | the last dirty pages are sent | and received |
-/// | devices | sections and description are sent | received and decoded |
+/// | devices | sections are sent | received and decoded |
 /// | prepared | the destination's word is awaited | everything is applied and checked |
 /// | commit | disks are released, COMMIT is sent | COMMIT is awaited, disks are taken |
 /// | running | `shut(0)` is awaited | the vCPUs start |

@@ -339,7 +339,8 @@ impl<'a> Arrival<'a> {
         Ok(())
     }
 
-    /// Passes by the description, which a source makes while this side loads what it describes.
+    /// Passes by the description, of which this side has no use. A source of an earlier release makes a long
+    /// one, while this side loads what it describes.
     fn skip_description(&mut self) -> Result<(), DestinationError> {
         match section::read_part_type(&mut self.reader)? {
             PartType::Description => Ok(section::skip_description(&mut self.reader)?),

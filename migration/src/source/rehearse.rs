@@ -13,7 +13,7 @@ use crate::problem::{Problem, kind};
 use crate::vmstate::Audience;
 use crate::wire::command::Command;
 use crate::wire::return_path::Message;
-use crate::wire::section::{self, PartType, SectionHeader};
+use crate::wire::section::{self, NO_DESCRIPTION, PartType, SectionHeader};
 
 /// How a rehearsal went.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +69,7 @@ impl Migration<'_> {
                 section::write_footer(out, header.id);
             });
         }
-        self.out.put(|out| section::write_end(out, "{}"));
+        self.out.put(|out| section::write_end(out, NO_DESCRIPTION));
         let answer = self.send("the rehearsal").and_then(|()| self.rehearsed());
         rehearsal.load_us = micros(begin);
         match answer {

@@ -7,7 +7,7 @@
 //! drain devices      nothing is in flight, disks are flushed, nobody writes to RAM any more
 //! save every section reading vCPU state can make the hypervisor write to guest memory (kvmclock)
 //! last bitmap        so it comes after
-//! last pages, device sections, end of the stream, their description while the other side loads them
+//! last pages, device sections, end of the stream
 //! PREPARED → release disks → COMMIT → shut(0)             to a mini-vmm
 //!            release disks → end of the stream → shut(0)  to a QEMU
 //!            release disks → end of the stream → flushed, the command has succeeded, renamed
@@ -34,13 +34,13 @@ use crate::verify;
 use crate::vmstate::{Audience, Description};
 use crate::wire::command::{Command, Commit};
 use crate::wire::return_path::Message;
-use crate::wire::section::{self, PartType, SectionHeader};
+use crate::wire::section::{self, NO_DESCRIPTION, PartType, SectionHeader};
 
 /// What there is beside RAM, as it goes out.
 #[derive(Default)]
 struct Saved {
     sections: Vec<(SectionHeader, Vec<u8>)>,
-    /// One for each.
+    /// One for each, for whoever has a use for them.
     descriptions: Vec<Description>,
     /// Of those that a QEMU would get shorter.
     fuller: Vec<FullerSection>,
@@ -152,7 +152,7 @@ impl Migration<'_> {
     }
 
     /// Sends everything up to the point of no return. Gives the description of the sections, which
-    /// a QEMU gets later.
+    /// only a QEMU and a saved VM get, and later.
     fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
         let stats = self.control.stats();
         stats.step(Step::VcpuState);
@@ -171,19 +171,18 @@ impl Migration<'_> {
                 section::write_footer(out, header.id);
             });
         }
-        if peer == Peer::MiniVmm {
-            if let Some(digests) = digests.clone() {
+        let description = if peer == Peer::MiniVmm {
+            if let Some(digests) = digests {
                 self.out.command(&Command::Verify(digests));
             }
-            self.out.put(section::write_eof);
-        }
-        // The other side loads them while they are being described.
-        self.send("the device sections")?;
-        let description = self.describe(peer, saved, digests)?;
-        if peer == Peer::MiniVmm {
-            self.out.put(|out| section::write_description(out, &description));
-            self.send("the sections' description")?;
-        }
+            self.out.put(|out| section::write_end(out, NO_DESCRIPTION));
+            self.send("the device sections")?;
+            String::new()
+        } else {
+            // The other side loads them while they are being described.
+            self.send("the device sections")?;
+            self.describe(peer, saved, digests)?
+        };
         self.check()?;
         Ok(description)
     }
@@ -195,7 +194,11 @@ impl Migration<'_> {
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
             let (body, description) = match peer {
-                Peer::MiniVmm => section.save_described(Audience::MiniVmm).map_err(failed)?,
+                Peer::MiniVmm => {
+                    let body = section.save(Audience::MiniVmm).map_err(failed)?;
+                    saved.sections.push((header, body));
+                    continue;
+                }
                 Peer::Qemu => section.save_described(Audience::Qemu).map_err(failed)?,
                 Peer::Nobody => {
                     let full = section.save_described(Audience::MiniVmm).map_err(failed)?;

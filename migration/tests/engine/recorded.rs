@@ -89,6 +89,8 @@ fn a_conversation_of_today_has_the_recorded_ones_parts() {
         bytes[start..end].to_vec()
     };
     assert!(ram(&forth) == ram(FORTH), "pages or sections look otherwise than in release 0.1.0");
+    // Nobody waits for a description.
+    assert!(has(&forth, b"\0\x06\0\0\0\x02{}"));
 }
 
 #[test]

@@ -7,7 +7,11 @@ use serde::de::{
 };
 use serde::forward_to_deserialize_any;
 
+use super::types::FIXED;
 use super::walk::{Fault, Group, Leaf, MAX_DEPTH, Path, Step, split_version};
+
+/// With fewer elements to come, whether they are all the same is not looked at.
+const WORTH_LOOKING: usize = 8;
 
 /// What a walk over a type takes its parts from.
 pub(super) trait Feed {
@@ -21,6 +25,12 @@ pub(super) trait Feed {
     fn close(&mut self);
     /// How many bytes have been taken.
     fn offset(&self) -> u64;
+    /// Passes by what repeats the last `len` bytes that were taken, and gives how often it did: at most
+    /// `times`. So many times `len` bytes do follow.
+    fn repeats(&mut self, len: u64, times: usize) -> Result<usize, Fault> {
+        let _ = (len, times);
+        Ok(0)
+    }
     /// The next subsection, if one follows that belongs to the set.
     fn subsection(&mut self, set: &mut Set, outer: &[Names]) -> Result<Option<Found>, Fault>;
 }
@@ -54,7 +64,8 @@ pub(super) fn walk<T: DeserializeOwned>(
     root: String,
 ) -> Result<T, Fault> {
     let start = feed.offset();
-    let mut walker = Walker { feed, path: Path::rooted(root), depth: 0, version, sets: Vec::new() };
+    let path = Path::rooted(root);
+    let mut walker = Walker { feed, path, depth: 0, version, sets: Vec::new(), sizes_vary: 0 };
     T::deserialize(&mut walker).map_err(|fault| fault.at(&walker.path, start))
 }
 
@@ -67,6 +78,8 @@ struct Walker<'a, F> {
     version: u32,
     /// The sets of subsections that are being read, innermost last.
     sets: Vec<Names>,
+    /// How often something was read whose size is not the declaration's.
+    sizes_vary: u64,
 }
 
 impl<F: Feed> Walker<'_, F> {
@@ -88,6 +101,9 @@ impl<F: Feed> Walker<'_, F> {
         }
         if let Some(group) = group {
             self.feed.open(group);
+            if matches!(group, Group::Counted | Group::Subsections) {
+                self.sizes_vary = self.sizes_vary.saturating_add(1);
+            }
         }
         let value = inside(self)?;
         if group.is_some() {
@@ -181,7 +197,12 @@ impl<'de, F: Feed> Deserializer<'de> for &mut Walker<'_, F> {
         len: usize,
         visitor: V,
     ) -> Result<V::Value, Fault> {
-        self.elements(Group::of_tuple_struct(name), len, visitor)
+        if name != FIXED {
+            return self.elements(Group::of_tuple_struct(name), len, visitor);
+        }
+        self.group(Some(Group::Tuple), |walker| {
+            visitor.visit_seq(Alike { walker, index: 0, len, same: 0 })
+        })
     }
     fn deserialize_struct<V: Visitor<'de>>(
         self,
@@ -237,6 +258,43 @@ impl<'de, F: Feed> SeqAccess<'de> for Elements<'_, '_, F> {
         let step = self.group.step(self.index);
         self.index = self.index.saturating_add(1);
         self.walker.part(step, |walker| seed.deserialize(walker)).map(Some)
+    }
+}
+
+/// The elements of an array, long stretches of which are often all the same: virtio's sections have one
+/// for each of a thousand queues that nobody has.
+struct Alike<'w, 'a, F> {
+    walker: &'w mut Walker<'a, F>,
+    index: usize,
+    len: usize,
+    /// How many of the next ones are known to be the same as the one before.
+    same: usize,
+}
+
+impl<'de, F: Feed> SeqAccess<'de> for Alike<'_, '_, F> {
+    type Error = Fault;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, Fault> {
+        if self.index >= self.len {
+            return Ok(None);
+        }
+        let step = Step::Index(self.index);
+        self.index = self.index.saturating_add(1);
+        if let Some(left) = self.same.checked_sub(1) {
+            self.same = left;
+            return seed.deserialize(Same).map(Some);
+        }
+        let (start, sizes_vary) = (self.walker.feed.offset(), self.walker.sizes_vary);
+        let element = self.walker.part(step, |walker| seed.deserialize(Present(walker)))?;
+        let left = self.len.saturating_sub(self.index);
+        if left >= WORTH_LOOKING && self.walker.sizes_vary == sizes_vary {
+            let size = self.walker.feed.offset().saturating_sub(start);
+            self.same = self.walker.feed.repeats(size, left)?;
+        }
+        Ok(Some(element))
     }
 }
 
@@ -319,7 +377,25 @@ impl<'de, F: Feed> MapAccess<'de> for Subsections<'_, '_, F> {
     }
 }
 
-/// A subsection that is there: the `Some` of an `Option`.
+/// An element that is the same as the one before: the `None` of an `Option`.
+struct Same;
+
+impl<'de> Deserializer<'de> for Same {
+    type Error = Fault;
+
+    fn is_human_readable(&self) -> bool {
+        false
+    }
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_none()
+    }
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option
+        unit unit_struct newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+    }
+}
+
+/// A subsection that is there, or an element that is told: the `Some` of an `Option`.
 struct Present<'w, 'a, F>(&'w mut Walker<'a, F>);
 
 impl<'de, F: Feed> Deserializer<'de> for Present<'_, '_, F> {

@@ -11,6 +11,8 @@ use super::{ByteSource, SectionId, StateError, VmState};
 /// How often subsections may come again inside one value. QEMU never repeats one, and takes it
 /// when somebody else does.
 const MAX_REPEATS: usize = 16;
+/// How far ahead a source can be looked into at once, in bytes ([`ByteSource::peek`]).
+const MAX_PEEK: usize = 512;
 
 /// Reads the body of a section whose state is a `T`.
 ///
@@ -258,6 +260,29 @@ impl Feed for Input<'_> {
 
     fn offset(&self) -> u64 {
         self.base.saturating_add(u64::try_from(self.at).unwrap_or(u64::MAX))
+    }
+
+    fn repeats(&mut self, len: u64, times: usize) -> Result<usize, Fault> {
+        let Ok(len @ 1..=MAX_PEEK) = usize::try_from(len) else { return Ok(0) };
+        let before = self.log.len().checked_sub(len).filter(|_| self.at == self.log.len());
+        let Some(before) = before else { return Ok(0) };
+        let mut found = 0usize;
+        while found < times {
+            let several = (MAX_PEEK / len).min(times.saturating_sub(found));
+            let ahead = self.source.peek(several.saturating_mul(len));
+            let offset = self.base.saturating_add(u64::try_from(self.at).unwrap_or(u64::MAX));
+            let ahead = ahead.map_err(|source| Fault::Io { offset, source })?;
+            let last = self.log.get(before..before.saturating_add(len)).unwrap_or_default();
+            let same = ahead.chunks_exact(len).take_while(|next| *next == last).count();
+            let mut passed = [0; MAX_PEEK];
+            let passed = passed.get_mut(..same.saturating_mul(len)).unwrap_or_default();
+            self.fill(passed)?;
+            found = found.saturating_add(same);
+            if same < several {
+                break;
+            }
+        }
+        Ok(found)
     }
 
     fn subsection(&mut self, set: &mut Set, outer: &[Names]) -> Result<Option<Found>, Fault> {

@@ -18,6 +18,9 @@ pub(crate) const PAD: &str = "@pad";
 pub(crate) const TIMER: &str = "@timer";
 /// The serde name by which the format recognises a [`Counted`].
 pub(crate) const COUNTED: &str = "@counted";
+/// The serde name by which the format recognises a [`FixedVec`] that is read. Its elements are read as
+/// `Option`s: nothing is one that has the same bytes as the one before.
+pub(crate) const FIXED: &str = "@fixed";
 
 impl<const N: usize> Serialize for Pad<N> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
@@ -126,26 +129,37 @@ impl<T: Serialize, const N: usize> Serialize for FixedVec<T, N> {
     }
 }
 
-impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for FixedVec<T, N> {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct V<T, const N: usize>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for V<T, N> {
-            type Value = FixedVec<T, N>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{N} elements")
+/// Reads the elements of a [`FixedVec`], each as an `E`.
+struct Elementwise<T, E, const N: usize>(PhantomData<(T, E)>);
+
+impl<'de, T, E, const N: usize> Visitor<'de> for Elementwise<T, E, N>
+where
+    T: Clone,
+    E: Deserialize<'de> + Into<Option<T>>,
+{
+    type Value = FixedVec<T, N>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{N} elements")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut v = Vec::with_capacity(N);
+        while let Some(element) = seq.next_element::<E>()? {
+            if v.len() == N {
+                return Err(A::Error::custom(format!("more than {N} elements")));
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-                let mut v = Vec::with_capacity(N);
-                while let Some(element) = seq.next_element()? {
-                    if v.len() == N {
-                        return Err(A::Error::custom(format!("more than {N} elements")));
-                    }
-                    v.push(element);
-                }
-                FixedVec::try_from(v).map_err(|n| A::Error::invalid_length(n, &self))
-            }
+            let element = element.into().or_else(|| v.last().cloned());
+            v.push(element.ok_or_else(|| A::Error::custom("nothing to be the same as"))?);
         }
-        d.deserialize_tuple(N, V(PhantomData))
+        FixedVec::try_from(v).map_err(|n| A::Error::invalid_length(n, &self))
+    }
+}
+
+impl<'de, T: Deserialize<'de> + Clone, const N: usize> Deserialize<'de> for FixedVec<T, N> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        if d.is_human_readable() {
+            return d.deserialize_tuple(N, Elementwise::<T, T, N>(PhantomData));
+        }
+        d.deserialize_tuple_struct(FIXED, N, Elementwise::<T, Option<T>, N>(PhantomData))
     }
 }
 

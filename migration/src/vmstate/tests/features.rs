@@ -199,7 +199,7 @@ proptest! {
 
 /// A connection whose other side waits for an answer: looking behind what it has sent would never
 /// end.
-struct Patient<'a>(SliceSource<'a>);
+pub(super) struct Patient<'a>(pub(super) SliceSource<'a>);
 
 impl ByteSource for Patient<'_> {
     fn read_exact(&mut self, buf: &mut [u8]) -> std::io::Result<()> {

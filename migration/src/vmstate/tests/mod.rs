@@ -3,6 +3,7 @@
 use super::*;
 
 mod adapter;
+mod alike;
 mod describe;
 mod features;
 mod golden;

@@ -26,6 +26,9 @@ use crate::vm_control::VmHandle;
 /// quit.
 const FAREWELL: Duration = Duration::from_secs(3);
 
+/// What the log says (at the level `info`) when a guest's vCPUs begin.
+const GUEST_RUNS: &str = "the guest runs";
+
 /// How a VM ended.
 #[derive(Debug)]
 pub enum RunOutcome {
@@ -157,6 +160,7 @@ fn begin(vm: &Vm) -> Result<(), RunError> {
     let prelaunch = vm.state() == RunState::Prelaunch;
     if prelaunch && vm.life().autostart {
         vm.cont()?;
+        tracing::info!("{GUEST_RUNS}");
     }
     Ok(())
 }

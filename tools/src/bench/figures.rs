@@ -23,13 +23,15 @@ pub enum Metric {
     MemorySource,
     /// The destination's, when the guest has arrived and the source has gone.
     MemoryDestination,
+    /// From the start of the process to the guest's first instruction; only a mini-vmm says when that is.
+    FirstInstruction,
     /// From the start of the process to the guest's first word on its serial port.
     FirstWord,
 }
 
 impl Metric {
     /// All, in the order of the table.
-    pub const ALL: [Metric; 9] = [
+    pub const ALL: [Metric; 10] = [
         Metric::Total,
         Metric::Downtime,
         Metric::DowntimeDestination,
@@ -38,6 +40,7 @@ impl Metric {
         Metric::OfIperf,
         Metric::MemorySource,
         Metric::MemoryDestination,
+        Metric::FirstInstruction,
         Metric::FirstWord,
     ];
 
@@ -52,6 +55,7 @@ impl Metric {
             Metric::OfIperf => "throughput, part of iperf3's",
             Metric::MemorySource => "memory beside guest RAM, source, MiB",
             Metric::MemoryDestination => "memory beside guest RAM, destination, MiB",
+            Metric::FirstInstruction => "exec to the guest's first instruction, ms",
             Metric::FirstWord => "exec to the guest's first word, ms",
         }
     }

@@ -245,6 +245,9 @@ impl Bench<'_> {
         source.line(0, "selfcheck: ready")?;
         let first_word = source.first_word().unwrap_or_default().as_secs_f64() * 1e3;
         add(Metric::FirstWord, first_word);
+        if let Some(first) = source.first_instruction() {
+            add(Metric::FirstInstruction, first.as_secs_f64() * 1e3);
+        }
         add(Metric::MemorySource, source.memory(ram)?.pss as f64 / MIB);
         source.connect()?;
 

@@ -15,6 +15,8 @@ use crate::error::{Doing, Error, Result};
 const MIN_OF_IPERF: f64 = 0.85;
 /// VMM memory beside guest RAM may be at most this, in MiB.
 const MAX_MEMORY_MIB: f64 = 12.0;
+/// The guest's first instruction may come at most this long after exec, in ms.
+const MAX_FIRST_INSTRUCTION_MS: f64 = 15.0;
 /// The guest's first word may come at most this long after exec, in ms.
 const MAX_FIRST_WORD_MS: f64 = 50.0;
 
@@ -196,6 +198,7 @@ impl Results {
             }
             check(Metric::MemorySource, Some(MAX_MEMORY_MIB));
             check(Metric::MemoryDestination, Some(MAX_MEMORY_MIB));
+            check(Metric::FirstInstruction, Some(MAX_FIRST_INSTRUCTION_MS));
             check(Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
             // The socket's speed.
             if let Some(of_iperf) = self.find(scenario, ours, Metric::OfIperf)

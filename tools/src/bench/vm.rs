@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -23,6 +23,25 @@ const STEP: Duration = Duration::from_millis(5);
 /// How the guest's own lines begin. A firmware's lines before it do not.
 const WORD: &str = "selfcheck:";
 
+/// How the line of a mini-vmm's log ends that says that its guest runs.
+const GUEST_RUNS: &str = "the guest runs";
+/// A day, in ns.
+const DAY: u128 = 86_400_000_000_000;
+
+/// The time of day at a log line's beginning, `2026-01-31T23:59:59.999999Z`.
+fn time_of_day(line: &str) -> Option<Duration> {
+    let (_, time) = line.split_once('T')?;
+    let (time, _) = time.split_once('Z')?;
+    let mut parts = time.splitn(3, ':');
+    let mut whole = || parts.next()?.parse::<u64>().ok();
+    let (hours, minutes) = (whole()?, whole()?);
+    let seconds: f64 = parts.next()?.parse().ok()?;
+    Some(
+        Duration::from_secs(hours * 3600 + minutes * 60)
+            + Duration::try_from_secs_f64(seconds).ok()?,
+    )
+}
+
 /// What the guest has said.
 #[derive(Default)]
 struct Heard {
@@ -35,6 +54,8 @@ pub struct Vm {
     title: String,
     child: Child,
     started: Instant,
+    /// The same by the wall clock, which the VM's log has.
+    began: SystemTime,
     input: ChildStdin,
     heard: Arc<Mutex<Heard>>,
     errors: PathBuf,
@@ -56,8 +77,9 @@ impl Vm {
         let errors = qmp.with_extension("stderr");
         let file = File::create(&errors).doing(|| format!("create {}", errors.display()))?;
         command.env("XDG_RUNTIME_DIR", dir);
+        command.env("MINI_VMM_LOG", "info");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file);
-        let started = Instant::now();
+        let (started, began) = (Instant::now(), SystemTime::now());
         let mut child = command.spawn().map_err(|e| process::start_error(&command, e))?;
         let (Some(input), Some(mut output)) = (child.stdin.take(), child.stdout.take()) else {
             unreachable!("both are piped")
@@ -77,7 +99,7 @@ impl Vm {
             }
         });
         let qmp_path = qmp.to_owned();
-        Ok(Vm { title, child, started, input, heard, errors, qmp_path, qmp: None })
+        Ok(Vm { title, child, started, began, input, heard, errors, qmp_path, qmp: None })
     }
 
     /// An error of this VM, with what it has said.
@@ -145,6 +167,17 @@ impl Vm {
         Some(heard.first_word?.duration_since(self.started))
     }
 
+    /// From the start of the process to the moment when its vCPUs are let go, if its log says when that was;
+    /// only a mini-vmm's does.
+    pub fn first_instruction(&self) -> Option<Duration> {
+        let log = fs::read_to_string(&self.errors).ok()?;
+        let line = log.lines().find(|line| line.ends_with(GUEST_RUNS))?;
+        let of_day = time_of_day(line)?;
+        let began = self.began.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_nanos() % DAY;
+        let since = (of_day.as_nanos() + DAY - began) % DAY;
+        u64::try_from(since).ok().map(Duration::from_nanos)
+    }
+
     /// Waits until the control socket answers.
     pub fn connect(&mut self) -> Result<()> {
         let stream =
@@ -205,5 +238,19 @@ impl Vm {
         let smaps = fs::read_to_string(&path).doing(|| format!("read {path}"))?;
         beside_ram(&smaps, ram)
             .ok_or_else(|| self.trouble("its guest's RAM is not among its mappings"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_lines_time_is_read() {
+        let of = |line| time_of_day(line).map(|time| time.as_secs_f64());
+        let line = "2026-01-31T23:59:59.250000Z  INFO the guest runs";
+        assert_eq!(of(line), Some(86_399.25));
+        assert_eq!(of("the guest runs"), None);
+        assert_eq!(of("2026-01-31T23:59Z"), None);
     }
 }

@@ -19,7 +19,7 @@
 //! and on the destination:
 //!
 //! ```text
-//! ram, accept_block, sections, check_details                          before any page moves
+//! ram, accept_block, sections, check_details → expect                 before any page moves
 //! GuestRam writes                                                     the source's guest runs
 //! Section::decode for all → Section::apply for all → prepare          nothing runs yet
 //! take_disks → start                                                  this side runs it
@@ -262,6 +262,11 @@ pub trait SourceVm: Machine {
     /// delay a [`pause`](Self::pause), and is over at the latest when this is dropped.
     fn throttle(&mut self, percent: u8) -> Result<(), VmError>;
 
+    /// Asks the disks to bring to safety what was written, while the guest runs, so that
+    /// [`drain`](Self::drain) has little left to do. Returns at once; what fails is told to the guest by its
+    /// own next flush, and to `drain`. Called in every pass.
+    fn flush_ahead(&mut self) {}
+
     /// Stops every vCPU and notes whether they were running. When it fails, whatever it had
     /// stopped runs again. A VM that was paused before stays paused and this succeeds.
     fn pause(&mut self) -> Result<(), VmError>;
@@ -306,6 +311,11 @@ pub trait DestinationVm: Machine {
     /// Compares what the source's [`Machine::details`] says with this machine; every difference
     /// that would make the migration fail or the guest misbehave is one problem.
     fn check_details(&self, source: &serde_json::Value) -> Vec<Problem>;
+
+    /// The VM comes now: does what need not wait for its state, so that the guest need not wait for it.
+    fn expect(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
 
     /// A block comes that [`GuestRam::blocks`] does not have: a QEMU sends its firmware, option
     /// ROMs and ACPI tables as blocks of their own. `true` when this machine can keep it; from

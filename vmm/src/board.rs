@@ -418,6 +418,11 @@ impl Board {
         self.virtio.iter().try_for_each(|slot| lock(&slot.function).guest_started())
     }
 
+    /// Asks the disks to bring to safety what was written, while the guest runs.
+    pub fn flush_ahead(&self) {
+        self.virtio.iter().for_each(|slot| lock(&slot.function).flush_ahead());
+    }
+
     /// Rebuilds what follows from several devices' states at once.
     pub fn refresh(&self) {
         if let Some(pci) = &self.pci {

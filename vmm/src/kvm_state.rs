@@ -182,6 +182,13 @@ impl KvmState {
         *lock(&self.promised) = Some(cpu);
     }
 
+    /// Shows the vCPUs' guest the processor that it has been told of: it must not see it change, not even
+    /// for the better.
+    pub(crate) fn show_promised(&self, machine: &Machine) -> Result<(), MachineError> {
+        let promised = lock(&self.promised).take();
+        promised.map_or(Ok(()), |cpu| machine.show_cpu(&cpu))
+    }
+
     /// Gives what has come to KVM. Nothing runs afterwards that did not before.
     pub fn install(&self, machine: &Machine) -> Result<(), InstallError> {
         let mut arrived = self.arrived();
@@ -228,10 +235,8 @@ impl KvmState {
                 stable: false,
             },
         };
-        // A guest must not see its processor change, not even for the better.
-        if let Some(cpu) = lock(&self.promised).take() {
-            machine.show_cpu(&cpu)?;
-        }
+        // Where it was not done ahead.
+        self.show_promised(machine)?;
         // The chips after the LAPICs: what the IOAPIC has to deliver goes into them at once.
         machine.restore_vcpus(&states)?;
         chips.restore(&machine.vm)?;

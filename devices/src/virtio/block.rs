@@ -101,6 +101,8 @@ struct Shared {
     /// Somebody waits for the gate: the worker leaves it alone.
     shut: AtomicBool,
     quit: AtomicBool,
+    /// A flush is wanted that nobody waits for.
+    tidy: AtomicBool,
     /// The guest may rely on a flush to make its writes last.
     write_cache: AtomicBool,
     wake: EventFd,
@@ -138,6 +140,7 @@ impl Block {
             gate: Mutex::new(Gate { open: false, disk: None, unfinished: VecDeque::new() }),
             shut: AtomicBool::new(true),
             quit: AtomicBool::new(false),
+            tidy: AtomicBool::new(false),
             write_cache: AtomicBool::new(write_cache(&options)),
             wake,
             serial,
@@ -145,6 +148,11 @@ impl Block {
             readonly: options.image.readonly,
         });
         Ok(Self { options, capacity, shared, core: None, worker: None, unsaved: None })
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_synced(&self) -> bool {
+        self.shared.gate().disk.as_ref().is_some_and(OpenDisk::is_synced)
     }
 
     fn backend_error(&self, what: &str, source: io::Error) -> BackendError {
@@ -272,12 +280,18 @@ impl VirtioDevice for Block {
         }
     }
     fn flush(&mut self) {
+        self.shared.tidy.store(false, Ordering::Release);
         let flush = |disk: &OpenDisk| disk.flush().inspect_err(|error| disk.owe(error));
         let flushed = self.shared.gate().disk.as_ref().map_or(Ok(()), flush);
         self.unsaved = flushed.err().map(|error| error.to_string());
         if let Some(error) = &self.unsaved {
             tracing::error!("{}: the disk image cannot be flushed: {error}", self.options.id);
         }
+    }
+
+    fn flush_ahead(&mut self) {
+        self.shared.tidy.store(true, Ordering::Release);
+        self.shared.wake();
     }
 
     fn open(&mut self) -> Result<(), BackendError> {
@@ -473,6 +487,12 @@ impl Shared {
                 return;
             }
             self.serve_unfinished(core, &mut gate);
+            // Like a flush of the guest's: no request is under way, and the next waits for it.
+            if self.tidy.swap(false, Ordering::AcqRel)
+                && let Some(disk) = &gate.disk
+            {
+                disk.flush_unasked();
+            }
             core.set_notification(queue, false);
             match core.pop(queue) {
                 Some(chain) => self.answer(core, queue, chain, gate.disk.as_mut()),

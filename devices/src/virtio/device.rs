@@ -129,6 +129,9 @@ pub trait VirtioDevice: Send {
     /// The VM has paused: what was written is brought to safety. Follows [`quiesce`](Self::quiesce).
     fn flush(&mut self) {}
 
+    /// While the VM runs: what was written is to be brought to safety soon. Returns at once.
+    fn flush_ahead(&mut self) {}
+
     /// Opens the host side for use. On a destination of a migration this comes last.
     fn open(&mut self) -> Result<(), BackendError> {
         Ok(())

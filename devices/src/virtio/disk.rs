@@ -391,6 +391,21 @@ impl OpenDisk {
         Ok(())
     }
 
+    /// The same, unasked: an error is for whoever asks next.
+    pub(super) fn flush_unasked(&self) {
+        // One that nobody has heard of yet stays for whoever asks.
+        if self.owed.get().is_none()
+            && let Err(error) = self.flush()
+        {
+            self.owe(&error);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_synced(&self) -> bool {
+        !self.unsynced.get()
+    }
+
     /// A flush that the guest did not ask for has failed: its next one will, and until then every other. The
     /// kernel says only once that something did not get to the disk (fsync(2)), and a guest that was given
     /// away would never hear of it.
@@ -555,6 +570,18 @@ mod tests {
         disk.flush().unwrap();
         disk.discard(0, 512).unwrap();
         assert!(disk.unsynced.get());
+    }
+
+    #[test]
+    fn an_unasked_flush_leaves_its_failure_to_whoever_asks() {
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        let disk = over(File::from(pipe));
+        // The second does not take the first one's failure.
+        disk.flush_unasked();
+        disk.flush_unasked();
+        disk.unsynced.set(false);
+        assert_eq!(disk.flush().unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        disk.flush().unwrap();
     }
 
     #[test]

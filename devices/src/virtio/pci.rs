@@ -204,6 +204,11 @@ impl VirtioPci {
         self.device.guest_started()
     }
 
+    /// Asks for a flush that nobody waits for.
+    pub fn flush_ahead(&mut self) {
+        self.device.flush_ahead();
+    }
+
     /// Closes the host side. The VM must be paused.
     pub fn close(&mut self) -> Result<(), BackendError> {
         self.device.close()

@@ -480,6 +480,10 @@ impl<'a> Arrival<'a> {
         self.accepted = true;
         if !rehearsal {
             self.control.enter(Phase::Active);
+            self.touched = true;
+            self.vm
+                .expect()
+                .map_err(|source| DestinationError::Vm { during: "getting ready", source })?;
         }
         Ok(())
     }

@@ -143,6 +143,7 @@ impl Migration<'_> {
             }
             let (begin, sent) = (Instant::now(), self.sent());
             let before = passes.remaining();
+            self.vm.flush_ahead();
             let end = self.send_pass(&mut passes, PartType::Part)?;
             passes.first = false;
             if end == PassEnd::Whole {

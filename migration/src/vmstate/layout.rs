@@ -94,6 +94,11 @@ impl Feed for Trace {
     fn offset(&self) -> u64 {
         0
     }
+    /// All is zero, so that all elements of an array look alike.
+    fn repeats(&mut self, _: u64, times: usize) -> Result<usize, Fault> {
+        self.0.again(0, times);
+        Ok(times)
+    }
     fn subsection(&mut self, set: &mut Set, outer: &[Names]) -> Result<Option<Found>, Fault> {
         // A set inside itself has been seen.
         if outer.contains(&set.names) {

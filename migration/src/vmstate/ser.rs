@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde::ser::{Impossible, SerializeStruct, SerializeTuple, SerializeTupleStruct};
 
+use super::types::AGAIN;
 use super::walk::{Fault, Group, Leaf, MAX_DEPTH, Path, SUBSECTION, Step, split_version};
 use super::{SectionId, StateError, VmState};
 
@@ -55,12 +56,28 @@ pub(super) trait Sink {
     fn name(&mut self, name: &'static str);
     /// The innermost open group is complete.
     fn close(&mut self);
+    /// How much has been taken so far, if that is counted.
+    fn position(&self) -> usize {
+        0
+    }
+    /// The last part of the innermost open group, which began at `start`, comes `times` times more.
+    fn again(&mut self, start: usize, times: usize);
 }
 
 #[derive(Debug)]
 struct Bytes(Vec<u8>);
 
 impl Sink for Bytes {
+    fn position(&self) -> usize {
+        self.0.len()
+    }
+    fn again(&mut self, start: usize, times: usize) {
+        let Some(len) = self.0.len().checked_sub(start) else { return };
+        self.0.reserve(len.saturating_mul(times));
+        for _ in 0..times {
+            self.0.extend_from_within(start..start.saturating_add(len));
+        }
+    }
     fn leaf(&mut self, _: Leaf, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
     }
@@ -79,7 +96,7 @@ impl Sink for Bytes {
 
 /// Walks over `value`.
 pub(super) fn walk<T: Serialize + ?Sized>(value: &T, sink: &mut impl Sink) -> Result<(), Fault> {
-    let mut walker = Walker { sink, path: Path::default(), depth: 0 };
+    let mut walker = Walker { sink, path: Path::default(), depth: 0, last: 0 };
     value.serialize(&mut walker).map_err(|fault| fault.at(&walker.path, 0))
 }
 
@@ -88,6 +105,8 @@ struct Walker<'a, S> {
     sink: &'a mut S,
     path: Path,
     depth: usize,
+    /// Where the last element of an array began.
+    last: usize,
 }
 
 impl<'a, S: Sink> Walker<'a, S> {
@@ -165,7 +184,6 @@ macro_rules! refuse_always {
             serialize_seq(Option<usize>) -> Self::SerializeSeq);
         refuse!("maps": serialize_map(Option<usize>) -> Self::SerializeMap);
         refuse!("enums":
-            serialize_unit_variant(&'static str, u32, &'static str) -> (),
             serialize_tuple_variant(&'static str, u32, &'static str, usize)
                 -> Self::SerializeTupleVariant,
             serialize_struct_variant(&'static str, u32, &'static str, usize)
@@ -264,6 +282,19 @@ impl<'w, 'a, S: Sink> serde::Serializer for &'w mut Walker<'a, S> {
         Err(refused("optional values, except subsections"))
     }
 
+    fn serialize_unit_variant(
+        self,
+        name: &'static str,
+        times: u32,
+        _: &'static str,
+    ) -> Result<(), Fault> {
+        if name != AGAIN {
+            return Err(refused("enums"));
+        }
+        self.sink.again(self.last, usize::try_from(times).unwrap_or(0));
+        Ok(())
+    }
+
     refuse!("optional values, except subsections": serialize_none() -> ());
     refuse_always!();
 }
@@ -279,7 +310,10 @@ impl<S: Sink> Parts<'_, '_, S> {
     fn element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
         let step = self.group.step(self.index);
         self.index = self.index.saturating_add(1);
-        self.walker.part(step, value)
+        let start = self.walker.sink.position();
+        self.walker.part(step, value)?;
+        self.walker.last = start;
+        Ok(())
     }
 
     fn close(self) -> Result<(), Fault> {
@@ -386,6 +420,7 @@ impl<S: Sink> serde::Serializer for Subsection<'_, '_, S> {
         Err(refused("subsections that are not optional"))
     }
 
+    refuse!("enums": serialize_unit_variant(&'static str, u32, &'static str) -> ());
     refuse!("subsections that are not optional":
         serialize_bool(bool) -> (),
         serialize_u8(u8) -> (),

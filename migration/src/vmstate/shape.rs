@@ -157,4 +157,10 @@ impl Sink for Builder {
             self.add(Shape::Group(frame.group, frame.parts));
         }
     }
+    fn again(&mut self, _: usize, times: usize) {
+        let frame = self.open.last_mut();
+        if let Some(last) = frame.and_then(|frame| frame.parts.last_mut()) {
+            last.times = last.times.saturating_add(u64::try_from(times).unwrap_or(u64::MAX));
+        }
+    }
 }

@@ -21,6 +21,9 @@ pub(crate) const COUNTED: &str = "@counted";
 /// The serde name by which the format recognises a [`FixedVec`] that is read. Its elements are read as
 /// `Option`s: nothing is one that has the same bytes as the one before.
 pub(crate) const FIXED: &str = "@fixed";
+/// The serde name by which the format recognises that the elements of a [`FixedVec`] go on as the one before,
+/// so many times as the variant's number.
+pub(crate) const AGAIN: &str = "@again";
 
 impl<const N: usize> Serialize for Pad<N> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
@@ -119,13 +122,30 @@ impl<T, const N: usize> DerefMut for FixedVec<T, N> {
     }
 }
 
-impl<T: Serialize, const N: usize> Serialize for FixedVec<T, N> {
+impl<T: Serialize + PartialEq, const N: usize> Serialize for FixedVec<T, N> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let strides = !s.is_human_readable();
         let mut tuple = s.serialize_tuple(N)?;
-        for element in &self.0 {
-            tuple.serialize_element(element)?;
+        let mut rest = self.0.as_slice();
+        while let Some((first, others)) = rest.split_first() {
+            tuple.serialize_element(first)?;
+            let same = |others: &[T]| others.iter().take_while(|other| *other == first).count();
+            let same = if strides { same(others) } else { 0 };
+            if same > 0 {
+                tuple.serialize_element(&Again(u32::try_from(same).map_err(S::Error::custom)?))?;
+            }
+            rest = others.get(same..).unwrap_or_default();
         }
         tuple.end()
+    }
+}
+
+/// The element before so many times more.
+struct Again(u32);
+
+impl Serialize for Again {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_unit_variant(AGAIN, self.0, "")
     }
 }
 

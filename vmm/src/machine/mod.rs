@@ -233,13 +233,12 @@ impl Machine {
         }
     }
 
-    /// A guest's watchdogs would take the time for a hang (Linux, api.rst, KVM_KVMCLOCK_CTRL).
+    /// A guest's watchdogs would take the time for a hang (Linux, api.rst, KVM_KVMCLOCK_CTRL). Each vCPU
+    /// does it in its own thread, right before it runs.
     fn tell_guests_they_stood_still(&self) {
-        let told: Vec<_> =
-            self.vcpus.iter().map(|vcpu| vcpu.start_job(|fd| fd.kvmclock_ctrl())).collect();
-        for answer in told {
+        for vcpu in &self.vcpus {
             // A guest that does not use kvmclock has nothing to be told (EINVAL).
-            let _ = answer.recv();
+            let _ = vcpu.start_job(|fd| fd.kvmclock_ctrl());
         }
     }
 
@@ -298,9 +297,15 @@ impl Machine {
     /// Gives vCPUs that have never run another processor's CPUID.
     pub fn show_cpu(&self, cpu: &CpuProfile) -> Result<(), MachineError> {
         let count = self.config.smp;
-        for vcpu in &self.vcpus {
+        let start = |vcpu: &Vcpu| {
             let (index, cpu, host) = (vcpu.index(), cpu.clone(), self.host.clone());
-            vcpu.job(move |fd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host))??;
+            let init =
+                move |fd: &mut VcpuFd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host);
+            (index, vcpu.start_job(init))
+        };
+        let answers: Vec<_> = self.vcpus.iter().map(start).collect();
+        for (index, answer) in answers {
+            answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
         }
         Ok(())
     }

@@ -87,6 +87,13 @@ impl DestinationVm for Arriving<'_> {
         fit::compare(&self.vm, source)
     }
 
+    fn expect(&mut self) -> Result<(), VmError> {
+        self.vm
+            .kvm_state
+            .show_promised(&self.vm.machine)
+            .map_err(|e| VmError::with("the vCPUs do not take the source's processor", e))
+    }
+
     fn accept_block(&mut self, block: &RamBlock) -> bool {
         match self.vm.machine.ram.roms().add(block) {
             Ok(()) => true,

@@ -137,6 +137,10 @@ impl SourceVm for Leaving {
         }
     }
 
+    fn flush_ahead(&mut self) {
+        self.vm.machine.board.flush_ahead();
+    }
+
     fn drain(&mut self) -> Result<(), VmError> {
         if self.before == Some(RunState::Running) {
             self.vm.machine.pause_devices();

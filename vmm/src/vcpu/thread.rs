@@ -183,7 +183,8 @@ impl Vcpu {
     }
 
     /// Runs `f` on the vCPU's own thread, which must be paused; the answer comes through the
-    /// receiver, so that many vCPUs can be asked at the same time.
+    /// receiver, so that many vCPUs can be asked at the same time. A vCPU that is let run meanwhile does so
+    /// behind it.
     pub fn start_job<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut VcpuFd) -> R + Send + 'static,
@@ -325,14 +326,15 @@ impl Runner {
         let mut mailbox = self.shared.lock();
         loop {
             match mailbox.wanted {
-                Wanted::Run => {
+                // What it was given before it was let run comes first.
+                Wanted::Run if mailbox.jobs.is_empty() => {
                     mailbox.is = Is::Running;
                     return Wanted::Run;
                 }
                 Wanted::Stop => return Wanted::Stop,
-                Wanted::Pause => {}
+                Wanted::Run | Wanted::Pause => {}
             }
-            if mailbox.is == Is::Running {
+            if mailbox.is == Is::Running && mailbox.wanted == Wanted::Pause {
                 mailbox.is = Is::Paused;
                 self.shared.changed.notify_all();
             }

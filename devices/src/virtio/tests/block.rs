@@ -1,5 +1,7 @@
 //! What a block device does with requests.
 
+use std::time::{Duration, Instant};
+
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Device;
@@ -7,7 +9,7 @@ use crate::memory::GuestRam;
 use crate::virtio::disk::CacheMode;
 use crate::virtio::element::RawElement;
 use crate::virtio::testing::{Guest, HIGH, PIECE};
-use crate::virtio::{Chain, Generation, VirtioDevice, features, status};
+use crate::virtio::{Block, Chain, Generation, VirtioDevice, features, status};
 
 use super::{block, block_on};
 
@@ -262,6 +264,33 @@ fn nothing_happens_while_paused_and_everything_after() {
         }
     }
     assert_eq!(&std::fs::read(file.path()).unwrap()[512..1024], [0xab; 512]);
+}
+
+#[test]
+fn a_flush_ahead_is_the_workers() {
+    let (device, _file) = block(&[0; 512 * 64], |_| ());
+    let mut guest = Guest::new(device);
+    guest.start(ALL);
+    let at = guest.buffer(&[0xab; 512]);
+    let synced = |guest: &Guest| {
+        let mut function = guest.function.lock().unwrap();
+        function.device().as_any().downcast_mut::<Block>().unwrap().is_synced()
+    };
+    for sector in 0..3 {
+        assert_eq!(request(&mut guest, OUT, sector, &[(at, 512, false)], false).0, 0);
+        assert!(!synced(&guest));
+        guest.function.lock().unwrap().flush_ahead();
+        let begin = Instant::now();
+        while !synced(&guest) {
+            assert!(begin.elapsed() < Duration::from_secs(60), "nobody flushes");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    // Nothing happens on a machine that stands still, and a pause does it itself.
+    assert_eq!(request(&mut guest, OUT, 7, &[(at, 512, false)], false).0, 0);
+    guest.function.lock().unwrap().pause();
+    guest.function.lock().unwrap().flush_ahead();
+    assert!(synced(&guest));
 }
 
 #[test]

@@ -278,6 +278,9 @@ impl SourceVm for FakeVm {
         }
         self.fault(Fault::Throttle)
     }
+    fn flush_ahead(&mut self) {
+        self.world.note("flush ahead");
+    }
     fn pause(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Pause)?;
         if let Some(guest) = &self.guest {
@@ -345,6 +348,10 @@ impl SourceVm for FakeVm {
 }
 
 impl DestinationVm for FakeVm {
+    fn expect(&mut self) -> Result<(), VmError> {
+        self.world.note("the destination expects it");
+        Ok(())
+    }
     fn check_details(&self, source: &serde_json::Value) -> Vec<Problem> {
         if *source == self.details {
             return Vec::new();

@@ -281,12 +281,13 @@ impl<'de, F: Feed> SeqAccess<'de> for Alike<'_, '_, F> {
         if self.index >= self.len {
             return Ok(None);
         }
+        let same = std::mem::take(&mut self.same);
+        if same > 0 {
+            self.index = self.index.saturating_add(same);
+            return seed.deserialize(Same(same)).map(Some);
+        }
         let step = Step::Index(self.index);
         self.index = self.index.saturating_add(1);
-        if let Some(left) = self.same.checked_sub(1) {
-            self.same = left;
-            return seed.deserialize(Same).map(Some);
-        }
         let (start, sizes_vary) = (self.walker.feed.offset(), self.walker.sizes_vary);
         let element = self.walker.part(step, |walker| seed.deserialize(Present(walker)))?;
         let left = self.len.saturating_sub(self.index);
@@ -377,8 +378,8 @@ impl<'de, F: Feed> MapAccess<'de> for Subsections<'_, '_, F> {
     }
 }
 
-/// An element that is the same as the one before: the `None` of an `Option`.
-struct Same;
+/// So many elements that are the same as the one before.
+struct Same(usize);
 
 impl<'de> Deserializer<'de> for Same {
     type Error = Fault;
@@ -387,7 +388,7 @@ impl<'de> Deserializer<'de> for Same {
         false
     }
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
-        visitor.visit_none()
+        visitor.visit_u64(u64::try_from(self.0).unwrap_or(u64::MAX))
     }
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option
@@ -395,7 +396,7 @@ impl<'de> Deserializer<'de> for Same {
     }
 }
 
-/// A subsection that is there, or an element that is told: the `Some` of an `Option`.
+/// A subsection that is there, or an element that is not said to be the same: the `Some` of an `Option`.
 struct Present<'w, 'a, F>(&'w mut Walker<'a, F>);
 
 impl<'de, F: Feed> Deserializer<'de> for Present<'_, '_, F> {

@@ -18,8 +18,8 @@ pub(crate) const PAD: &str = "@pad";
 pub(crate) const TIMER: &str = "@timer";
 /// The serde name by which the format recognises a [`Counted`].
 pub(crate) const COUNTED: &str = "@counted";
-/// The serde name by which the format recognises a [`FixedVec`] that is read. Its elements are read as
-/// `Option`s: nothing is one that has the same bytes as the one before.
+/// The serde name by which the format recognises a [`FixedVec`] that is read, element by element or so many at
+/// once as have the same bytes.
 pub(crate) const FIXED: &str = "@fixed";
 /// The serde name by which the format recognises that the elements of a [`FixedVec`] go on as the one before,
 /// so many times as the variant's number.
@@ -149,26 +149,63 @@ impl Serialize for Again {
     }
 }
 
+/// What a [`FixedVec`] is read as.
+enum Told<T> {
+    /// An element.
+    One(T),
+    /// So many of the next elements are the same as the one before.
+    Same(usize),
+}
+
+impl<T> From<T> for Told<T> {
+    fn from(element: T) -> Self {
+        Self::One(element)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Told<T> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for V<T> {
+            type Value = Told<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an element, or how many are the same as the one before")
+            }
+            fn visit_some<D: Deserializer<'de>>(self, d: D) -> Result<Told<T>, D::Error> {
+                T::deserialize(d).map(Told::One)
+            }
+            fn visit_u64<E: serde::de::Error>(self, times: u64) -> Result<Told<T>, E> {
+                usize::try_from(times).map(Told::Same).map_err(E::custom)
+            }
+        }
+        d.deserialize_option(V(PhantomData))
+    }
+}
+
 /// Reads the elements of a [`FixedVec`], each as an `E`.
 struct Elementwise<T, E, const N: usize>(PhantomData<(T, E)>);
 
 impl<'de, T, E, const N: usize> Visitor<'de> for Elementwise<T, E, N>
 where
     T: Clone,
-    E: Deserialize<'de> + Into<Option<T>>,
+    E: Deserialize<'de> + Into<Told<T>>,
 {
     type Value = FixedVec<T, N>;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{N} elements")
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-        let mut v = Vec::with_capacity(N);
-        while let Some(element) = seq.next_element::<E>()? {
-            if v.len() == N {
+        let mut v: Vec<T> = Vec::with_capacity(N);
+        while let Some(told) = seq.next_element::<E>()? {
+            let (element, times) = match told.into() {
+                Told::One(element) => (Some(element), 1),
+                Told::Same(times) => (v.last().cloned(), times),
+            };
+            let len = v.len().saturating_add(times);
+            if len > N {
                 return Err(A::Error::custom(format!("more than {N} elements")));
             }
-            let element = element.into().or_else(|| v.last().cloned());
-            v.push(element.ok_or_else(|| A::Error::custom("nothing to be the same as"))?);
+            v.resize(len, element.ok_or_else(|| A::Error::custom("nothing to be the same as"))?);
         }
         FixedVec::try_from(v).map_err(|n| A::Error::invalid_length(n, &self))
     }
@@ -179,7 +216,7 @@ impl<'de, T: Deserialize<'de> + Clone, const N: usize> Deserialize<'de> for Fixe
         if d.is_human_readable() {
             return d.deserialize_tuple(N, Elementwise::<T, T, N>(PhantomData));
         }
-        d.deserialize_tuple_struct(FIXED, N, Elementwise::<T, Option<T>, N>(PhantomData))
+        d.deserialize_tuple_struct(FIXED, N, Elementwise::<T, Told<T>, N>(PhantomData))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Which pages have changed: KVM's log of what vCPUs wrote, and the bitmap of what devices wrote.
+//! Which pages have changed: KVM's log (or rings) of what vCPUs wrote, and the bitmap of what devices wrote.
 
 use std::sync::Arc;
 
@@ -60,6 +60,10 @@ impl DirtyTracker for RamTracker {
         self.log
             .clear(first, bits)
             .map_err(|e| VmError::with("cannot clear the log of written pages", e))
+    }
+
+    fn by_vcpu(&self) -> Option<Vec<u64>> {
+        self.log.by_vcpu()
     }
 
     fn stop(&mut self) {

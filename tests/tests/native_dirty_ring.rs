@@ -3,12 +3,14 @@
 
 use serde_json::json;
 use system_tests::guest::Guest;
+use system_tests::qmp::Qmp;
 use system_tests::vm::{Vm, VmArgs};
 use system_tests::wait;
 
-/// Fills the smallest ring many times in a second.
 const BUSY: &str = "set=32M,rate=0,spread=1,verify=20000";
-const RING: &str = "--dirty-ring 1024";
+/// The longest: a KVM that interprets writes an entry for each instruction that writes, and many of them before
+/// it looks whether the ring is full.
+const RING: &str = "--dirty-ring 65536";
 
 fn ready(memory: &str, smp: u32, params: &str, more: &str) -> Guest {
     let mut guest = Guest::boot_with(memory, smp, params, more);
@@ -61,11 +63,11 @@ fn after_a_cancel_a_full_ring_holds_nobody_up_and_the_next_attempt_is_whole() {
     let mut there = Guest::incoming("128M", 2);
     here.migrate_to(&there, true);
     there.is_whole();
-    there.moves_after_all("128M", 2, "--dirty-ring=65536");
+    there.moves_after_all("128M", 2, "--dirty-ring=32768");
 }
 
 #[test]
-fn firmware_that_changes_the_window_below_one_mib_and_a_paused_guest_move_too() {
+fn a_guest_that_stands_still_moves_too() {
     let mut here = ready("64M", 1, "set=4M,rate=0,verify=1000", RING);
     here.vm.qmp().ask("stop");
     let mut there = Guest::incoming_with("64M", 1, RING);
@@ -86,4 +88,85 @@ fn a_ring_that_can_not_be_had_is_refused_by_name() {
         assert_eq!(vm.wait_exit(20), 2, "{}", vm.stderr());
         assert!(vm.stderr().contains(words), "{}", vm.stderr());
     }
+}
+
+/// So slow that the guest does not fit at a fifth of its speed either.
+const SLOW: &str = r#"{ "max-bandwidth": 2097152, "downtime-limit": 0, "max-cpu-throttle": 80,
+    "cpu-throttle-initial": 50, "cpu-throttle-increment": 40 }"#;
+
+/// Each vCPU's share of rest, once the one that rests most does so for `percent`.
+fn rests(qmp: &mut Qmp, percent: u64) -> Vec<u64> {
+    wait::until(
+        "the guest to rest",
+        180,
+        || {
+            let info = qmp.ask("query-migrate");
+            assert_eq!(info["status"], "active", "{info}");
+            let now = info["cpu-throttle-percentage"].as_u64();
+            let vcpus = info["x-vcpus"].as_array()?.iter();
+            let rests =
+                vcpus.map(|vcpu| vcpu["cpu-throttle-percentage"].as_u64().expect("a share"));
+            (now == Some(percent)).then(|| rests.collect())
+        },
+        || "",
+    )
+}
+
+#[test]
+fn only_the_vcpu_that_writes_rests_and_a_cancel_gives_it_its_time_back() {
+    let params = "vcpus=3,writers=1,fill=8M,set=4M,rate=0,verify=1000";
+    let mut here = ready("64M", 3, params, RING);
+    let there = Guest::incoming("64M", 3);
+    let full = here.speed();
+    let mut qmp = here.vm.qmp();
+    let on = json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] });
+    qmp.execute("migrate-set-capabilities", on).expect("a capability");
+    let slow = serde_json::from_str(SLOW).expect("parameters");
+    let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+    let all = rests(&mut qmp, 80);
+    assert_eq!(all, [80, 0, 0]);
+    let slowed = here.speed();
+    assert!(slowed < full / 2.0, "it rests, and rewrites {slowed} pages a second of {full}");
+    let info = qmp.ask("query-migrate");
+    let rate = |n: usize| info["x-vcpus"][n]["dirty-pages-rate"].as_u64().expect("a rate");
+    assert!(rate(0) > 10 * (rate(1) + rate(2)), "{info}");
+
+    qmp.ask("migrate_cancel");
+    assert_eq!(qmp.wait_migrated(60)["status"], "cancelled");
+    let again = here.speed();
+    assert!(again > slowed * 2.0, "{full}, slowed {slowed}, then {again}");
+    let after = qmp.ask("query-migrate");
+    assert!(after.get("x-vcpus").is_none(), "{after}");
+    here.is_whole();
+}
+
+#[test]
+fn vcpus_that_write_alike_rest_alike() {
+    let here = ready("64M", 2, "vcpus=2,fill=8M,set=4M,rate=0,verify=1000", RING);
+    let there = Guest::incoming("64M", 2);
+    let mut qmp = here.vm.qmp();
+    let on = json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] });
+    qmp.execute("migrate-set-capabilities", on).expect("a capability");
+    let slow = serde_json::from_str(SLOW).expect("parameters");
+    let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+    let all = rests(&mut qmp, 80);
+    assert!(all.len() == 2 && all.iter().all(|percent| *percent >= 70), "{all:?}");
+    qmp.ask("migrate_cancel");
+    assert_eq!(qmp.wait_migrated(60)["status"], "cancelled");
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_leaves_when_the_vcpu_that_writes_rests() {
+    let params = "vcpus=2,writers=1,set=16M,rate=0,verify=1000";
+    let mut here = ready("64M", 2, params, RING);
+    let mut there = Guest::incoming("64M", 2);
+    let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
+    command.args(["--bandwidth", "20M", "--downtime", "50ms", "--timeout", "300s"]);
+    command.args(["--auto-converge", "--verify"]);
+    let out = command.output().expect("it starts");
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert!(said.contains("rested for "), "{said}");
+    assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+    there.is_whole();
 }

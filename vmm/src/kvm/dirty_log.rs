@@ -228,6 +228,16 @@ impl DirtyLog {
         self.rings.as_ref().map_or(Ok(()), |rings| rings.empty(self.places(&shadow)))
     }
 
+    /// Whether one of the rings is half full or more.
+    pub fn rings_fill(&self) -> bool {
+        self.rings.as_ref().is_some_and(DirtyRings::half_full)
+    }
+
+    /// Whether there are rings.
+    pub fn has_rings(&self) -> bool {
+        self.rings.is_some()
+    }
+
     /// How many pages each vCPU has been found to write since logging was started, by their indices; `None`
     /// where there are no rings, and it is not known.
     pub fn by_vcpu(&self) -> Option<Vec<u64>> {

@@ -9,6 +9,10 @@
 //! A page that is noted here has been protected again before anybody is told of it: what is written to it
 //! afterwards is a new entry. A ring has an end: a vCPU that fills it leaves the guest, and goes back when
 //! somebody has emptied it, which it does itself.
+//!
+//! KVM keeps a reserve in each ring for what is written until the vCPU leaves, and does not look whether it was
+//! enough: entries that have not been read are written over then, and nobody knows which pages they named.
+//! That is found out here, and the ring is not believed any more.
 
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
@@ -21,6 +25,7 @@ use kvm_bindings::{
     kvm_dirty_gfn, kvm_enable_cap,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use vmm_sys_util::ioctl::ioctl;
 use vmm_sys_util::ioctl_io_nr;
 
@@ -35,9 +40,8 @@ pub const KVM_EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL
 const DIRTY: u32 = 1;
 const RESET: u32 = 2;
 
-/// How often in a row KVM may reset nothing of what is to be reset: it breaks off when the thread has a
-/// signal, of which a vCPU's thread gets some.
-const PATIENCE: u32 = 1000;
+/// How often the rings are swept of what has run over.
+const SWEEPS: u32 = 16;
 
 /// An entry of a ring, shared with the kernel (`kvm_dirty_gfn`).
 #[repr(C)]
@@ -113,6 +117,16 @@ fn harvest(entries: &[Entry], next: &mut u64, mut found: impl FnMut(u32, u64)) -
     *next - begin
 }
 
+/// Marks every entry that the kernel has written as read, wherever it is, in a ring that has run over; how
+/// many there were.
+fn sweep(entries: &[Entry]) -> u64 {
+    let written = entries.iter().filter(|entry| {
+        let (from, to) = (DIRTY, RESET);
+        entry.flags.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    });
+    written.count() as u64
+}
+
 /// Where an entry points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
@@ -146,9 +160,24 @@ struct Pages {
     words: Vec<u64>,
     any: bool,
     stray: Option<Stray>,
+    /// The vCPU whose ring has run over. For good: where KVM goes on in it is not known.
+    overrun: Option<usize>,
 }
 
 impl Pages {
+    /// Whether all is known that was written.
+    fn check(&self) -> Result<(), KvmError> {
+        if let Some(vcpu) = self.overrun {
+            return Err(KvmError::DirtyRingOverrun { vcpu });
+        }
+        match self.stray {
+            None => Ok(()),
+            Some(Stray { vcpu, slot, offset }) => {
+                Err(KvmError::DirtyRingEntry { vcpu, slot, offset })
+            }
+        }
+    }
+
     fn or(&mut self, page: u64, bits: u64) -> bool {
         let Some(word) = self.words.get_mut((page / 64) as usize) else { return false };
         *word |= bits;
@@ -171,8 +200,6 @@ impl Pages {
 struct State {
     rings: Vec<Ring>,
     pages: Pages,
-    /// Entries that have been read and not been reset yet: their pages may be written unseen.
-    unreset: u64,
 }
 
 /// All vCPUs' rings.
@@ -204,7 +231,7 @@ impl DirtyRings {
         })?;
         let words = vec![0; pages.div_ceil(64) as usize];
         let pages = Pages { words, ..Pages::default() };
-        let state = Mutex::new(State { rings: Vec::new(), pages, unreset: 0 });
+        let state = Mutex::new(State { rings: Vec::new(), pages });
         Ok(Self { vm, entries, state })
     }
 
@@ -237,9 +264,7 @@ impl DirtyRings {
         mut found: impl FnMut(u64, &[u64]),
     ) -> Result<(), KvmError> {
         let mut state = self.emptied(place)?;
-        if let Some(Stray { vcpu, slot, offset }) = state.pages.stray {
-            return Err(KvmError::DirtyRingEntry { vcpu, slot, offset });
-        }
+        state.pages.check()?;
         if std::mem::take(&mut state.pages.any) {
             found(0, &state.pages.words);
             state.pages.words.fill(0);
@@ -247,13 +272,22 @@ impl DirtyRings {
         Ok(())
     }
 
-    /// Empties the rings and forgets what was in them, and how much that was.
+    /// Empties the rings and forgets what was in them, and how much that was. Fails if one has ever run over.
     pub(super) fn forget(&self, place: impl Fn(u32, u64) -> Place) -> Result<(), KvmError> {
         let mut state = self.emptied(place)?;
         state.pages.words.fill(0);
         (state.pages.any, state.pages.stray) = (false, None);
         state.rings.iter_mut().for_each(|ring| ring.found = 0);
-        Ok(())
+        state.pages.check()
+    }
+
+    /// Whether one of the rings is half full or more.
+    pub(super) fn half_full(&self) -> bool {
+        self.lock().rings.iter().any(|ring| {
+            let entries = ring.mapping.entries();
+            let half = (ring.next as usize + entries.len() / 2) % entries.len().max(1);
+            entries.get(half).is_some_and(|entry| entry.flags.load(Ordering::Relaxed) & DIRTY != 0)
+        })
     }
 
     /// How many pages each vCPU has been found to write since the log began; one that it wrote again after
@@ -267,33 +301,49 @@ impl DirtyRings {
         place: impl Fn(u32, u64) -> Place,
     ) -> Result<MutexGuard<'_, State>, KvmError> {
         let mut guard = self.lock();
-        let State { rings, pages, unreset } = &mut *guard;
+        let State { rings, pages } = &mut *guard;
+        let mut read = 0;
         for (vcpu, ring) in rings.iter_mut().enumerate() {
-            let count = harvest(ring.mapping.entries(), &mut ring.next, |slot, offset| {
+            let entries = ring.mapping.entries();
+            let count = harvest(entries, &mut ring.next, |slot, offset| {
                 pages.note(place(slot, offset), Stray { vcpu, slot, offset });
             });
             ring.found += count;
-            *unreset += count;
+            read += count;
+            if count == entries.len() as u64 {
+                // The last of the reserve is gone, and maybe more.
+                pages.overrun.get_or_insert(vcpu);
+            }
         }
-        self.reset(unreset)?;
+        if read > 0 && self.reset()? != read && pages.overrun.is_none() {
+            // One was written over meanwhile. It does not matter whose.
+            pages.overrun = Some(0);
+        }
+        if pages.overrun.is_some() {
+            // So that the vCPU can go on: no migration will believe what was in it.
+            for _ in 0..SWEEPS {
+                let swept: u64 = rings.iter().map(|ring| sweep(ring.mapping.entries())).sum();
+                if swept == 0 || self.reset()? == 0 {
+                    break;
+                }
+            }
+        }
         Ok(guard)
     }
 
-    /// Has KVM protect the pages of all entries that were read, and free the entries.
-    fn reset(&self, unreset: &mut u64) -> Result<(), KvmError> {
-        let mut in_vain = 0;
-        while *unreset > 0 {
-            // SAFETY: takes no argument.
-            let done = unsafe { ioctl(&self.vm, KVM_RESET_DIRTY_RINGS()) };
-            let error = kvm_ioctls::Error::last();
-            in_vain = if done > 0 { 0 } else { in_vain + 1 };
-            if done < 0 && error.errno() != libc::EINTR || in_vain > PATIENCE {
-                let what = format!("KVM_RESET_DIRTY_RINGS of {unreset} entries");
-                return Err(KvmError::ioctl(what, error));
-            }
-            *unreset = unreset.saturating_sub(done.max(0) as u64);
-        }
-        Ok(())
+    /// Has KVM protect the pages of all entries that were read, and free the entries; how many there were.
+    ///
+    /// Since Linux 6.16 it breaks off when the thread has a signal, and then frees up to 64 entries whose
+    /// pages it has not protected (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset). So no signal may come.
+    fn reset(&self) -> Result<u64, KvmError> {
+        let failed = |source| KvmError::Ioctl { what: "KVM_RESET_DIRTY_RINGS".into(), source };
+        let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+        let mask = mask.map_err(|e| failed(e.into()))?;
+        // SAFETY: takes no argument.
+        let done = unsafe { ioctl(&self.vm, KVM_RESET_DIRTY_RINGS()) };
+        let error = std::io::Error::last_os_error();
+        mask.thread_set_mask().map_err(|e| failed(e.into()))?;
+        u64::try_from(done).map_err(|_| failed(error))
     }
 }
 
@@ -393,9 +443,24 @@ mod tests {
         pages.note(Place::Page(191), stray(1));
         pages.note(Place::Word(0), stray(2));
         assert_eq!((&pages.words[..], pages.any), (&[u64::MAX, 1, 1 << 63][..], true));
-        assert_eq!(pages.stray, None);
+        assert!(pages.check().is_ok());
         pages.note(Place::Page(192), stray(3));
         pages.note(Place::Nowhere, stray(4));
         assert_eq!(pages.stray, Some(stray(3)));
+        assert!(matches!(pages.check(), Err(KvmError::DirtyRingEntry { slot: 3, .. })));
+        pages.overrun = Some(2);
+        assert!(matches!(pages.check(), Err(KvmError::DirtyRingOverrun { vcpu: 2 })));
+    }
+
+    #[test]
+    fn a_ring_that_has_run_over_is_swept_of_what_is_written_and_of_nothing_else() {
+        let ring = ring(8);
+        push(&ring, 6, 0, 1);
+        push(&ring, 2, 0, 2);
+        ring[3].flags.store(RESET, Ordering::Release);
+        assert_eq!(sweep(&ring), 2);
+        let flags: Vec<_> = ring.iter().map(|e| e.flags.load(Ordering::Acquire)).collect();
+        assert_eq!(flags, [0, 0, RESET, RESET, 0, 0, RESET, 0]);
+        assert_eq!(sweep(&ring), 0);
     }
 }

@@ -3,6 +3,8 @@
 
 mod dirty_log;
 mod dirty_ring;
+#[cfg(test)]
+mod dirty_tests;
 mod ioevents;
 mod routing;
 mod shadow;
@@ -71,6 +73,16 @@ pub enum KvmError {
         wanted: u32,
         /// Entries that a ring may have.
         most: u64,
+    },
+    /// A dirty ring has run over, so no page can be said to be clean.
+    #[error(
+        "a dirty ring (of vCPU {vcpu}, or of more) has run over, which a host's KVM must not let happen: \
+         what was written cannot be known any more, and this VM cannot be migrated until it is started anew: \
+         with more entries, or without --dirty-ring"
+    )]
+    DirtyRingOverrun {
+        /// Whose ring, as far as it is known.
+        vcpu: usize,
     },
     /// A dirty ring has an entry that makes no sense, so no page can be said to be clean.
     #[error(

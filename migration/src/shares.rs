@@ -14,7 +14,8 @@ const MOST: u8 = 99;
 /// How much of the time each vCPU rests, percent, if all together shall write as much less as if each
 /// rested for `percent` (1 to 99) of it. `wrote` is what each has written in the same time, resting for
 /// `rested` percent of it: a vCPU that writes much by itself rests much, and one that writes less than
-/// its part not at all. None rests for more than `most` percent.
+/// its part not at all. None rests for more than `most` percent, and nobody else does so in its place: it would
+/// gain little, and stop those that do no harm.
 pub fn shares(percent: u8, most: u8, wrote: &[u64], rested: &[u8]) -> Vec<u8> {
     let most = most.min(MOST);
     let percent = percent.min(most);
@@ -31,22 +32,18 @@ pub fn shares(percent: u8, most: u8, wrote: &[u64], rested: &[u8]) -> Vec<u8> {
         return vec![percent; wants.len()];
     }
     let may = all * f64::from(100 - percent) / 100.0;
-    let least = f64::from(100 - most) / 100.0;
-    let gets = |want: f64, cap: f64| cap.clamp(want * least, want);
     // The cap under which all of them write what they may: it grows with the cap, and half a percent
     // of a want is nothing that anybody could measure.
     let (mut low, mut high) = (0.0, wants.iter().copied().fold(0.0, f64::max));
     for _ in 0..64 {
         let cap = (low + high) / 2.0;
-        match wants.iter().map(|want| gets(*want, cap)).sum::<f64>() > may {
+        match wants.iter().map(|want| want.min(cap)).sum::<f64>() > may {
             true => high = cap,
             false => low = cap,
         }
     }
     let share = |want: &f64| match *want > 0.0 {
-        true => {
-            ((1.0 - gets(*want, high) / want) * 100.0).round().clamp(0.0, f64::from(most)) as u8
-        }
+        true => ((1.0 - want.min(high) / want) * 100.0).round().clamp(0.0, f64::from(most)) as u8,
         false => 0,
     };
     wants.iter().map(share).collect()
@@ -91,12 +88,12 @@ mod tests {
     }
 
     #[test]
-    fn what_one_may_not_rest_the_others_do() {
-        // The first would have to rest for 90 % and more.
-        assert_eq!(shares(80, 80, &[1000, 50, 50], &[]), [80, 80, 80]);
-        let some = shares(70, 80, &[1000, 100, 100], &[]);
-        // 360 of 1200 may be: 200 from the first, 80 from each other.
-        assert_eq!(some, [80, 20, 20]);
+    fn what_one_may_not_rest_nobody_else_does() {
+        // The first would have to rest for 88 %.
+        assert_eq!(shares(80, 80, &[1000, 50, 50], &[]), [80, 0, 0]);
+        // Of 1200 together 360: 120 each.
+        assert_eq!(shares(70, 80, &[1000, 100, 100], &[]), [80, 0, 0]);
+        assert_eq!(shares(75, 80, &[1000, 110, 110], &[]), [80, 8, 8]);
     }
 
     #[test]

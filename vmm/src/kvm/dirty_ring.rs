@@ -149,7 +149,7 @@ struct Stray {
 struct Ring {
     mapping: Mapping,
     next: u64,
-    /// Entries since the beginning of the log.
+    /// Pages since the beginning of the log, each once for each time that somebody was told.
     found: u64,
 }
 
@@ -178,22 +178,26 @@ impl Pages {
         }
     }
 
-    fn or(&mut self, page: u64, bits: u64) -> bool {
-        let Some(word) = self.words.get_mut((page / 64) as usize) else { return false };
+    /// Whether one of them had not been found before; `None` if the block has no such page.
+    fn or(&mut self, page: u64, bits: u64) -> Option<bool> {
+        let word = self.words.get_mut((page / 64) as usize)?;
+        let new = *word & bits != bits;
         *word |= bits;
         self.any = true;
-        true
+        Some(new)
     }
 
-    fn note(&mut self, place: Place, stray: Stray) {
+    /// Notes the page of an entry; whether it had not been found before.
+    fn note(&mut self, place: Place, stray: Stray) -> bool {
         let noted = match place {
             Place::Page(page) => self.or(page, 1 << (page % 64)),
             Place::Word(page) => self.or(page, u64::MAX),
-            Place::Nowhere => false,
+            Place::Nowhere => None,
         };
-        if !noted {
+        if noted.is_none() {
             self.stray.get_or_insert(stray);
         }
+        noted.unwrap_or(false)
     }
 }
 
@@ -290,8 +294,8 @@ impl DirtyRings {
         })
     }
 
-    /// How many pages each vCPU has been found to write since the log began; one that it wrote again after
-    /// it was read counts again.
+    /// How many pages each vCPU has been found to write since the log began, and was the first to, since
+    /// somebody was last told of them.
     pub(super) fn found(&self) -> Vec<u64> {
         self.lock().rings.iter().map(|ring| ring.found).collect()
     }
@@ -305,10 +309,12 @@ impl DirtyRings {
         let mut read = 0;
         for (vcpu, ring) in rings.iter_mut().enumerate() {
             let entries = ring.mapping.entries();
+            let found = &mut ring.found;
             let count = harvest(entries, &mut ring.next, |slot, offset| {
-                pages.note(place(slot, offset), Stray { vcpu, slot, offset });
+                let new = pages.note(place(slot, offset), Stray { vcpu, slot, offset });
+                // What KVM itself writes for a guest is an entry each time.
+                *found += u64::from(new);
             });
-            ring.found += count;
             read += count;
             if count == entries.len() as u64 {
                 // The last of the reserve is gone, and maybe more.
@@ -439,13 +445,14 @@ mod tests {
     fn pages_are_noted_and_the_first_entry_that_points_nowhere_is_told() {
         let mut pages = Pages { words: vec![0; 3], ..Pages::default() };
         let stray = |slot| Stray { vcpu: 1, slot, offset: 7 };
-        pages.note(Place::Page(64), stray(0));
-        pages.note(Place::Page(191), stray(1));
-        pages.note(Place::Word(0), stray(2));
+        assert!(pages.note(Place::Page(64), stray(0)));
+        assert!(!pages.note(Place::Page(64), stray(0)), "found before");
+        assert!(pages.note(Place::Page(191), stray(1)));
+        assert!(pages.note(Place::Word(0), stray(2)));
         assert_eq!((&pages.words[..], pages.any), (&[u64::MAX, 1, 1 << 63][..], true));
         assert!(pages.check().is_ok());
-        pages.note(Place::Page(192), stray(3));
-        pages.note(Place::Nowhere, stray(4));
+        assert!(!pages.note(Place::Page(192), stray(3)));
+        assert!(!pages.note(Place::Nowhere, stray(4)));
         assert_eq!(pages.stray, Some(stray(3)));
         assert!(matches!(pages.check(), Err(KvmError::DirtyRingEntry { slot: 3, .. })));
         pages.overrun = Some(2);

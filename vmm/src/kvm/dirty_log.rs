@@ -204,10 +204,8 @@ impl DirtyLog {
         }
         self.set_slots(on)?;
         self.shadow().set_logging(on)?;
-        if !on && let Some(rings) = &self.rings {
-            rings.forget(self.places(&self.shadow()))?;
-        }
-        Ok(())
+        // A vCPU may be waiting for it.
+        if on { Ok(()) } else { self.empty_rings() }
     }
 
     /// Where a ring's entries are in the RAM block.

@@ -9,7 +9,7 @@
 //! blockers · manifest parts (machine_type, vcpus, ram, sections, details),
 //!   or against_qemu and prepare_for_qemu
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
-//! throttle, between two passes; 0 behind a pause or a failure
+//! throttle, between two passes; none behind a pause or a failure
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
 //! release_disks → hand_over                                           the other side runs it
 //!                 reacquire_disks → resume                            or this side goes on
@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use crate::dirty::DirtyBitmap;
 use crate::handover::Arbiter;
 use crate::manifest::{Problem, Scrap};
+use crate::throttle::Rest;
 use crate::transport::Connection;
 use crate::vmstate::{FieldError, Section, SectionId};
 
@@ -163,6 +164,13 @@ pub trait DirtyTracker: Send {
     /// block's end are 0. Pages whose bit is 0 keep their state, also when they are dirty.
     fn clear(&mut self, block: usize, first_page: u64, bits: &[u64]) -> Result<(), VmError>;
 
+    /// How many pages each vCPU has been found to write since [`start`](Self::start), by their indices; one
+    /// that was fetched in between counts again, and one that several write belongs to the first. Of two answers only the difference means something.
+    /// `None` where it is not known who wrote what.
+    fn by_vcpu(&self) -> Option<Vec<u64>> {
+        None
+    }
+
     /// Stops recording. Called once after every successful [`start`](Self::start), also after a
     /// failure; must be able to run when the guest runs.
     fn stop(&mut self);
@@ -257,10 +265,10 @@ pub trait SourceVm: Machine {
     /// A tracker for this VM's memory, not yet started.
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError>;
 
-    /// Makes every vCPU rest for `percent` (0 to 99) of the time, in turns so short that the guest
-    /// feels it evenly; 0 ends it at once. It has no meaning for a VM that stands still, must not
-    /// delay a [`pause`](Self::pause), and is over at the latest when this is dropped.
-    fn throttle(&mut self, percent: u8) -> Result<(), VmError>;
+    /// Makes the vCPUs rest for so much of the time (0 to 99 percent), in turns so short that the guest
+    /// feels it evenly; [`Rest::NONE`] ends it at once. It has no meaning for a VM that stands still, must
+    /// not delay a [`pause`](Self::pause), and is over at the latest when this is dropped.
+    fn throttle(&mut self, rest: &Rest) -> Result<(), VmError>;
 
     /// Asks the disks to bring to safety what was written, while the guest runs, so that
     /// [`drain`](Self::drain) has little left to do. Returns at once; what fails is told to the guest by its

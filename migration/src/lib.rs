@@ -20,7 +20,7 @@
 //! | [`fate`] | what a source in doubt asks, and what it is answered |
 //! | [`handover`] | who runs the VM, as two state machines without I/O |
 //! | [`inspect`] | what a stream contains, for people |
-//! | [`converge`], [`throttle`] | when to stop the guest, and how much to slow it until then |
+//! | [`converge`], [`throttle`], [`shares`] | when to stop the guest, and how much to slow it until then |
 //! | [`control`], [`params`], [`phase`], [`stats`] | steering and watching one migration |
 //! | [`panics`] | a panic is a failure of a step, not the end of a thread |
 #![forbid(unsafe_code)]
@@ -40,6 +40,7 @@ pub mod panics;
 pub mod params;
 pub mod phase;
 pub mod problem;
+pub mod shares;
 pub mod source;
 pub mod stats;
 pub(crate) mod supplement;

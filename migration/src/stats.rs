@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::PAGE_SIZE;
 use crate::phase::Phase;
+use crate::throttle::Rest;
 
 /// The parts of the downtime, with the same names on both hosts.
 ///
@@ -80,8 +81,10 @@ struct Inner {
     bytes_per_s: f64,
     pages_per_s: f64,
     expected_downtime: Option<Duration>,
-    throttle: u8,
+    rest: Rest,
     throttle_max: u8,
+    /// Pages that each vCPU writes in a second; empty where that is not known.
+    vcpu_rates: Vec<u64>,
     verified_ram: u64,
     verified_sections: u64,
     steps: Vec<(Step, Duration)>,
@@ -198,11 +201,18 @@ impl MigrationStats {
         self.lock().expected_downtime = expected;
     }
 
-    /// The vCPUs rest for so much of the time from now on, percent.
-    pub(crate) fn throttle(&self, percent: u8) {
+    /// The vCPUs rest for so much of the time from now on.
+    pub(crate) fn throttle(&self, rest: &Rest) {
         let mut s = self.lock();
-        s.throttle = percent;
-        s.throttle_max = s.throttle_max.max(percent);
+        s.throttle_max = s.throttle_max.max(rest.most());
+        s.rest = rest.clone();
+    }
+
+    /// Pages that each vCPU has lately written in a second, by its index.
+    pub(crate) fn vcpus(&self, pages_per_s: impl Iterator<Item = u64>) {
+        let mut s = self.lock();
+        s.vcpu_rates.clear();
+        s.vcpu_rates.extend(pages_per_s);
     }
 
     pub(crate) fn verified(&self, ram_bytes: u64, sections: u64) {
@@ -250,7 +260,8 @@ impl MigrationStats {
             setup_time: s.setup.map(ms),
             expected_downtime: if busy { s.expected_downtime.map(ms) } else { None },
             downtime: if s.phase == Phase::Completed { s.downtime.map(ms) } else { None },
-            cpu_throttle_percentage: Some(s.throttle).filter(|percent| *percent > 0),
+            cpu_throttle_percentage: Some(s.rest.most()).filter(|percent| *percent > 0),
+            vcpus: if busy { s.vcpus() } else { Vec::new() },
             error_desc: if matches!(s.phase, Phase::Failed | Phase::Cancelled) {
                 s.error
             } else {
@@ -288,6 +299,15 @@ impl Inner {
         if let Some((step, since)) = self.step.take() {
             self.steps.push((step, since.elapsed()));
         }
+    }
+
+    fn vcpus(&self) -> Vec<VcpuInfo> {
+        let one = |(cpu_index, rate): (usize, &u64)| VcpuInfo {
+            cpu_index,
+            dirty_pages_rate: *rate,
+            cpu_throttle_percentage: self.rest.of(cpu_index),
+        };
+        self.vcpu_rates.iter().enumerate().map(one).collect()
     }
 
     fn ram(&self) -> RamInfo {
@@ -336,12 +356,29 @@ pub struct MigrationInfo {
     /// What it was, in ms; only when completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
-    /// How much of the time the vCPUs rest, percent; only while they do.
+    /// How much of the time the vCPUs rest, percent; only while they do. Where not all rest alike, the one
+    /// that rests most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_throttle_percentage: Option<u8>,
+    /// What each vCPU writes, and how much of the time it rests; only while it runs, and where it is known
+    /// who writes what. QEMU has no such member.
+    #[serde(rename = "x-vcpus", skip_serializing_if = "Vec::is_empty")]
+    pub vcpus: Vec<VcpuInfo>,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
+}
+
+/// One vCPU, in `x-vcpus` of `query-migrate`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VcpuInfo {
+    /// Its index.
+    pub cpu_index: usize,
+    /// Pages that it has written in a second, in the last pass.
+    pub dirty_pages_rate: u64,
+    /// How much of the time it rests, percent.
+    pub cpu_throttle_percentage: u8,
 }
 
 /// The `ram` member of `query-migrate`. Every field is mandatory in QMP.
@@ -449,10 +486,21 @@ mod tests {
         stats.expected_downtime(Some(Duration::from_millis(20)));
         let json = serde_json::to_value(stats.info()).unwrap();
         assert!(json.get("cpu-throttle-percentage").is_none());
-        stats.throttle(20);
+        stats.throttle(&Rest::All(20));
         let json = serde_json::to_value(stats.info()).unwrap();
         assert_eq!(json["cpu-throttle-percentage"], 20);
-        stats.throttle(0);
+        assert!(json.get("x-vcpus").is_none());
+        stats.vcpus([900, 7].into_iter());
+        stats.throttle(&Rest::Each(vec![15, 0]));
+        let json = serde_json::to_value(stats.info()).unwrap();
+        assert_eq!(json["cpu-throttle-percentage"], 15);
+        let vcpu = |index, rate, rests| {
+            serde_json::json!({
+                "cpu-index": index, "dirty-pages-rate": rate, "cpu-throttle-percentage": rests
+            })
+        };
+        assert_eq!(json["x-vcpus"], serde_json::json!([vcpu(0, 900, 15), vcpu(1, 7, 0)]));
+        stats.throttle(&Rest::NONE);
         assert_eq!(
             (stats.info().cpu_throttle_percentage, stats.report().throttle_percent),
             (None, 20)
@@ -474,6 +522,7 @@ mod tests {
         assert_eq!(json["ram"]["precopy-bytes"], 4200);
         assert_eq!(json["ram"]["downtime-bytes"], 1000);
         assert!(json.get("downtime").is_some() && json.get("expected-downtime").is_none());
+        assert!(json.get("x-vcpus").is_none());
         let steps: Vec<_> = stats.report().steps.into_iter().map(|(step, _)| step).collect();
         assert_eq!(steps, [Step::Pause, Step::LastPages]);
     }

@@ -28,6 +28,7 @@ static const struct {
     { "seed", &params.seed, 0, ~0UL },
     { "every", &params.every, 10, 1UL << 40 },
     { "skew", &params.skew, 0, 1UL << 40 },
+    { "writers", &params.writers, 0, MAX_CPUS },
     { "disk", &params.disk, 0, 1UL << 20 },
     { "msr", &params.msr, 0, ~0U },
     { "msr_value", &params.msr_value, 0, ~0UL },

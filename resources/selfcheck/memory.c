@@ -94,7 +94,7 @@ void memory_init(u64 start_info)
 /* Gives each vCPU its part of the memory and of the working set. */
 void memory_share(void)
 {
-    u64 n = params.vcpus;
+    u64 n = params.vcpus, writers = params.writers && params.writers < n ? params.writers : n;
     held_pages = params.fill / PAGE < all_pages ? params.fill / PAGE : all_pages;
     if (held_pages < n)
         fail("less than one page for each vCPU: pages=%u vcpus=%u", held_pages, n);
@@ -103,7 +103,9 @@ void memory_share(void)
         struct cpu *cpu = &cpus[i];
         cpu->first = held_pages * i / n;
         cpu->pages = held_pages * (i + 1) / n - cpu->first;
-        cpu->set = params.set / PAGE * (i + 1) / n - params.set / PAGE * i / n;
+        cpu->set = i < writers
+                       ? params.set / PAGE * (i + 1) / writers - params.set / PAGE * i / writers
+                       : 0;
         if (cpu->set > cpu->pages)
             cpu->set = cpu->pages;
         cpu->stride = params.spread && cpu->set ? cpu->pages / cpu->set : 1;

@@ -94,7 +94,8 @@ struct cpu {
 } __attribute__((aligned(64)));
 
 struct params {
-    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, disk, msr, msr_value;
+    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, writers, disk, msr,
+        msr_value;
 };
 
 extern struct params params;

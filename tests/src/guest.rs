@@ -1,6 +1,9 @@
 //! The self-checking guest behind a serial line that it can be spoken to by
 //! (`resources/selfcheck/README.md` has its commands and its lines).
 
+use std::thread;
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
@@ -83,6 +86,15 @@ impl Guest {
         assert!(ticks_now > ticks, "no interrupts: {before}\n{after}");
         assert!(up_ms_now >= up_ms, "time went back: {before}\n{after}");
         up_ms_now
+    }
+
+    /// Pages that the guest rewrites in a second of its own clock, watched for a while.
+    pub fn speed(&mut self) -> f64 {
+        let before = self.ask(b"s", "up_ms=", 60);
+        thread::sleep(Duration::from_millis(1500));
+        let after = self.ask(b"s", "up_ms=", 60);
+        let of = |key| (number(&after, key) - number(&before, key)) as f64;
+        of("rewritten") / of("up_ms") * 1000.0
     }
 
     /// Moves the guest to `there` with the command, which must succeed and end this process well.

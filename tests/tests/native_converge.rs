@@ -1,26 +1,14 @@
 //! A guest that writes faster than can be sent is slowed until it fits, if that is allowed
 //! (`--auto-converge`), and only as long as it leaves.
 
-use std::thread;
-use std::time::Duration;
-
 use serde_json::json;
-use system_tests::guest::{Guest, number};
+use system_tests::guest::Guest;
 use system_tests::wait;
 
 /// Rewrites 16 MiB as fast as it can.
 const PARAMS: &str = "set=16M,rate=0,verify=1000";
 /// What the network takes: 0.8 s for the 16 MiB, of which a moment is allowed.
 const SLOW: [&str; 4] = ["--bandwidth", "20M", "--downtime", "50ms"];
-
-/// Pages that the guest rewrites in a second of its own clock, watched for a while.
-fn speed(guest: &mut Guest) -> f64 {
-    let before = guest.ask(b"s", "up_ms=", 60);
-    thread::sleep(Duration::from_millis(1500));
-    let after = guest.ask(b"s", "up_ms=", 60);
-    let of = |key| (number(&after, key) - number(&before, key)) as f64;
-    of("rewritten") / of("up_ms") * 1000.0
-}
 
 #[test]
 fn a_guest_that_writes_too_fast_leaves_only_when_it_may_be_slowed() {
@@ -48,7 +36,7 @@ fn a_guest_that_writes_too_fast_leaves_only_when_it_may_be_slowed() {
 fn while_it_is_slowed_it_obeys_and_a_cancel_gives_it_all_of_its_time_back() {
     let mut here = Guest::ready("64M", 1, "fill=8M,set=4M,rate=0,verify=1000");
     let there = Guest::incoming("64M", 1);
-    let full = speed(&mut here);
+    let full = here.speed();
     let mut qmp = here.vm.qmp();
     let on = json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] });
     qmp.execute("migrate-set-capabilities", on).expect("a capability");
@@ -72,7 +60,7 @@ fn while_it_is_slowed_it_obeys_and_a_cancel_gives_it_all_of_its_time_back() {
         || "",
     );
     assert_eq!(seen, [None, Some(50), Some(80)]);
-    let slowed = speed(&mut here);
+    let slowed = here.speed();
     assert!(slowed < full / 2.0, "it rests, and rewrites {slowed} pages a second of {full}");
 
     qmp.ask("stop");
@@ -84,7 +72,7 @@ fn while_it_is_slowed_it_obeys_and_a_cancel_gives_it_all_of_its_time_back() {
 
     qmp.ask("migrate_cancel");
     assert_eq!(qmp.wait_migrated(60)["status"], "cancelled");
-    let again = speed(&mut here);
+    let again = here.speed();
     assert!(again > slowed * 2.0, "{full}, slowed {slowed}, then {again}");
     let after = qmp.ask("query-migrate");
     assert!(after.get("cpu-throttle-percentage").is_none(), "{after}");

@@ -201,6 +201,9 @@ struct BenchArgs {
     /// Measure mini-vmm alone, with and without `migrate --verify`, and say what that costs
     #[arg(long)]
     verify: bool,
+    /// Measure mini-vmm alone, with the dirty log and with dirty rings of so many entries
+    #[arg(long, value_name = "ENTRIES", conflicts_with = "verify")]
+    dirty_ring: Option<u32>,
     /// Let destinations allocate the guest's memory as it comes, and not before
     #[arg(long)]
     fresh_memory: bool,
@@ -415,6 +418,7 @@ impl BenchArgs {
             scenarios,
             channels: self.channels,
             verify: self.verify,
+            dirty_ring: self.dirty_ring,
             prealloc: !self.fresh_memory,
             rounds: self.rounds,
             memory_mib: self.memory,

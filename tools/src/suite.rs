@@ -84,6 +84,7 @@ pub fn run(native_only: bool) -> Result<()> {
             scenarios: vec!["dirty".into()],
             channels: Some(2),
             verify: false,
+            dirty_ring: None,
             prealloc: true,
             rounds: 1,
             memory_mib: 128,

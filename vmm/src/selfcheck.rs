@@ -38,6 +38,8 @@ pub struct SelfcheckParams {
     pub every: u64,
     /// By how many µs two vCPUs' clocks may differ.
     pub skew: u64,
+    /// How many vCPUs, the first ones, rewrite pages; 0: all.
+    pub writers: u64,
     /// Records written to the first disk in a second; 0: none.
     pub disk: u64,
     /// Number of the model-specific register that the command `m` writes; 0: none.
@@ -60,6 +62,7 @@ impl Default for SelfcheckParams {
             seed: 1,
             every: 1000,
             skew: 1000,
+            writers: 0,
             disk: 0,
             msr: 0,
             msr_value: 0,
@@ -88,7 +91,7 @@ pub enum SelfcheckError {
     },
 }
 
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "fill",
     "set",
     "rate",
@@ -100,6 +103,7 @@ const KEYS: [&str; 14] = [
     "seed",
     "every",
     "skew",
+    "writers",
     "disk",
     "msr",
     "msr_value",
@@ -168,6 +172,7 @@ impl FromStr for SelfcheckParams {
                 "seed" => params.seed = number("seed", value, 0, u64::MAX)?,
                 "every" => params.every = number("every", value, 10, MANY)?,
                 "skew" => params.skew = number("skew", value, 0, MANY)?,
+                "writers" => params.writers = number("writers", value, 0, MAX_VCPUS)?,
                 "disk" => params.disk = number("disk", value, 0, MOST_RECORDS)?,
                 "msr" => params.msr = number("msr", value, 0, u32::MAX.into())?,
                 "msr_value" => params.msr_value = number("msr_value", value, 0, u64::MAX)?,
@@ -186,7 +191,7 @@ impl fmt::Display for SelfcheckParams {
         }
         write!(
             f,
-            ",set={},rate={},verify={},spread={},full={},hz={},vcpus={},seed={},every={},skew={},disk={}",
+            ",set={},rate={},verify={},spread={},full={},hz={},vcpus={},seed={},every={},skew={},writers={},disk={}",
             self.set,
             self.rate,
             self.verify,
@@ -197,6 +202,7 @@ impl fmt::Display for SelfcheckParams {
             self.seed,
             self.every,
             self.skew,
+            self.writers,
             self.disk,
         )?;
         match self.msr {
@@ -212,7 +218,7 @@ mod tests {
 
     #[test]
     fn what_is_displayed_is_parsed_back() {
-        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,disk=9,msr=320,msr_value=1";
+        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,writers=1,disk=9,msr=320,msr_value=1";
         let params: SelfcheckParams = text.parse().unwrap();
         assert_eq!(params.fill, Some(64 << 20));
         assert_eq!(params.set, 1 << 20);

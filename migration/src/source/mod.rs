@@ -45,7 +45,7 @@ use crate::panics::{asked_of_vm, guarded};
 use crate::params::Parameters;
 use crate::phase::Phase;
 use crate::stats::Report;
-use crate::throttle::Throttle;
+use crate::throttle::{Rest, Throttle};
 use crate::transport::{Connection, Links, Sink};
 use crate::wire::bounded_reason;
 use crate::wire::command::{Abort, Command};
@@ -279,8 +279,8 @@ impl<'a> Migration<'a> {
             return;
         }
         self.throttle = Throttle::default();
-        self.control.stats().throttle(0);
-        if let Err(error) = asked_of_vm(|| self.vm.throttle(0)) {
+        self.control.stats().throttle(&Rest::NONE);
+        if let Err(error) = asked_of_vm(|| self.vm.throttle(&Rest::NONE)) {
             tracing::error!(error = %crate::wire::error_chain(&error), "the vCPUs still rest");
         }
     }

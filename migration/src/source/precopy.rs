@@ -18,7 +18,7 @@ use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::pace::Pace;
 use crate::params::{OnTimeout, Parameters};
 use crate::phase::Phase;
-use crate::throttle::Pass;
+use crate::throttle::{Pass, Rest};
 use crate::vmstate::SectionId;
 use crate::wire::command::Command;
 use crate::wire::ram;
@@ -61,6 +61,8 @@ pub(super) struct Passes {
     fits: bool,
     /// That was so once, and after another pass it was not.
     missed: bool,
+    /// Pages that each vCPU had written when the last pass ended.
+    by_vcpu: Vec<u64>,
 }
 
 /// The section of RAM that is being sent.
@@ -99,6 +101,7 @@ impl Passes {
             limit: bandwidth,
             fits: false,
             missed: false,
+            by_vcpu: Vec::new(),
         }
     }
 
@@ -153,8 +156,11 @@ impl Migration<'_> {
             self.fetch(&mut passes)?;
             let dirtied = passes.dirty.count().saturating_sub(left);
             let time = begin.elapsed();
-            let rate = dirtied as f64 / time.as_secs_f64().max(1e-6);
+            let per_s = |pages: u64| pages as f64 / time.as_secs_f64().max(1e-6);
+            let rate = per_s(dirtied);
             self.control.stats().dirty_rate(rate as u64);
+            let by_vcpu = self.by_vcpu(&mut passes);
+            self.control.stats().vcpus(by_vcpu.iter().map(|pages| per_s(*pages) as u64));
 
             let parameters = self.control.parameters();
             let remaining = passes.remaining();
@@ -187,6 +193,7 @@ impl Migration<'_> {
                         dirtied: self.on_the_wire(dirtied * PAGE_SIZE),
                         forecast,
                         downtime_limit: parameters.downtime_limit,
+                        by_vcpu,
                     };
                     self.slow_down(&pass, &parameters)?;
                 }
@@ -201,10 +208,26 @@ impl Migration<'_> {
         if !parameters.auto_converge {
             return Ok(());
         }
-        let Some(percent) = self.throttle.after(pass, &parameters.throttle) else { return Ok(()) };
-        tracing::info!(percent, "the guest writes faster than can be sent: its vCPUs rest");
-        self.control.stats().throttle(percent);
-        self.vm.throttle(percent).map_err(SourceError::vm("making the vCPUs rest"))
+        let Some(rest) = self.throttle.after(pass, &parameters.throttle) else { return Ok(()) };
+        match &rest {
+            Rest::All(percent) => {
+                tracing::info!(percent, "the guest writes faster than can be sent: its vCPUs rest");
+            }
+            Rest::Each(percent) => tracing::info!(
+                ?percent,
+                "the guest writes faster than can be sent: the vCPUs that write most rest"
+            ),
+        }
+        self.control.stats().throttle(&rest);
+        self.vm.throttle(&rest).map_err(SourceError::vm("making the vCPUs rest"))
+    }
+
+    /// Pages that each vCPU has written since this was asked last; none where that is not known.
+    fn by_vcpu(&self, passes: &mut Passes) -> Vec<u64> {
+        let now = self.tracker.as_ref().and_then(|tracker| tracker.by_vcpu()).unwrap_or_default();
+        let before = std::mem::replace(&mut passes.by_vcpu, now);
+        let before = before.into_iter().chain(std::iter::repeat(0));
+        passes.by_vcpu.iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect()
     }
 
     /// Waits until the destination has taken in what was sent. The sockets hold megabytes, and a

@@ -268,7 +268,8 @@ impl Feed for Input<'_> {
         let Some(before) = before else { return Ok(0) };
         let mut found = 0usize;
         while found < times {
-            let several = (MAX_PEEK / len).min(times.saturating_sub(found));
+            let fit = MAX_PEEK.checked_div(len).unwrap_or(0);
+            let several = fit.min(times.saturating_sub(found));
             let ahead = self.source.peek(several.saturating_mul(len));
             let offset = self.base.saturating_add(u64::try_from(self.at).unwrap_or(u64::MAX));
             let ahead = ahead.map_err(|source| Fault::Io { offset, source })?;

@@ -1,5 +1,6 @@
 //! A guest that writes faster than can be sent is made to rest.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::common::*;
@@ -36,6 +37,29 @@ fn a_guest_that_writes_too_fast_rests_more_and_more_until_it_fits() {
     let report = control.report();
     assert!(report.throttle_percent >= 50 && report.passes > 4, "{report:?}");
     assert_eq!(control.info().cpu_throttle_percentage, None);
+}
+
+#[test]
+fn where_it_is_known_who_writes_only_that_vcpu_rests() {
+    let (mut source, destination, _) = two_vms(512);
+    source.ram.rings.store(true, Ordering::SeqCst);
+    source.dirty(500, 0);
+    let control = control_with(slow);
+    let started = start(source, destination, pair(), (control.clone(), crate::common::control()));
+    wait_for("the guest to rest", || control.info().cpu_throttle_percentage > Some(0));
+    let vcpus = control.info().vcpus;
+    let ended = started.join();
+    assert_moved(&ended);
+    let history = history(&ended.source);
+    let rests: Vec<_> = history.iter().filter(|line| line.contains("throttle")).collect();
+    assert_eq!(
+        (rests[0].as_str(), rests[rests.len() - 1].as_str()),
+        ("throttle [50, 0]", "throttle 0")
+    );
+    assert!(rests[1..rests.len() - 1].iter().all(|line| line.ends_with(", 0]")), "{rests:?}");
+    // As it was shown, unless it had just ended.
+    assert!(vcpus.is_empty() || vcpus[0].dirty_pages_rate > 0, "{vcpus:?}");
+    assert!(vcpus.iter().skip(1).all(|vcpu| vcpu.dirty_pages_rate == 0), "{vcpus:?}");
 }
 
 #[test]

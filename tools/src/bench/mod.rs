@@ -58,6 +58,8 @@ pub struct Options {
     pub channels: Option<u8>,
     /// Measure this project's program alone, with and without `--verify`.
     pub verify: bool,
+    /// Measure this project's program alone, with the dirty log and with dirty rings of so many entries.
+    pub dirty_ring: Option<u32>,
     /// Destinations allocate the guest's memory at their start, as every VMM can be told to: else it is
     /// mostly the host's clearing of memory that is measured.
     pub prealloc: bool,
@@ -118,6 +120,11 @@ fn measure(options: &Options) -> Result<Results> {
         rivals.push(Rival::new(OURS, &options.program, way)?);
         if options.verify {
             rivals.push(Rival::new(OURS, &options.program, Way { verify: true, ..way })?);
+            continue;
+        }
+        if options.dirty_ring.is_some() {
+            let rings = Way { dirty_ring: options.dirty_ring, ..way };
+            rivals.push(Rival::new(OURS, &options.program, rings)?);
             continue;
         }
         rivals.push(Rival::new(THEIRS, Path::new(QEMU), way)?);

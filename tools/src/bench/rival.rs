@@ -45,6 +45,8 @@ pub struct Way {
     pub prealloc: bool,
     /// Both sides compare all memory and state at the switchover; only a mini-vmm can.
     pub verify: bool,
+    /// The source notes what its guest writes in rings of so many entries, not in a log.
+    pub dirty_ring: Option<u32>,
 }
 
 /// What a VM is to do.
@@ -72,6 +74,10 @@ impl Rival {
             None => name.to_owned(),
         };
         let name = if way.verify { format!("{name}{VERIFIED}") } else { name };
+        let name = match way.dirty_ring {
+            Some(entries) => format!("{name} --dirty-ring {entries}"),
+            None => name,
+        };
         Ok(Rival { name, program: program.to_owned(), kind, version, way })
     }
 
@@ -122,6 +128,9 @@ impl Rival {
                 command.args(["--serial", "stdio", "--qmp", &format!("unix:{qmp}")]);
                 match role {
                     Role::Source(scenario) => {
+                        if let Some(entries) = self.way.dirty_ring {
+                            command.args(["--dirty-ring", &entries.to_string()]);
+                        }
                         command.args(["--kernel", &image, "--append", &scenario.guest])
                     }
                     Role::Destination(port) => {

@@ -266,7 +266,13 @@ fn show(info: &Value, bar: &ProgressBar) {
         HumanBytes(remaining),
     );
     if let Some(percent) = info["cpu-throttle-percentage"].as_u64() {
-        text.push_str(&format!(", vCPUs rest {percent} %"));
+        let rests = |vcpu: &&Value| vcpu["cpu-throttle-percentage"].as_u64() > Some(0);
+        match info["x-vcpus"].as_array().map(|all| (all.len(), all.iter().filter(rests).count())) {
+            Some((all, resting)) if resting < all => {
+                text.push_str(&format!(", {resting} of {all} vCPUs rest {percent} % at most"));
+            }
+            _ => text.push_str(&format!(", vCPUs rest {percent} %")),
+        }
     }
     if let Some(ms) = info["expected-downtime"].as_u64() {
         text.push_str(&format!(", downtime about {ms} ms"));

@@ -26,7 +26,7 @@ pub use devices::{
 };
 pub use error::ConfigError;
 pub use migration_uri::{MigrateListen, MigrationUri};
-pub use resolve::{Boot, Config, MAX_CPUS};
+pub use resolve::{Boot, Config, MAX_CPUS, MAX_DIRTY_RING, MIN_DIRTY_RING};
 pub use settings::{
     ConsoleSettings, ConsoleTable, DiskSettings, NetSettings, OnOff, Place, PlainSettings,
     QmpSocket, Queues, Settings,
@@ -36,6 +36,7 @@ pub use types::{CpuConfig, CpuModel, MacAddr, MachineType, PciSlot, VmName};
 pub use units::{ByteSize, HumanDuration, Rate};
 
 pub(crate) use keys::{nearest, split};
+pub(crate) use resolve::is_dirty_ring;
 
 #[cfg(test)]
 mod tests;

@@ -50,6 +50,7 @@ impl Settings {
             serial: flags.serial.or(self.serial),
             qmp: flags.qmp.or(self.qmp),
             prealloc: flags.prealloc.or(self.prealloc),
+            dirty_ring: flags.dirty_ring.or(self.dirty_ring),
             paused: flags.paused.or(self.paused),
             migrate_listen: flags.migrate_listen.or(self.migrate_listen),
         }

@@ -17,6 +17,13 @@ use super::{
 /// Most vCPUs a machine can have, so that a guest without x2APIC can name them all.
 pub const MAX_CPUS: u32 = arch::cpuid::MAX_VCPUS;
 
+/// The shortest dirty ring: KVM keeps 64 of its entries for itself, and 512 more on processors that log
+/// pages themselves (Linux, virt/kvm/dirty_ring.c and arch/x86/kvm/vmx; Intel's PML).
+pub const MIN_DIRTY_RING: u32 = 1024;
+
+/// The longest (Linux, KVM_DIRTY_RING_MAX_ENTRIES).
+pub const MAX_DIRTY_RING: u32 = 65536;
+
 /// Granule of RAM sizes.
 const MIB: u64 = 1 << 20;
 
@@ -92,10 +99,18 @@ pub struct Config {
     pub qmp: Option<QmpSocket>,
     /// Whether the host gives all of RAM its memory before anything runs.
     pub prealloc: bool,
+    /// Entries of each vCPU's dirty ring, if there is one: a power of two from [`MIN_DIRTY_RING`] to
+    /// [`MAX_DIRTY_RING`].
+    pub dirty_ring: Option<u32>,
     /// Whether to wait for `cont`.
     pub paused: bool,
     /// Where a migration is expected, if one is.
     pub migrate_listen: Option<MigrateListen>,
+}
+
+/// Whether a dirty ring can have so many entries.
+pub(crate) fn is_dirty_ring(entries: u32) -> bool {
+    entries.is_power_of_two() && (MIN_DIRTY_RING..=MAX_DIRTY_RING).contains(&entries)
 }
 
 impl Config {
@@ -120,6 +135,14 @@ impl Config {
                 ByteSize(MAX_MEMORY)
             );
             return Err(invalid("memory", memory.to_string(), expected));
+        }
+        let dirty_ring = settings.dirty_ring.filter(|entries| *entries != 0);
+        if let Some(entries) = dirty_ring.filter(|entries| !is_dirty_ring(*entries)) {
+            let expected = format!(
+                "a number of entries that a dirty ring can have: a power of two from \
+                 {MIN_DIRTY_RING} to {MAX_DIRTY_RING}, or 0 for none"
+            );
+            return Err(invalid("dirty-ring", entries.to_string(), expected));
         }
         let boot = boot(&settings)?;
 
@@ -196,6 +219,7 @@ impl Config {
             serial: settings.serial.unwrap_or(CharBackend::Stdio),
             qmp: settings.qmp,
             prealloc: settings.prealloc.is_some_and(|OnOff(on)| on),
+            dirty_ring,
             paused: settings.paused.is_some_and(|OnOff(on)| on),
             migrate_listen: settings.migrate_listen,
         };

@@ -350,6 +350,14 @@ pub struct Settings {
     #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub prealloc: Option<OnOff>,
 
+    /// Note the pages that each vCPU writes in a ring of so many entries, not in a log [default: 0, the log]
+    ///
+    /// A power of two from 1024 to 65536, QEMU's '-accel kvm,dirty-ring-size=N'. With it '--auto-converge'
+    /// slows the vCPUs that write most instead of all; a vCPU that fills its ring leaves the guest to
+    /// have it emptied. The two sides of a migration need not have the same.
+    #[arg(long, value_name = "ENTRIES")]
+    pub dirty_ring: Option<u32>,
+
     /// Kernel to boot: a bzImage, or an ELF file with a PVH entry
     #[arg(long, value_name = "FILE", group = "boot")]
     pub kernel: Option<PathBuf>,

@@ -41,7 +41,7 @@ fn every_default_is_written_out() {
         "rng": {"id": "rng0", "addr": "07.0", "virtio": "transitional"},
         "console": {"backend": "pty", "id": "console0", "addr": "08.0", "virtio": "transitional"},
         "balloon": {"id": "balloon0", "addr": "02.0", "virtio": "transitional"},
-        "serial": "stdio", "qmp": null, "prealloc": false, "paused": false, "migrate-listen": null,
+        "serial": "stdio", "qmp": null, "prealloc": false, "dirty-ring": null, "paused": false, "migrate-listen": null,
     });
     assert_eq!(json, want);
 
@@ -77,6 +77,8 @@ fn flags_and_file_have_the_same_words() {
         "tap=tap0",
         "--paused",
         "--prealloc=on",
+        "--dirty-ring",
+        "4096",
     ])
     .unwrap();
     let file = resolve(
@@ -87,6 +89,7 @@ fn flags_and_file_have_the_same_words() {
         rng = true
         paused = true
         prealloc = true
+        dirty-ring = 4096
         [balloon]
         addr = "02.0"
         [console]
@@ -113,12 +116,12 @@ fn flags_and_file_have_the_same_words() {
 
 #[test]
 fn flags_overrule_the_file() {
-    let file = Settings::from_toml("kernel='a'\nappend='b'\nmemory='64M'\ndisk=[{path='1'}]", "x")
-        .unwrap();
-    let flags = Settings::from_toml("selfcheck=''\ndisk=[{path='2'}]", "x").unwrap();
+    let file = "kernel='a'\nappend='b'\nmemory='64M'\ndirty-ring=1024\ndisk=[{path='1'}]";
+    let file = Settings::from_toml(file, "x").unwrap();
+    let flags = Settings::from_toml("selfcheck=''\ndirty-ring=0\ndisk=[{path='2'}]", "x").unwrap();
     let config = Config::resolve(file.overruled_by(flags)).unwrap();
     assert_eq!(config.boot, Boot::SelfCheck { selfcheck: String::new() });
-    assert_eq!(config.memory, ByteSize(64 << 20));
+    assert_eq!((config.memory, config.dirty_ring), (ByteSize(64 << 20), None));
     assert_eq!(
         config.disk.iter().map(|d| d.path.to_str().unwrap()).collect::<Vec<_>>(),
         ["1", "2"]
@@ -167,6 +170,13 @@ fn refusals_say_what_is_right() {
         ("memory='512'", "a size with its unit"),
         ("selfcheck=''\nsmp=0", "smp: '0' is not a number of vCPUs from 1 to 254"),
         ("selfcheck=''\nsmp=256", "smp: '256' is not"),
+        (
+            "selfcheck=''\ndirty-ring=512",
+            "dirty-ring: '512' is not a number of entries that a dirty ring can have: a power of two \
+             from 1024 to 65536, or 0 for none",
+        ),
+        ("selfcheck=''\ndirty-ring=3000", "dirty-ring: '3000' is not"),
+        ("selfcheck=''\ndirty-ring=131072", "dirty-ring: '131072' is not"),
         ("machine='pc-i440fx-7.1'", "did you mean 'pc-i440fx-7.2'?"),
         ("cpu='hots'", "did you mean 'host'?"),
         ("cpu='host,migrateable=on'", "did you mean 'migratable'?"),

@@ -1,5 +1,5 @@
 //! Guest memory as KVM knows it, and which pages the guest's vCPUs have written: KVM's dirty log, slot
-//! by slot.
+//! by slot, or its dirty rings, vCPU by vCPU ([`dirty_ring`](super::dirty_ring)).
 //!
 //! The 256 KiB below 1 MiB that the chipset may show as ROM are slots of their own
 //! ([`shadow`](super::shadow)).
@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_userspace_memory_region,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
 use super::KvmError;
+use super::dirty_ring::{DirtyRings, Place};
 use super::shadow::{self, BelowOneMib, Shadow};
 
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
@@ -39,13 +40,15 @@ pub struct Slot {
     pub block_offset: u64,
 }
 
-/// The memory slots of a VM and their dirty logs.
+/// The memory slots of a VM and their dirty logs, or its vCPUs' dirty rings.
 pub struct DirtyLog {
     vm: Arc<VmFd>,
     slots: Vec<Slot>,
+    /// Locked before the rings are.
     shadow: Mutex<Shadow>,
     manual: bool,
     initially_set: bool,
+    rings: Option<DirtyRings>,
 }
 
 /// Tells KVM what a slot is; a length of 0 takes it away.
@@ -145,17 +148,26 @@ fn split(ram: &[Slot]) -> (Vec<Slot>, Option<Slot>) {
 }
 
 impl DirtyLog {
-    /// Maps `ram` into the VM, not logged yet, all of it as RAM.
+    /// Maps `ram` into the VM, not logged yet, all of it as RAM. With `ring` each vCPU has a dirty ring of
+    /// so many entries, a power of two; it comes before the first vCPU is created.
     ///
     /// # Safety
     /// Every slot must lie in a mapping of this process that outlives the VM.
-    pub unsafe fn new(vm: Arc<VmFd>, ram: &[Slot]) -> Result<Self, KvmError> {
-        let (manual, initially_set) = super::enable_manual_dirty_log(&vm)?;
+    pub unsafe fn new(vm: Arc<VmFd>, ram: &[Slot], ring: Option<u32>) -> Result<Self, KvmError> {
+        let end = ram.iter().map(|slot| slot.block_offset + slot.len).max().unwrap_or(0);
+        let rings = ring
+            .map(|entries| DirtyRings::new(vm.clone(), entries, end / PAGE_SIZE))
+            .transpose()?;
+        // A log that begins with every page set does not protect them: no ring would hear of a write.
+        let (manual, initially_set) = match rings {
+            Some(_) => (false, false),
+            None => super::enable_manual_dirty_log(&vm)?,
+        };
         let (slots, window) = split(ram);
         let first_id = slots.len() as u32;
         // SAFETY: the window is a part of `ram`.
         let shadow = unsafe { Shadow::new(vm.clone(), window, first_id) }?;
-        let log = Self { vm, slots, shadow: Mutex::new(shadow), manual, initially_set };
+        let log = Self { vm, slots, shadow: Mutex::new(shadow), manual, initially_set, rings };
         log.set_slots(false)?;
         Ok(log)
     }
@@ -178,10 +190,56 @@ impl DirtyLog {
         self.initially_set
     }
 
+    /// A vCPU was created; its ring, if it has one, is read from now on. They come in the order of their
+    /// indices.
+    pub fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        self.rings.as_ref().map_or(Ok(()), |rings| rings.add(vcpu))
+    }
+
     /// Starts or stops logging.
     pub fn set_logging(&self, on: bool) -> Result<(), KvmError> {
+        if on && let Some(rings) = &self.rings {
+            // What is left of an earlier time.
+            rings.forget(self.places(&self.shadow()))?;
+        }
         self.set_slots(on)?;
-        self.shadow().set_logging(on)
+        self.shadow().set_logging(on)?;
+        // A vCPU may be waiting for it.
+        if on { Ok(()) } else { self.empty_rings() }
+    }
+
+    /// Where a ring's entries are in the RAM block.
+    fn places(&self, shadow: &Shadow) -> impl Fn(u32, u64) -> Place {
+        move |id, offset| match self.slots.iter().find(|slot| slot.id == id) {
+            Some(slot) if offset < slot.len / PAGE_SIZE => {
+                Place::Page(slot.block_offset / PAGE_SIZE + offset)
+            }
+            Some(_) => Place::Nowhere,
+            None => shadow.place(id, offset),
+        }
+    }
+
+    /// Empties the rings, so that a vCPU whose ring is full can go on; what was in them is kept until
+    /// [`fetch`](Self::fetch). Does nothing where there are none.
+    pub fn empty_rings(&self) -> Result<(), KvmError> {
+        let shadow = self.shadow();
+        self.rings.as_ref().map_or(Ok(()), |rings| rings.empty(self.places(&shadow)))
+    }
+
+    /// Whether one of the rings is half full or more.
+    pub fn rings_fill(&self) -> bool {
+        self.rings.as_ref().is_some_and(DirtyRings::half_full)
+    }
+
+    /// Whether there are rings.
+    pub fn has_rings(&self) -> bool {
+        self.rings.is_some()
+    }
+
+    /// How many pages each vCPU has been found to write since logging was started, by their indices; `None`
+    /// where there are no rings, and it is not known.
+    pub fn by_vcpu(&self) -> Option<Vec<u64>> {
+        self.rings.as_ref().map(DirtyRings::found)
     }
 
     /// Shows the guest these things below 1 MiB and 4 GiB from now on.
@@ -190,9 +248,16 @@ impl DirtyLog {
     }
 
     /// Gives the pages of `pc.ram` written since they were last cleared to `found`: the number of the
-    /// first page, a multiple of 64, and one bit for each page from there on. Without manual protection
-    /// this clears the log as well.
+    /// first page, a multiple of 64, and one bit for each page from there on. Without manual protection,
+    /// and with rings, this clears the log as well, before it returns.
     pub fn fetch(&self, mut found: impl FnMut(u64, &[u64])) -> Result<(), KvmError> {
+        if let Some(rings) = &self.rings {
+            let mut shadow = self.shadow();
+            if shadow.take_lost() {
+                found(shadow::START / PAGE_SIZE, &[u64::MAX]);
+            }
+            return rings.take(self.places(&shadow), found);
+        }
         for slot in &self.slots {
             found(slot.block_offset / PAGE_SIZE, &fetch(&self.vm, slot)?);
         }

@@ -1,7 +1,10 @@
-//! The machine's half that lives in the kernel: opening KVM, memory slots and their dirty logs,
+//! The machine's half that lives in the kernel: opening KVM, memory slots and their dirty logs or rings,
 //! interrupt routing, doorbells.
 
 mod dirty_log;
+mod dirty_ring;
+#[cfg(test)]
+mod dirty_tests;
 mod ioevents;
 mod routing;
 mod shadow;
@@ -18,6 +21,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 pub use dirty_log::{DirtyLog, Slot, map_plainly};
+pub use dirty_ring::KVM_EXIT_DIRTY_RING_FULL;
 pub use ioevents::KvmIoEvents;
 pub use routing::{GsiLine, KvmMsi, KvmRouting};
 pub use shadow::{BelowOneMib, RomMemory, SEGMENTS, View};
@@ -53,6 +57,46 @@ pub enum KvmError {
     /// The kernel lacks something that mini-vmm cannot do without.
     #[error("this host's KVM lacks {0}, which mini-vmm needs; use a newer kernel")]
     Capability(&'static str),
+    /// It has no dirty rings.
+    #[error(
+        "this host's KVM has no dirty rings (KVM_CAP_DIRTY_LOG_RING): leave out --dirty-ring, and the \
+         pages that the guest writes are logged without, or use a newer kernel (Linux 5.11)"
+    )]
+    NoDirtyRing,
+    /// Its dirty rings are shorter than that.
+    #[error(
+        "this host's KVM has dirty rings of {most} entries at most, and {wanted} are wanted: give less \
+         with --dirty-ring"
+    )]
+    DirtyRingTooLarge {
+        /// Entries for each vCPU.
+        wanted: u32,
+        /// Entries that a ring may have.
+        most: u64,
+    },
+    /// A dirty ring has run over, so no page can be said to be clean.
+    #[error(
+        "a dirty ring (of vCPU {vcpu}, or of more) has run over, which a host's KVM must not let happen: \
+         what was written cannot be known any more, and this VM cannot be migrated until it is started anew: \
+         with more entries, or without --dirty-ring"
+    )]
+    DirtyRingOverrun {
+        /// Whose ring, as far as it is known.
+        vcpu: usize,
+    },
+    /// A dirty ring has an entry that makes no sense, so no page can be said to be clean.
+    #[error(
+        "the dirty ring of vCPU {vcpu} names page {offset:#x} of memory slot {slot:#x}, which this VM \
+         has not: a fault of the host's kernel; without --dirty-ring it does not matter"
+    )]
+    DirtyRingEntry {
+        /// Whose ring.
+        vcpu: usize,
+        /// KVM's number of the slot, with the address space in the upper half.
+        slot: u32,
+        /// The page in it.
+        offset: u64,
+    },
     /// An ioctl failed.
     #[error("{what} failed")]
     Ioctl {

@@ -16,6 +16,7 @@ use vm_memory::mmap::MmapRegion;
 
 use super::KvmError;
 use super::dirty_log::{self, Slot};
+use super::dirty_ring::Place;
 
 /// Where the segments begin.
 pub(super) const START: u64 = 0xc_0000;
@@ -272,11 +273,28 @@ impl Shadow {
         Ok(())
     }
 
+    /// Where the page `offset` of a slot of the window is that was written to. One of another shape than
+    /// the slot has now was written before it got that.
+    pub(super) fn place(&self, id: u32, offset: u64) -> Place {
+        let ids = self.first_id..self.first_id + SEGMENTS as u32;
+        if self.ram.is_none() || !ids.contains(&id) {
+            return Place::Nowhere;
+        }
+        let slots = self.writable();
+        let slot = slots.iter().find(|(slot, _)| slot.id == id && offset < slot.len / PAGE_SIZE);
+        slot.map_or(Place::Word(FIRST_PAGE), |(_, first)| Place::Page(FIRST_PAGE + first + offset))
+    }
+
+    /// Whether a slot of RAM has come or gone since this was asked last, while writes were logged.
+    pub(super) fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost) && self.ram.is_some()
+    }
+
     pub(super) fn fetch(&mut self, mut found: impl FnMut(u64, &[u64])) -> Result<(), KvmError> {
         if self.ram.is_none() {
             return Ok(());
         }
-        let mut word = if std::mem::take(&mut self.lost) { u64::MAX } else { 0 };
+        let mut word = if self.take_lost() { u64::MAX } else { 0 };
         for (slot, first) in self.writable() {
             let log = dirty_log::fetch(&self.vm, &slot)?;
             word |= log.first().copied().unwrap_or(0) << first;
@@ -337,6 +355,8 @@ mod tests {
         assert_eq!(fetched(&mut shadow), 0);
         shadow.show(&BelowOneMib::default()).unwrap();
         assert!(!shadow.split, "nothing has changed");
+        assert_eq!(shadow.place(5, 63), Place::Page(FIRST_PAGE + 63));
+        assert_eq!([4, 5 + SEGMENTS as u32].map(|id| shadow.place(id, 0)), [Place::Nowhere; 2]);
 
         let mut some = BelowOneMib::default();
         some.segments[2] = View::RamReadOnly;
@@ -347,6 +367,11 @@ mod tests {
         assert_eq!(fetched(&mut shadow), u64::MAX, "its log went with the slot");
         shadow.clear(u64::MAX).unwrap();
         assert_eq!(fetched(&mut shadow), 0);
+        assert_eq!(shadow.place(5, 3), Place::Page(FIRST_PAGE + 3));
+        assert_eq!(shadow.place(5 + 11, 0), Place::Page(FIRST_PAGE + 44));
+        // As it was written when all were one, and to a segment that has gone.
+        assert_eq!(shadow.place(5, 63), Place::Word(FIRST_PAGE));
+        assert_eq!(shadow.place(5 + 12, 0), Place::Word(FIRST_PAGE));
         shadow.show(&BelowOneMib::default()).unwrap();
         assert_eq!(shadow.writable().len(), SEGMENTS);
         shadow.set_logging(false).unwrap();

@@ -64,7 +64,7 @@ pub struct Machine {
     pub host_cpu: CpuProfile,
     /// Where the host's processor keeps extended state.
     pub xsave: XsaveLayout,
-    /// The memory slots and their dirty logs.
+    /// The memory slots and their dirty logs, or the vCPUs' dirty rings.
     pub dirty_log: Arc<DirtyLog>,
     /// The VM in the kernel.
     pub vm: Arc<VmFd>,
@@ -107,7 +107,8 @@ impl Machine {
             ram.allocate()?;
         }
         // SAFETY: the machine keeps `ram` longer than anything that holds the VM's descriptor.
-        let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots()) }?;
+        let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots(), config.dirty_ring) }?;
+        let dirty_log = Arc::new(dirty_log);
 
         let bus = Arc::new(IoBus::new());
         let clock = Arc::new(VirtualClock::default());
@@ -135,6 +136,7 @@ impl Machine {
             let fd = vm
                 .create_vcpu(index.into())
                 .map_err(|e| kvm::KvmError::ioctl(format!("KVM_CREATE_VCPU {index}"), e))?;
+            dirty_log.add_vcpu(&fd)?;
             arch::vcpu_init::init_vcpu(index, config.smp, &fd, &cpu, &host)?;
             let died = events.clone();
             vcpus.push(Vcpu::spawn(
@@ -142,6 +144,7 @@ impl Machine {
                 fd,
                 bus.clone(),
                 ram.guest().clone(),
+                dirty_log.clone(),
                 events.pending().clone(),
                 Arc::new(move |report| died.send(MachineEvent::Crashed(Box::new(report)))),
             )?);
@@ -160,7 +163,7 @@ impl Machine {
             cpu,
             host_cpu,
             xsave,
-            dirty_log: Arc::new(dirty_log),
+            dirty_log,
             vm,
             ram,
             config: config.clone(),
@@ -202,10 +205,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Keeps running vCPUs out of the guest until then, all at the same time, or lets them back;
-    /// returns at once.
-    pub fn rest_vcpus(&self, until: Option<Instant>) {
-        for vcpu in &self.vcpus {
+    /// Keeps a running vCPU out of the guest until then, or lets it back; returns at once.
+    pub fn rest_vcpu(&self, index: usize, until: Option<Instant>) {
+        if let Some(vcpu) = self.vcpus.get(index) {
             vcpu.rest(until);
         }
     }

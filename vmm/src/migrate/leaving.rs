@@ -7,6 +7,7 @@ use devices::virtio::DiskImage;
 use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
 use migration::handover::Arbiter;
 use migration::manifest::{Problem, Scrap};
+use migration::throttle::Rest;
 use migration::vmstate::Section;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -98,12 +99,14 @@ impl SourceVm for Leaving {
         Ok(Box::new(RamTracker::new(machine.ram.clone(), machine.dirty_log.clone())))
     }
 
-    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
+    fn throttle(&mut self, rest: &Rest) -> Result<(), VmError> {
+        let percent: Vec<_> = (0..self.vm.machine.vcpus().len()).map(|n| rest.of(n)).collect();
         if let Some(throttle) = &self.throttle {
             throttle.set(percent);
-        } else if percent > 0 {
+        } else if rest.most() > 0 {
             let vm = self.vm.clone();
-            let throttle = Throttle::start(percent, move |until| vm.machine.rest_vcpus(until))
+            let rest = move |vcpu, until| vm.machine.rest_vcpu(vcpu, until);
+            let throttle = Throttle::start(percent, rest)
                 .map_err(|e| VmError::with("the thread that makes vCPUs rest does not start", e))?;
             self.throttle = Some(throttle);
         }

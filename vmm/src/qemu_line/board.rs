@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use super::findings::Findings;
 use super::options::{NO_SUCH_NET, Opt};
 use super::props::{Props, Rule, Rules};
-use crate::config::{ByteSize, CpuConfig, CpuModel, MachineType, Settings};
+use crate::config::{
+    ByteSize, CpuConfig, CpuModel, MAX_DIRTY_RING, MIN_DIRTY_RING, MachineType, Settings,
+    is_dirty_ring,
+};
 
 /// What QEMU 7.2 gives a guest where nothing is said.
 const DEFAULT_MEMORY: ByteSize = ByteSize(128 << 20);
@@ -39,8 +42,7 @@ const MACHINE: Rules = &[
     ("dump-guest-core", Rule::Host),
     ("mem-merge", Rule::Host),
 ];
-const ACCEL: Rules =
-    &[("kernel-irqchip", ON), ("dirty-ring-size", Rule::Host), ("notify-vmexit", Rule::Host)];
+const ACCEL: Rules = &[("kernel-irqchip", ON), ("notify-vmexit", Rule::Host)];
 const SMP: Rules = &[("sockets", ONE), ("dies", ONE), ("clusters", ONE), ("threads", ONE)];
 const MEMORY: Rules = &[("slots", NONE)];
 const RTC: Rules = &[
@@ -122,7 +124,7 @@ impl Board {
         let accel = self.machine.take("accel").map(|all| all.replace(':', "\0"));
         let accels = accel.iter().flat_map(|all| all.split('\0')).map(str::to_string);
         let accels: Vec<_> = accels.chain(std::mem::take(&mut self.accels)).collect();
-        accelerator(&accels, found);
+        settings.dirty_ring = accelerator(&accels, found);
         self.finish_machine(settings, found);
         settings.cpu = processor(self.cpu.as_deref(), found);
         settings.smp = self.finish_smp(found);
@@ -233,17 +235,22 @@ fn merge_word(into: &mut Props, word: &str) {
     }
 }
 
-fn accelerator(accels: &[String], found: &mut Findings) {
+/// The entries of a dirty ring, if one is asked for.
+fn accelerator(accels: &[String], found: &mut Findings) -> Option<u32> {
     let Some(first) = accels.first() else {
         found.matters(
             "-accel is missing",
             "QEMU emulates the processor where nothing is said; start the guest with -accel kvm",
         );
-        return;
+        return None;
     };
+    let mut ring = None;
     match Props::parse(first, "accel") {
         Ok(mut props) => match props.take("accel").as_deref() {
-            Some("kvm") => props.settle("-accel", &[ACCEL], found),
+            Some("kvm") => {
+                ring = dirty_ring(&mut props, found);
+                props.settle("-accel", &[ACCEL], found);
+            }
             said => found.matters(
                 format!("-accel {}", said.unwrap_or_default()),
                 "mini-vmm runs guests under KVM only, and an emulated processor is another one; \
@@ -255,6 +262,26 @@ fn accelerator(accels: &[String], found: &mut Findings) {
     for other in accels.get(1..).unwrap_or_default() {
         if other != "kvm" {
             found.note(&format!("-accel {other}"), "not tried: mini-vmm has KVM only");
+        }
+    }
+    ring
+}
+
+/// The guest does not see it, so one that can't be had is left out.
+fn dirty_ring(props: &mut Props, found: &mut Findings) -> Option<u32> {
+    let said = props.take("dirty-ring-size")?;
+    match said.parse() {
+        Ok(0) => None,
+        Ok(entries) if is_dirty_ring(entries) => Some(entries),
+        _ => {
+            found.note(
+                &format!("-accel kvm,dirty-ring-size={said}"),
+                &format!(
+                    "a dirty ring has {MIN_DIRTY_RING} to {MAX_DIRTY_RING} entries here, a power of \
+                     two; left out"
+                ),
+            );
+            None
         }
     }
 }

@@ -116,7 +116,8 @@ impl QemuLine {
             "-machine",
             format!("{},usb=off,vmport=off,hpet=off,graphics=off", config.machine),
         );
-        self.option("-accel", "kvm");
+        let ring = config.dirty_ring.map(|entries| format!(",dirty-ring-size={entries}"));
+        self.option("-accel", format!("kvm{}", ring.unwrap_or_default()));
         if config.cpu.model != CpuModel::Host {
             return Err(WriteError::Cpu(config.cpu.model.as_str()));
         }

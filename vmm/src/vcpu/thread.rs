@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::kick::{Armed, kick};
 use super::report::{CrashKind, CrashReport};
+use crate::kvm::{DirtyLog, KVM_EXIT_DIRTY_RING_FULL};
 use crate::power::PendingPower;
 
 /// Takes the reports of vCPUs that died. Called on the vCPU's thread; must not wait.
@@ -80,12 +81,14 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `index`, paused. While something is `pending` it does not run.
+    /// Starts the thread of vCPU `index`, paused. While something is `pending` it does not run. `log` is
+    /// where it empties a dirty ring that is full.
     pub fn spawn(
         index: u32,
         fd: VcpuFd,
         bus: Arc<IoBus>,
         ram: GuestRamRef,
+        log: Arc<DirtyLog>,
         pending: PendingPower,
         died: ExitSink,
     ) -> Result<Self, VcpuError> {
@@ -99,7 +102,7 @@ impl Vcpu {
             }),
             changed: Condvar::new(),
         });
-        let runner = Runner { index, fd, bus, ram, pending, died, shared: shared.clone() };
+        let runner = Runner { index, fd, bus, ram, log, pending, died, shared: shared.clone() };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || runner.live())
@@ -245,6 +248,7 @@ struct Runner {
     fd: VcpuFd,
     bus: Arc<IoBus>,
     ram: GuestRamRef,
+    log: Arc<DirtyLog>,
     pending: PendingPower,
     died: ExitSink,
     shared: Arc<Shared>,
@@ -373,6 +377,13 @@ impl Runner {
                 // SAFETY: the exit reason says that this member of the union is the valid one.
                 let sub = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
                 return Next::Dead(CrashKind::InternalError(sub));
+            }
+            // Also when nobody is interested any more: it has to be emptied before the vCPU can go on.
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                if let Err(e) = self.log.empty_rings() {
+                    let why = format!("DIRTY_RING_FULL ({})", crate::error_chain(&e));
+                    return Next::Dead(CrashKind::UnexpectedExit(why));
+                }
             }
             other => return Next::Dead(CrashKind::UnexpectedExit(format!("{other:?}"))),
         }

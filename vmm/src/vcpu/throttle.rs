@@ -1,12 +1,12 @@
 //! Slows a guest: its vCPUs rest for a share of every few milliseconds.
 //!
 //! ```text
-//! 20 %   run 8 ms │rest 2│run 8 ms │rest 2│…        all vCPUs at the same time
+//! 20 %   run 8 ms │rest 2│run 8 ms │rest 2│…
 //! 90 %   run 1│rest 9 ms            │run 1│…
 //! 99 %   run 1│rest 99 ms …
 //! ```
-//! All rest together: one that waits for a lock would find its holder resting otherwise, and burn its
-//! own time.
+//! Those with the same share rest together, and so do all where it is not known which of them is to be slowed:
+//! one that waits for a lock would find its holder resting otherwise, and burn its own time.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -36,6 +36,42 @@ impl Turns {
     }
 }
 
+/// One vCPU's turns, by the clock, so that what one takes too long is made up for in the next.
+#[derive(Debug, Clone, Copy)]
+struct Turning {
+    vcpu: usize,
+    turns: Turns,
+    resting: bool,
+    /// When this turn ends.
+    end: Instant,
+}
+
+impl Turning {
+    /// What the vCPUs with a share do from `now` on; `percent` are the shares, by index.
+    fn begin(percent: &[u8], now: Instant) -> Vec<Self> {
+        let one = |(vcpu, percent): (usize, &u8)| {
+            let turns = Turns::new(*percent);
+            Self { vcpu, turns, resting: false, end: now + turns.run }
+        };
+        percent.iter().enumerate().filter(|(_, percent)| **percent > 0).map(one).collect()
+    }
+
+    /// The next turn, if this one is over; gives until when the vCPU must rest, if that is what it is.
+    fn turn(&mut self, now: Instant) -> Option<Instant> {
+        if now < self.end {
+            return None;
+        }
+        let late = now - self.end;
+        if self.resting && late > self.turns.run + self.turns.rest {
+            // The host was busy with other things; nothing is to be caught up with.
+            self.end = now;
+        }
+        self.resting = !self.resting;
+        self.end += if self.resting { self.turns.rest } else { self.turns.run };
+        self.resting.then_some(self.end)
+    }
+}
+
 /// Makes vCPUs rest, by a thread of its own. They run all of the time again when it is dropped.
 pub struct Throttle {
     shared: Arc<Shared>,
@@ -48,18 +84,19 @@ struct Shared {
 }
 
 struct State {
-    percent: u8,
+    /// Of each vCPU, by its index.
+    percent: Vec<u8>,
     /// Counts the changes.
     change: u64,
     closing: bool,
 }
 
 impl Throttle {
-    /// Begins. `rest` keeps the vCPUs out of the guest until a time, or lets them back in; it must
-    /// return at once.
+    /// Begins: each vCPU rests for its share of the time, percent, by index. `rest` keeps a vCPU out of the
+    /// guest until a time, or lets it back in; it must return at once.
     pub fn start(
-        percent: u8,
-        rest: impl Fn(Option<Instant>) + Send + 'static,
+        percent: Vec<u8>,
+        rest: impl Fn(usize, Option<Instant>) + Send + 'static,
     ) -> std::io::Result<Self> {
         let state = State { percent, change: 0, closing: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
@@ -69,8 +106,8 @@ impl Throttle {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Changes the share of resting, percent; 0 ends it. Returns at once, and it is so at once.
-    pub fn set(&self, percent: u8) {
+    /// Changes the shares; one of 0 ends it for that vCPU. Returns at once, and it is so at once.
+    pub fn set(&self, percent: Vec<u8>) {
         let mut state = self.shared.lock();
         state.percent = percent;
         state.change += 1;
@@ -96,39 +133,43 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, rest: &dyn Fn(Option<Instant>)) {
+    fn work(&self, rest: &dyn Fn(usize, Option<Instant>)) {
         let mut state = self.lock();
+        let mut vcpus = Vec::new();
         'idle: loop {
             // Whatever was begun with another share ends.
-            rest(None);
-            while state.percent == 0 && !state.closing {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-            if state.closing {
-                return;
-            }
-            let turns = Turns::new(state.percent);
+            vcpus.iter().for_each(|turning: &Turning| rest(turning.vcpu, None));
+            vcpus = Turning::begin(&state.percent, Instant::now());
             let change = state.change;
-            // By the clock, so that what a turn takes too long is made up for in the next.
-            let mut end = Instant::now();
             loop {
-                for (turn, resting) in [(turns.run, false), (turns.rest, true)] {
-                    end += turn;
-                    if resting {
-                        rest(Some(end));
+                let next = vcpus.iter().map(|turning| turning.end).min();
+                while next.is_none_or(|next| Instant::now() < next) {
+                    if state.closing || state.change != change {
+                        break;
                     }
-                    while let Some(left) = end.checked_duration_since(Instant::now()) {
-                        if state.closing || state.change != change {
-                            continue 'idle;
+                    let woken = match next {
+                        None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                        Some(next) => {
+                            let left = next.saturating_duration_since(Instant::now());
+                            let woken = self.changed.wait_timeout(state, left);
+                            woken.unwrap_or_else(PoisonError::into_inner).0
                         }
-                        let woken = self.changed.wait_timeout(state, left);
-                        state = woken.unwrap_or_else(PoisonError::into_inner).0;
-                    }
+                    };
+                    state = woken;
                 }
-                let late = end.elapsed();
-                if late > turns.run + turns.rest {
-                    // The host was busy with other things; nothing is to be caught up with.
-                    end += late;
+                if state.closing {
+                    vcpus.iter().for_each(|turning| rest(turning.vcpu, None));
+                    return;
+                }
+                if state.change != change {
+                    continue 'idle;
+                }
+                // All whose turn it is at one moment, so that those with one share stay together.
+                let now = Instant::now();
+                for turning in &mut vcpus {
+                    if let Some(until) = turning.turn(now) {
+                        rest(turning.vcpu, Some(until));
+                    }
                 }
             }
         }
@@ -157,21 +198,54 @@ mod tests {
     }
 
     #[test]
+    fn those_with_one_share_turn_together_and_the_others_by_their_own() {
+        let start = Instant::now();
+        let mut vcpus = Turning::begin(&[50, 0, 50, 20], start);
+        assert_eq!(vcpus.iter().map(|turning| turning.vcpu).collect::<Vec<_>>(), [0, 2, 3]);
+        let mut rested = [Duration::ZERO; 4];
+        // As its thread does, waking up a bit late each time.
+        for _ in 0..1000 {
+            let now = vcpus.iter().map(|turning| turning.end).min().unwrap() + MS / 10;
+            let turned: Vec<_> = vcpus
+                .iter_mut()
+                .filter_map(|t| Some((t.vcpu, t.turn(now)?, t.turns.rest)))
+                .collect();
+            for (vcpu, until, rest) in &turned {
+                assert!(*until > now && *until - now <= *rest);
+                rested[*vcpu] += *rest;
+            }
+            let until = |vcpu| turned.iter().find(|(v, ..)| *v == vcpu).map(|(_, until, _)| *until);
+            assert_eq!(until(0), until(2));
+        }
+        let time = vcpus[0].end - start;
+        for (vcpu, percent) in [(0, 50.0), (1, 0.0), (2, 50.0), (3, 20.0)] {
+            let share = rested[vcpu].as_secs_f64() / time.as_secs_f64() * 100.0;
+            assert!((share - percent).abs() < 1.0, "vCPU {vcpu}: {share}");
+        }
+        // One that comes much too late catches up with nothing.
+        let late = vcpus[0].end + 1000 * MS;
+        vcpus[0].resting = true;
+        assert_eq!(vcpus[0].turn(late), None);
+        assert_eq!(vcpus[0].end, late + vcpus[0].turns.run);
+    }
+
+    #[test]
     fn a_change_and_the_end_come_at_once_and_nothing_rests_afterwards() {
         let (tx, rx) = mpsc::channel();
-        let throttle = Throttle::start(50, move |until| tx.send(until).unwrap()).unwrap();
+        let rest = move |vcpu, until| tx.send((vcpu, until)).unwrap();
+        let throttle = Throttle::start(vec![0, 50], rest).unwrap();
         let wait = |what: &str| rx.recv_timeout(60_000 * MS).unwrap_or_else(|_| panic!("{what}"));
-        assert_eq!(wait("the beginning"), None);
         let (first, second) = (wait("a rest"), wait("the next"));
-        assert!(second.zip(first).is_some_and(|(b, a)| b - a >= 10 * MS));
-        throttle.set(0);
+        assert_eq!((first.0, second.0), (1, 1), "the other never rests");
+        assert!(second.1.zip(first.1).is_some_and(|(b, a)| b - a >= 10 * MS));
+        throttle.set(vec![0, 0]);
         // What was on its way, and the end.
-        while wait("the end").is_some() {}
+        while wait("the end").1.is_some() {}
         assert!(rx.recv_timeout(50 * MS).is_err(), "it goes on");
-        throttle.set(99);
-        assert!(wait("a rest").is_some());
+        throttle.set(vec![99]);
+        assert!(matches!(wait("a rest"), (0, Some(_))));
         drop(throttle);
         let last = std::iter::from_fn(|| rx.recv().ok()).last();
-        assert_eq!(last, Some(None), "its end lets the vCPUs back in");
+        assert_eq!(last, Some((0, None)), "its end lets the vCPUs back in");
     }
 }

@@ -1,4 +1,4 @@
-//! Memory in vectors, with a dirty log as KVM keeps one.
+//! Memory in vectors, with a dirty log as KVM keeps one, or a ring.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -31,6 +31,9 @@ pub(crate) struct FakeRam {
     /// second.
     pub(crate) ambush: Option<(u64, u64)>,
     clears: AtomicU64,
+    /// Its log clears itself when it is read, and tells who wrote: the first of two vCPUs.
+    pub(crate) rings: AtomicBool,
+    found: AtomicU64,
     /// Whoever sends pages of it, or takes them in, panics.
     pub(crate) panics: AtomicBool,
     /// It can't be read.
@@ -55,6 +58,8 @@ impl FakeRam {
             log: Mutex::new(None),
             ambush,
             clears: AtomicU64::new(0),
+            rings: AtomicBool::new(false),
+            found: AtomicU64::new(0),
             panics: AtomicBool::new(false),
             unreadable: AtomicBool::new(false),
         })
@@ -213,14 +218,18 @@ impl DirtyTracker for FakeLog {
     }
     // As KVM does it with manual protection: reading the log does not clear it.
     fn fetch(&mut self, into: &mut DirtyBitmap) -> Result<(), VmError> {
-        let log = self.0.log.lock().unwrap();
-        let log = log.as_ref().ok_or_else(|| VmError::new("the log is not started"))?;
+        let mut log = self.0.log.lock().unwrap();
+        let log = log.as_mut().ok_or_else(|| VmError::new("the log is not started"))?;
         for (index, block) in self.0.blocks().iter().enumerate() {
             for page in 0..block.len / PAGE_SIZE {
                 if log.is_set(index, page) {
                     into.set(index, page);
                 }
             }
+        }
+        if self.0.rings.load(Ordering::SeqCst) {
+            self.0.found.fetch_add(log.count(), Ordering::SeqCst);
+            *log = DirtyBitmap::new(&self.0.blocks());
         }
         Ok(())
     }
@@ -230,6 +239,9 @@ impl DirtyTracker for FakeLog {
         let strike = |page| self.0.write(0, page * PAGE_SIZE + 50, b"in between");
         if let (Some((_, before)), 2) = (self.0.ambush, nth) {
             strike(before);
+        }
+        if self.0.rings.load(Ordering::SeqCst) {
+            return Ok(());
         }
         let mut guard = self.0.log.lock().unwrap();
         let log = guard.as_mut().ok_or_else(|| VmError::new("the log is not started"))?;
@@ -243,6 +255,10 @@ impl DirtyTracker for FakeLog {
             strike(after);
         }
         Ok(())
+    }
+    fn by_vcpu(&self) -> Option<Vec<u64>> {
+        let rings = self.0.rings.load(Ordering::SeqCst);
+        rings.then(|| vec![self.0.found.load(Ordering::SeqCst), 0])
     }
     fn stop(&mut self) {
         assert!(self.0.log.lock().unwrap().take().is_some(), "stopped without a start");

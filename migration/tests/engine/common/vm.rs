@@ -10,6 +10,7 @@ use migration::guest::{
 };
 use migration::handover::Arbiter;
 use migration::manifest::{Problem, Scrap};
+use migration::throttle::Rest;
 use migration::transport::Connection;
 use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
 
@@ -271,10 +272,13 @@ impl SourceVm for FakeVm {
         self.fault(Fault::Log)?;
         Ok(Box::new(FakeLog(self.ram.clone())))
     }
-    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
-        self.world.note(format!("throttle {percent}"));
+    fn throttle(&mut self, rest: &Rest) -> Result<(), VmError> {
+        self.world.note(match rest {
+            Rest::All(percent) => format!("throttle {percent}"),
+            Rest::Each(percent) => format!("throttle {percent:?}"),
+        });
         if let Some(guest) = &self.guest {
-            guest.throttle(percent);
+            guest.throttle(rest.most());
         }
         self.fault(Fault::Throttle)
     }

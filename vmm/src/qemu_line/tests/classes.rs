@@ -85,6 +85,25 @@ fn what_the_guest_does_not_see_is_told() {
 }
 
 #[test]
+fn a_dirty_ring_is_taken_where_one_can_be_had() {
+    let ring = |said: &str| {
+        let line = BOARD.replace("-accel kvm", &format!("-accel kvm,dirty-ring-size={said}"));
+        let like = Like::from_line(&line).unwrap_or_else(|e| panic!("{said}: {e}"));
+        (like.settings.dirty_ring, like.notes.join("\n"))
+    };
+    assert_eq!(ring("4096"), (Some(4096), String::new()));
+    assert_eq!(ring("0"), (None, String::new()));
+    for said in ["512", "131072", "5000", "many"] {
+        let (entries, notes) = ring(said);
+        assert_eq!(entries, None, "{said}");
+        assert!(
+            notes.contains(&format!("dirty-ring-size={said}: a dirty ring has 1024 to")),
+            "{notes}"
+        );
+    }
+}
+
+#[test]
 fn what_matters_is_named_with_what_to_do() {
     for (said, words) in [
         (

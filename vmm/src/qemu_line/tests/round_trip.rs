@@ -20,7 +20,7 @@ fn configurations_come_back_the_same() {
         "kernel = 'vmlinuz'\nserial = 'stdio'\nappend = ''",
         "kernel = '-odd'\nappend = \"root=/dev/vda quiet 'a b' \\\"c\\\" $HOME \\\\ # !\"\nmemory = '3584M'",
         "name = 'web.1'\nuuid = '12345678-1234-5678-1234-567812345678'\nsmp = 254\nmemory = '1T'\n\
-         cpu = 'host,migratable=off'\nmigrate-listen = 'tcp:[::1]:7000'\npaused = true\n\
+         cpu = 'host,migratable=off'\nmigrate-listen = 'tcp:[::1]:7000'\npaused = true\ndirty-ring = 65536\n\
          firmware = '/my bios/b,c.bin'\nqmp = 'unix:/run/a,b=c d.sock'\nserial = 'pty'",
         "migrate-listen = 'unix:/run/a,b=c d.sock'\nsmp = 4\nserial = 'unix:/run/s,1=x.sock'\nrng = true\n\
          balloon = { addr = '1f' }\nconsole = { backend = 'file:/tmp/a,,b.log', id = 'hvc' }\n\

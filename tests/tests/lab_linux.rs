@@ -165,11 +165,12 @@ fn a_stock_kernel_boots_on_one_processor_and_powers_off() {
     assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
 }
 
+/// Its pages are noted in rings as short as they may be, so that they fill.
 #[test]
 fn a_stock_kernel_with_four_processors_moves_and_powers_off() {
     let dir = TempDir::new().expect("a directory");
     let machine = Machine {
-        args: "--memory 256M --smp 4".into(),
+        args: "--memory 256M --smp 4 --dirty-ring 1024".into(),
         append: "guest.run=memory,clock".into(),
         kernel: true,
     };

@@ -13,6 +13,7 @@ pub mod dirty;
 pub mod event_loop;
 pub mod firmware;
 pub mod grants;
+pub mod heap;
 pub mod kvm;
 pub mod kvm_state;
 pub mod machine;

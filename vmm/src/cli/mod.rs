@@ -285,6 +285,7 @@ impl CliError {
 pub fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| misunderstood(&error));
     start_log();
+    crate::heap::share();
     match dispatch(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

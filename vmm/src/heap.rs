@@ -1,0 +1,21 @@
+//! How this process' heap grows.
+//!
+//! While a guest stands still, devices' states are written and read, some megabytes of small pieces. By
+//! default glibc gives each thread a heap of its own, which grows by a page at a time and asks the kernel each
+//! time (malloc(3), mallopt(3)): with sixteen disks that was a quarter of the pause.
+
+/// By how much the heap grows at least, in bytes.
+#[cfg(target_env = "gnu")]
+const STEP: libc::c_int = 1 << 20;
+
+/// Has all threads share one heap that grows in large steps. Called before any thread is started; where it
+/// can't be had, everything works as well, and slower.
+pub fn share() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in [(libc::M_ARENA_MAX, 1), (libc::M_TOP_PAD, STEP)] {
+        // SAFETY: sets a number that the allocator looks at when it grows; nothing that is allocated changes.
+        if unsafe { libc::mallopt(parameter, value) } == 0 {
+            tracing::debug!(parameter, value, "the heap grows as it likes");
+        }
+    }
+}

@@ -176,6 +176,12 @@ impl GuestRam for Ram {
     }
 
     fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        // To look at shared memory that was never touched would allocate it; to read it does not.
+        if block == 0
+            && let Some(memory) = self.shared()
+        {
+            return memory.read(offset, buf);
+        }
         let mut done = 0;
         let to = buf.as_mut_ptr();
         self.stretches(&roms(self, block), block, offset, buf.len() as u64, |p, n| {
@@ -216,6 +222,13 @@ impl GuestRam for Ram {
     }
 
     fn absent(&self, block: usize, offset: u64, len: u64) -> Option<Vec<u64>> {
+        // What this process has not mapped of shared memory may be there all the same.
+        if block == 0
+            && let Some(memory) = self.shared()
+        {
+            offset.checked_add(len).filter(|end| *end <= self.size())?;
+            return memory.absent(offset, len / PAGE_SIZE);
+        }
         let mut stretch = None;
         let mut several = false;
         let found = self.stretches(&roms(self, block), block, offset, len, |p, _| {
@@ -264,6 +277,10 @@ impl PageDiscard for Ram {
             .iter()
             .find(|s| address >= s.guest_address && end <= s.guest_address + s.len)
             .ok_or_else(|| out_of_range(address, len))?;
+        // To forget the mapping of shared memory (MADV_DONTNEED) would free nothing.
+        if let Some(memory) = self.shared() {
+            return memory.discard(slot.block_offset + (address - slot.guest_address), len);
+        }
         let host = slot.host_address + (address - slot.guest_address);
         // SAFETY: the range lies inside one of this RAM's private mappings, whose pages then read
         // as zero; no Rust reference to them exists.

@@ -333,6 +333,13 @@ impl Migration<'_> {
             trouble.note(SourceError::Cancelled);
             return Event::NotCommitted;
         }
+        if self.parameters.local
+            && let Err(source) = asked_of_vm(|| self.vm.offer_memory())
+        {
+            let during = "offering the guest's memory";
+            trouble.note(SourceError::Vm { during, source });
+            return Event::NotCommitted;
+        }
         self.inbox.committed();
         match peer {
             Peer::MiniVmm => {

@@ -45,6 +45,7 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
         verify: false,
         only_asking: false,
         channels: None,
+        memory: false,
         id: None,
         commit_within_ms: 0,
         sent_at_ms: 0,

@@ -182,6 +182,9 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
         Some("completed") => {
             if !args.json {
                 print_report(&report);
+                if args.local {
+                    println!("the guest's memory is the same as before: none of it was copied");
+                }
             }
             // The source has nothing left to do; it would say goodbye by itself a little later.
             let _ = client.execute("quit", json!({}));

@@ -86,7 +86,7 @@ impl Model for Handover {
                 let can = match w.ledger {
                     None => m.peer == Peer::MiniVmm && (answers || disks_tell),
                     Some(Entry::Taken) => answers,
-                    Some(Entry::Runs) => true,
+                    Some(Entry::Runs) => w.there.runs,
                     Some(_) => !w.there.booted && !w.disk_changed,
                 };
                 !(doubt && can) || m.may_end_well(w, false)
@@ -167,7 +167,7 @@ impl Handover {
         let source_gone = !world.here.alive || world.source.state() == SState::HandedOver;
         // The memory that the source has is what the guest has died in.
         let taken = matches!(world.ledger, Some(Entry::Taken | Entry::Runs));
-        let with_it = taken && !world.there.alive;
+        let with_it = taken && (!world.there.alive || world.new_there);
         !self.has_disks() && (source_gone || with_it) && !world.there.runs
     }
 }
@@ -255,7 +255,7 @@ fn without_any_one_guard_of_the_ledger_the_check_fails() {
         (G::TakenMemoryStaysTaken, DiskLocks, NO_OLD_MEMORY),
         (G::MemoryIsTakenFirst, Nothing, ONE_RUNNER),
         (G::FailedStartReturnsMemory, Nothing, GOOD_END),
-        (G::FailedStartReturnsMemory, DiskLocks, GOOD_END),
+        (G::FailedStartReturnsMemory, DiskLocks, SETTLES),
     ] {
         let mut model = Handover::new(arbiter, Peer::MiniVmm).local();
         model.broken = Some(guard);

@@ -326,7 +326,8 @@ impl Liar {
         let [_memory, ledger] = liar.descriptors();
         liar.hears(b"\x08\0\x02\0\x04\0\0\0\x01");
         liar.pongs(&[0, 0, 0, 1]);
-        liar.hears(b"\"page_size\"");
+        // The end, without a description.
+        liar.hears(b"\0\0\0\x02{}");
         liar.says(0x4d03, "{}");
         liar.hears(COMMIT);
         let ledger = File::from(ledger);

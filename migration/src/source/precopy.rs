@@ -206,6 +206,7 @@ impl Migration<'_> {
         self.announce_blocks(&passes)?;
         self.control.pass();
         self.control.enter(Phase::Active);
+        self.vm.flush_ahead();
         self.send_pass(&mut passes, PartType::Part)?;
         passes.first = false;
         self.control.stats().remaining(0);

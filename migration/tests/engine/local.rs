@@ -1,14 +1,19 @@
 //! Memory that is not copied: both sides see a ledger of whose it is, and whatever becomes of either of
 //! them, the guest runs once at most, and never with older registers in memory in which it has run since.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use migration::control::Control;
+use migration::destination;
 use migration::handover::Arbiter;
 use migration::handover::ledger::Entry;
 use migration::params::Parameters;
 use migration::source::{Objection, Outcome, Settled, Wish};
+use migration::transport::Connection;
 
 use crate::common::*;
 
@@ -79,6 +84,41 @@ fn a_destination_that_knows_nothing_of_it_is_told_of_nothing() {
     assert!(ended.arrived.unwrap_err().vm_untouched);
     assert_eq!(world.ledger().entry(), Entry::Unused);
     moves(ended.source);
+}
+
+/// What a destination says to pages that come beside the memory, which is another's to write to.
+fn beside_the_memory(first: &[u8]) -> String {
+    let (source, mut destination, _) = two_vms(16);
+    let [before, pages] = crate::hostile::parts(&source, true);
+    let (mut a, b) = UnixStream::pair().unwrap();
+    let there = thread::spawn(move || {
+        let connection = Connection::from_unix(b, "unix:b".into());
+        let failure = destination::run(&mut destination, connection, &control()).unwrap_err();
+        (failure.error.chain(), destination.ram.contents())
+    });
+    a.write_all(&before).unwrap();
+    let mut heard = Vec::new();
+    while !heard.windows(10).any(|window| window == b"\"problems\"") {
+        let mut buf = [0; 4096];
+        let n = a.read(&mut buf).unwrap();
+        assert!(n > 0, "no verdict");
+        heard.extend_from_slice(&buf[..n]);
+    }
+    // It may hang up before it has read all of this.
+    let _ = a.write_all(&[first, &pages].concat());
+    let _ = a.shutdown(std::net::Shutdown::Write);
+    let (words, contents) = join(there);
+    assert!(contents[0].iter().all(|byte| *byte == 0), "something was written");
+    words
+}
+
+#[test]
+fn pages_beside_the_memory_are_refused() {
+    let words = beside_the_memory(b"M");
+    assert!(words.contains("whose memory has come as a descriptor"), "{words}");
+    // And the memory itself has to come.
+    let words = beside_the_memory(b"");
+    assert!(words.contains("no memory came"), "{words}");
 }
 
 /// The destination is killed there.

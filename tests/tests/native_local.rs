@@ -11,7 +11,7 @@ use std::thread;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
-use system_tests::guest::Guest;
+use system_tests::guest::{Guest, number};
 use system_tests::image::{COMMIT, Disk};
 use system_tests::qmp::Qmp;
 use system_tests::vm::Vm;
@@ -78,9 +78,12 @@ fn is_refused(here: &mut Guest, uri: &str, more: &[&str], words: &str) {
 
 #[test]
 fn a_guest_goes_from_process_to_process_in_its_own_memory() {
-    let (place, disk) = (Place::new(), Disk::new());
-    let more = disk.argument();
-    let mut guest = shared(MEMORY, 2, WORK, &more);
+    let place = Place::new();
+    // It writes to its disk all the time, so that requests are under way whenever it stops.
+    let disk = Disk::inside(place.0.path(), 64 << 20);
+    let more = format!("{} --rng --balloon", disk.argument());
+    let mut guest = shared(MEMORY, 2, &format!("{WORK},disk=200"), &more);
+    let mut records = 0;
     // The next process need not have been told; and one that was drops what it has for it.
     for (name, more) in [("a", more.clone()), ("b", format!("{more} --shared-memory")), ("c", more)]
     {
@@ -88,6 +91,10 @@ fn a_guest_goes_from_process_to_process_in_its_own_memory() {
         let before = guest.is_whole();
         let report = hands_over(&mut guest, &there);
         assert!(there.is_whole() > before, "time goes on");
+        let line = there.ask(b"s", "up_ms=", 60);
+        assert!(number(&line, "records") > records, "it goes on writing: {line}");
+        assert_eq!(number(&line, "disk_errors"), 0, "{line}");
+        records = number(&line, "records");
         assert_eq!(report["normal-pages"], 0, "{report}");
         let sent = report["transferred-bytes"].as_u64().expect("a number");
         assert!(sent < 1 << 20, "{report}");

@@ -102,11 +102,16 @@ impl Migration<'_> {
                     Ok(m.commit(peer, &description, &mut trouble))
                 }),
                 other => {
+                    let handed_over = other == Action::HandOver;
+                    if handed_over {
+                        // It runs there already; to let go of its memory here takes longer the more it is.
+                        self.control.stats().running();
+                    }
                     finish(machine, other, self.vm, &mut trouble);
                     if let Some(objection) = &trouble.objection {
                         tracing::warn!(%objection, "the guest can't be taken back");
                     }
-                    if machine.state() != State::InDoubt {
+                    if !handed_over && machine.state() != State::InDoubt {
                         self.control.stats().running();
                     }
                     return trouble;

@@ -10,9 +10,11 @@
 //!   or against_qemu and prepare_for_qemu
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
 //! throttle, between two passes; none behind a pause or a failure
+//! share_memory, in the place of all that reads pages                  the guest runs
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
 //! release_disks → hand_over                                           the other side runs it
 //!                 reacquire_disks → resume                            or this side goes on
+//! offer_memory, reclaim_memory: behind release_disks, ahead of reacquire_disks, if it was shared
 //! stop (tracker)                                                      whatever it was
 //! ```
 //!
@@ -20,9 +22,10 @@
 //!
 //! ```text
 //! ram, accept_block, sections, check_details → expect                 before any page moves
-//! GuestRam writes                                                     the source's guest runs
+//! GuestRam writes, or adopt_memory                                    the source's guest runs
 //! Section::decode for all → Section::apply for all → prepare          nothing runs yet
-//! take_disks → start                                                  this side runs it
+//! take_disks → (claim_memory) → start                                 this side runs it
+//! give_memory_back                                                    it never will
 //! ```
 
 use std::error::Error;
@@ -244,6 +247,22 @@ pub enum Holder {
     RunningGuest(String),
 }
 
+/// How memory is found that was offered to a destination on this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reclaimed {
+    /// It is this side's, for ever.
+    Kept,
+    /// The destination has taken it.
+    Taken,
+    /// ... and has let its vCPUs run.
+    Runs,
+}
+
+/// What a VM says whose memory can't be given to another process.
+fn no_shared_memory() -> VmError {
+    VmError::new("the memory of this VM can't be given to another process")
+}
+
 /// A VM that can be given away.
 pub trait SourceVm: Machine {
     /// Why this VM can't be migrated at all, each a sentence; empty when it can.
@@ -310,7 +329,26 @@ pub trait SourceVm: Machine {
     /// none.
     fn probe_disks(&mut self) -> Result<Holder, VmError>;
 
-    /// The other side runs the VM. This one must never run it again.
+    /// Gives a destination on this host the first block's memory itself, and a new
+    /// [ledger](crate::handover::ledger) for this attempt: as descriptors, with one byte that begins nothing
+    /// else, over this Unix socket. The guest runs, and nothing changes for it.
+    fn share_memory(&mut self, over: BorrowedFd<'_>) -> Result<(), VmError> {
+        let _ = over;
+        Err(no_shared_memory())
+    }
+
+    /// Notes in the ledger that the memory is whose who takes it. Called when everything stands still, right
+    /// before COMMIT.
+    fn offer_memory(&mut self) -> Result<(), VmError> {
+        Err(no_shared_memory())
+    }
+
+    /// Takes the memory back, if the ledger lets it. May be called again and again.
+    fn reclaim_memory(&mut self) -> Result<Reclaimed, VmError> {
+        Err(no_shared_memory())
+    }
+
+    /// The other side runs the VM. This one must never run it again, nor touch memory that it has shared.
     fn hand_over(&mut self);
 }
 
@@ -343,6 +381,25 @@ pub trait DestinationVm: Machine {
         Ok(())
     }
 
+    /// Takes the first block's memory and a ledger as [`SourceVm::share_memory`] sends them: reads that one
+    /// byte, and no other. The source's guest runs in that memory, so that not a byte may be written there
+    /// before [`claim_memory`](Self::claim_memory). When it fails, this VM's memory is as it was.
+    fn adopt_memory(&mut self, from: BorrowedFd<'_>) -> Result<(), VmError> {
+        let _ = from;
+        Err(no_shared_memory())
+    }
+
+    /// Takes the memory that was adopted for this side's own, by the ledger. Everything that could fail has
+    /// been done when it returns, so that [`start`](Self::start) hardly will. Fails if the source has taken the
+    /// guest back.
+    fn claim_memory(&mut self) -> Result<(), VmError> {
+        Err(no_shared_memory())
+    }
+
+    /// The guest will never run here: lets go of the memory that was adopted, and then notes in the ledger
+    /// that it is the source's, if it was taken.
+    fn give_memory_back(&mut self) {}
+
     /// Called after every section has been applied: builds what is still missing, and does
     /// everything that could fail, so that [`start`](Self::start) will not. Nothing runs yet, no
     /// disk is written.
@@ -363,7 +420,7 @@ pub trait DestinationVm: Machine {
     fn release_disks(&mut self);
 
     /// Lets the machine go on in the run state that came with it (a VM that was paused stays
-    /// paused), and announces it on its networks. An error means that no vCPU has run.
+    /// paused), notes that in the ledger if there is one, and announces it on its networks. An error means that no vCPU has run.
     fn start(&mut self) -> Result<(), VmError>;
 
     /// For a verified migration: the differences between a section's body as it was received and

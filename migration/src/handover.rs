@@ -74,12 +74,17 @@
 //! - A destination that refuses after COMMIT has decided for ever before it says so.
 //! - Disk locks are given up before COMMIT and taken before the first vCPU runs, so that the
 //!   kernel arbitrates between two sides that both believe the VM is theirs.
+//! - Where the memory itself changes hands and is not copied ([`ledger`]), a source takes nothing back
+//!   before the ledger says that it may, whoever wishes it: neither an operator's word nor a free disk is
+//!   worth more. So it may look there at once when the connection breaks; and the destination lets no vCPU
+//!   run before it has the memory.
 //! - Where nobody answers, nobody runs the guest before the stream is whole: a write or a flush that
 //!   fails is a refusal, and so is a command that ends badly.
 //! - A QEMU source resumes when the connection breaks before it has read `shut(0)`; so to a QEMU
 //!   `shut(0)` is sent before the guest starts, and the guest does not start when it can't be sent.
 
 pub mod destination;
+pub mod ledger;
 pub mod source;
 
 use serde::{Deserialize, Serialize};

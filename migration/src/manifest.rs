@@ -39,6 +39,9 @@ pub const CHANNELS: &str = "channels";
 /// A [`Hello::abilities`]: pages on further connections [compressed](crate::wire::zstd).
 pub const ZSTD: &str = "zstd";
 
+/// A [`Hello::abilities`]: RAM as a descriptor, if the manifest says so.
+pub const MEMORY: &str = "memory";
+
 impl Hello {
     /// Whether the destination has said that it can do this.
     pub fn can(&self, ability: &str) -> bool {
@@ -92,6 +95,10 @@ pub struct Manifest {
     /// that knows [them](CHANNELS).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub channels: Option<Channels>,
+    /// The first block of RAM comes as a descriptor, with a ledger, when the verdict has been given. Said only
+    /// to a destination that knows [that](MEMORY).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub memory: bool,
     /// What this attempt is called if its outcome is to be asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<MigrationId>,

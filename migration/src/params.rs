@@ -60,6 +60,9 @@ pub struct Parameters {
     /// `x-verify`: compare RAM and device state of the two sides before the guest runs. Off: it
     /// makes the downtime longer.
     pub verify: bool,
+    /// `x-local`: give a destination on this host the memory itself, over a Unix socket, and copy none of it.
+    /// Off.
+    pub local: bool,
     /// `x-stall-timeout`, in ms: how long the other side may be silent when it owes an answer, or
     /// take no bytes. 30 s.
     pub stall_timeout: Duration,
@@ -92,6 +95,7 @@ impl Default for Parameters {
             timeout: None,
             on_timeout: OnTimeout::Cancel,
             verify: false,
+            local: false,
             settle: true,
             stall_timeout: Duration::from_secs(30),
             pause_before_switchover: false,
@@ -196,6 +200,10 @@ impl Parameters {
                 self.verify = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
                 return Ok(());
             }
+            "x-local" => {
+                self.local = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
+                return Ok(());
+            }
             "x-settle" => {
                 self.settle = value.as_bool().ok_or_else(|| bad("true or false".into()))?;
                 return Ok(());
@@ -270,6 +278,7 @@ impl Parameters {
             ("x-timeout".to_owned(), json!(self.timeout.map_or(0, ms))),
             ("x-on-timeout".to_owned(), json!(self.on_timeout)),
             ("x-verify".to_owned(), json!(self.verify)),
+            ("x-local".to_owned(), json!(self.local)),
             ("x-settle".to_owned(), json!(self.settle)),
             ("x-stall-timeout".to_owned(), json!(ms(self.stall_timeout))),
         ]);
@@ -379,6 +388,7 @@ mod tests {
             ("max-bandwidth", json!(1.5)),
             ("x-on-timeout", json!("explode")),
             ("x-verify", json!(1)),
+            ("x-local", json!("on")),
             ("cpu-throttle-initial", json!(0)),
             ("cpu-throttle-increment", json!(0)),
             ("max-cpu-throttle", json!(100)),

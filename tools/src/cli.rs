@@ -204,6 +204,9 @@ struct BenchArgs {
     /// Measure mini-vmm alone, with the dirty log and with dirty rings of so many entries
     #[arg(long, value_name = "ENTRIES", conflicts_with = "verify")]
     dirty_ring: Option<u32>,
+    /// Measure mini-vmm alone, with memory that is copied and with `migrate --local`
+    #[arg(long, conflicts_with_all = ["verify", "channels", "dirty_ring"])]
+    local: bool,
     /// Let destinations allocate the guest's memory as it comes, and not before
     #[arg(long)]
     fresh_memory: bool,
@@ -419,6 +422,7 @@ impl BenchArgs {
             channels: self.channels,
             verify: self.verify,
             dirty_ring: self.dirty_ring,
+            local: self.local,
             prealloc: !self.fresh_memory,
             rounds: self.rounds,
             memory_mib: self.memory,

@@ -85,6 +85,7 @@ pub fn run(native_only: bool) -> Result<()> {
             channels: Some(2),
             verify: false,
             dirty_ring: None,
+            local: false,
             prealloc: true,
             rounds: 1,
             memory_mib: 128,

@@ -17,6 +17,7 @@ pub mod heap;
 pub mod kvm;
 pub mod kvm_state;
 pub mod machine;
+pub mod memfd;
 pub mod memory;
 pub mod migrate;
 mod pagemap;

@@ -4,11 +4,16 @@
 //! the kernel gives shared memory huge pages, but most hosts are set to never do that
 //! (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`), and then first touch of a destination's
 //! memory is ten times slower.
+//!
+//! It is a memfd ([`Memfd`]) for a VM that is to be handed to another process of the same host, or has
+//! been: mapped over the private memory, at the same addresses, so that nobody who knows them (KVM, the
+//! devices) has to be told.
 
 use std::io;
 use std::num::NonZero;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 
 use devices::memory::GuestRamRef;
@@ -17,6 +22,7 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::kvm::Slot;
+use crate::memfd::Memfd;
 use crate::rom::Roms;
 
 /// The unit of everything: an x86 page.
@@ -67,6 +73,15 @@ pub enum MemoryError {
         #[source]
         source: std::io::Error,
     },
+    /// The host gives no memory that can be shared.
+    #[error("the host could not give the VM {size} bytes of shared memory (--shared-memory)")]
+    Share {
+        /// Wanted.
+        size: u64,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// Not a size that the board can have.
     #[error(transparent)]
     Size(#[from] arch::layout::LayoutError),
@@ -88,7 +103,12 @@ pub struct Ram {
     mappings: Arc<[Arc<MmapRegion<AtomicBitmap>>]>,
     size: u64,
     roms: Arc<Roms>,
+    /// What is mapped, if it is no private memory: all of the block, in its order.
+    shared: Arc<RwLock<Option<Arc<Memfd>>>>,
 }
+
+/// Where a memfd's bytes are to be mapped from, and whether they may be written to.
+type Backing<'a> = Option<(&'a Memfd, bool)>;
 
 /// How many bytes this process could still be given: what the host has, or what its control groups
 /// leave, whichever is less. As far as it can be known.
@@ -159,7 +179,73 @@ impl Ram {
             mappings: mappings.into(),
             size,
             roms: Arc::default(),
+            shared: Arc::default(),
         })
+    }
+
+    /// The same, such that it can be given to another process.
+    pub fn new_shared(size: u64, phys_bits: u8) -> Result<Self, MemoryError> {
+        let ram = Self::new(size, phys_bits)?;
+        let failed = |source| MemoryError::Share { size, source };
+        let memory = Memfd::new(c"pc.ram", size).map_err(failed)?;
+        ram.map_over(Some((&memory, true))).map_err(failed)?;
+        ram.note(Some(memory));
+        Ok(ram)
+    }
+
+    /// What another process can be given; nothing if the memory is private.
+    pub fn shared(&self) -> Option<Arc<Memfd>> {
+        self.shared.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes another process' memory, as long as this, in place of its own. It can only be read until
+    /// [`make_writable`](Self::make_writable): whoever writes to it before ends this process, and KVM gets an
+    /// error.
+    pub fn adopt(&self, memory: Memfd) -> io::Result<()> {
+        if memory.size() != self.size {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mapped = self.map_over(Some((&memory, false)));
+        if mapped.is_err() {
+            // One of two mappings may have been made.
+            self.map_over(None)?;
+        } else {
+            self.note(Some(memory));
+        }
+        mapped
+    }
+
+    /// What was adopted may be written to from now on.
+    pub fn make_writable(&self) -> io::Result<()> {
+        self.slots.iter().try_for_each(|slot| {
+            let (address, len) = (slot.host_address as *mut _, slot.len as usize);
+            // SAFETY: the range is exactly one of this RAM's mappings, which everybody takes for memory that
+            // can be written to.
+            match unsafe { libc::mprotect(address, len, libc::PROT_READ | libc::PROT_WRITE) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        })
+    }
+
+    /// Puts private memory, all zeros, in the place of shared memory, and touches that no more: it is
+    /// another process' now. Nothing happens to memory that is private.
+    pub fn let_go(&self) -> io::Result<()> {
+        if self.shared().is_none() {
+            return Ok(());
+        }
+        self.map_over(None)?;
+        self.note(None);
+        Ok(())
+    }
+
+    fn note(&self, memory: Option<Memfd>) {
+        *self.shared.write().unwrap_or_else(PoisonError::into_inner) = memory.map(Arc::new);
+    }
+
+    /// Maps something else where all of it is mapped.
+    fn map_over(&self, backing: Backing<'_>) -> io::Result<()> {
+        self.slots.iter().try_for_each(|slot| map_over(slot, backing))
     }
 
     /// Has the host give all of it its memory now, cleared by as many threads as the host has processors.
@@ -236,13 +322,43 @@ fn map(len: u64) -> Result<MmapRegion<AtomicBitmap>, vm_memory::mmap::MmapRegion
     if !(region.as_ptr() as usize).is_multiple_of(HUGE_PAGE) {
         tracing::debug!("guest memory is not on a huge page's boundary");
     }
-    // SAFETY: the range is exactly the mapping made above; the advice changes no content.
-    let advised =
-        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+    ask_for_huge_pages(region.as_ptr() as u64, len);
+    Ok(region)
+}
+
+/// Asks for huge pages for one of RAM's mappings.
+fn ask_for_huge_pages(address: u64, len: u64) {
+    // SAFETY: the range is exactly one mapping of RAM's; the advice changes no content.
+    let advised = unsafe { libc::madvise(address as *mut _, len as usize, libc::MADV_HUGEPAGE) };
     if advised != 0 {
         tracing::debug!("no huge pages for guest memory: {}", std::io::Error::last_os_error());
     }
-    Ok(region)
+}
+
+/// Maps a part of a memfd, or private zeros, exactly over one of RAM's mappings. In one step: nobody
+/// finds nothing there.
+fn map_over(slot: &Slot, backing: Backing<'_>) -> io::Result<()> {
+    let (prot, flags, fd, offset) = match backing {
+        None => {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            (libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        }
+        Some((memory, writable)) => {
+            let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            (prot, flags, memory.as_fd().as_raw_fd(), slot.block_offset as libc::off_t)
+        }
+    };
+    let (address, len) = (slot.host_address as *mut _, slot.len as usize);
+    // SAFETY: the range is exactly one of this RAM's mappings, which stays one: only what is behind it
+    // changes, and that is memory which is shared with a guest, to which no Rust reference exists. A memfd is
+    // sealed, and as long as the block, so that there is always something behind.
+    let mapped = unsafe { libc::mmap(address, len, prot, flags | libc::MAP_FIXED, fd, offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    ask_for_huge_pages(slot.host_address, slot.len);
+    Ok(())
 }
 
 /// Has the host give memory to a range of one of RAM's mappings.
@@ -296,6 +412,73 @@ mod tests {
         ram.allocate().unwrap();
         assert!(absent().iter().all(|word| *word == 0));
         assert!(ram.is_zero(0, 66 << 20));
+    }
+
+    #[test]
+    fn shared_memory_is_all_there_for_whoever_is_given_it() {
+        use migration::guest::GuestRam;
+        let size = 5 << 30;
+        let ram = Ram::new_shared(size, 40).unwrap();
+        let absent = |ram: &Ram, at: u64| {
+            let page = ram.absent(0, at, PAGE_SIZE).expect("the host tells");
+            page == [1]
+        };
+        // In both mappings, and where one ends and the other begins.
+        let border = ram.slots()[1].block_offset;
+        assert!(absent(&ram, 0x5000) && absent(&ram, border) && absent(&ram, size - PAGE_SIZE));
+        ram.copy_in(0, border - 3, b"border").unwrap();
+        ram.copy_in(0, size - 4, b"last").unwrap();
+
+        let other = Ram::new(size, 40).unwrap();
+        let fd = ram.shared().unwrap().descriptor().unwrap();
+        other.adopt(Memfd::received(fd, size, "guest memory").unwrap()).unwrap();
+        // Nothing of it is mapped there yet.
+        assert!(!absent(&other, border) && !absent(&other, border - PAGE_SIZE));
+        assert!(!absent(&other, size - PAGE_SIZE) && absent(&other, size / 2));
+        let mut bytes = [0; 6];
+        other.copy_out(0, border - 3, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"border");
+        other.make_writable().unwrap();
+        other.copy_in(0, size - 4, b"LAST").unwrap();
+        ram.copy_out(0, size - 4, &mut bytes[..4]).unwrap();
+        assert_eq!(&bytes[..4], b"LAST");
+
+        // Whoever lets go of it does it no harm, and finds nothing of it.
+        ram.let_go().unwrap();
+        assert!(ram.shared().is_none() && ram.is_zero(0, size - PAGE_SIZE));
+        ram.fill(0, 0, 2 << 20, 1).unwrap();
+        devices::virtio::PageDiscard::discard(&ram, 0, 2 << 20).unwrap();
+        drop(ram);
+        other.copy_out(0, size - 4, &mut bytes[..4]).unwrap();
+        assert_eq!(&bytes[..4], b"LAST");
+        assert!(absent(&other, 0));
+    }
+
+    #[test]
+    fn what_is_adopted_is_not_written_to_before_its_time() {
+        use migration::guest::{GuestRam, ReadPart};
+        use std::io::Write;
+        use std::os::unix::net::UnixStream;
+        let size = 4 << 20;
+        let ram = Ram::new_shared(size, 40).unwrap();
+        let other = Ram::new(size, 40).unwrap();
+        let fd = || ram.shared().unwrap().descriptor().unwrap();
+        let memory = |size| Memfd::received(fd(), size, "guest memory");
+        assert!(Ram::new(2 * size, 40).unwrap().adopt(memory(size).unwrap()).is_err());
+        other.adopt(memory(size).unwrap()).unwrap();
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let mut read = || {
+            a.write_all(b"page").unwrap();
+            other.read_parts(b.as_fd(), &mut [ReadPart::Ram { block: 0, offset: 0, len: 4 }])
+        };
+        // The kernel writes, so that this is no fault of this process.
+        assert_eq!(read().unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        assert!(ram.is_zero(0, 0) && other.is_zero(0, 0));
+        other.make_writable().unwrap();
+        assert_eq!(read().unwrap(), 4);
+        assert!(!ram.is_zero(0, 0));
+        other.let_go().unwrap();
+        assert!(other.is_zero(0, 0) && !ram.is_zero(0, 0));
     }
 
     #[test]

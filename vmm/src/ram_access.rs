@@ -176,6 +176,12 @@ impl GuestRam for Ram {
     }
 
     fn copy_out(&self, block: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        // To look at shared memory that was never touched would allocate it; to read it does not.
+        if block == 0
+            && let Some(memory) = self.shared()
+        {
+            return memory.read(offset, buf);
+        }
         let mut done = 0;
         let to = buf.as_mut_ptr();
         self.stretches(&roms(self, block), block, offset, buf.len() as u64, |p, n| {
@@ -216,6 +222,13 @@ impl GuestRam for Ram {
     }
 
     fn absent(&self, block: usize, offset: u64, len: u64) -> Option<Vec<u64>> {
+        // What this process has not mapped of shared memory may be there all the same.
+        if block == 0
+            && let Some(memory) = self.shared()
+        {
+            offset.checked_add(len).filter(|end| *end <= self.size())?;
+            return memory.absent(offset, len / PAGE_SIZE);
+        }
         let mut stretch = None;
         let mut several = false;
         let found = self.stretches(&roms(self, block), block, offset, len, |p, _| {
@@ -264,6 +277,10 @@ impl PageDiscard for Ram {
             .iter()
             .find(|s| address >= s.guest_address && end <= s.guest_address + s.len)
             .ok_or_else(|| out_of_range(address, len))?;
+        // To forget the mapping of shared memory (MADV_DONTNEED) would free nothing.
+        if let Some(memory) = self.shared() {
+            return memory.discard(slot.block_offset + (address - slot.guest_address), len);
+        }
         let host = slot.host_address + (address - slot.guest_address);
         // SAFETY: the range lies inside one of this RAM's private mappings, whose pages then read
         // as zero; no Rust reference to them exists.
@@ -288,6 +305,11 @@ mod tests {
 
     fn ram() -> Ram {
         Ram::new(4 << 20, 40).unwrap()
+    }
+
+    /// Private memory, and such as can be given to another process.
+    fn both() -> [Ram; 2] {
+        [ram(), Ram::new_shared(4 << 20, 40).unwrap()]
     }
 
     #[test]
@@ -325,28 +347,31 @@ mod tests {
 
     #[test]
     fn zeroes_go_where_something_was_and_allocate_nothing_else() {
-        let ram = ram();
+        both().iter().for_each(zeroes_allocate_nothing);
+    }
+
+    fn zeroes_allocate_nothing(ram: &Ram) {
         let all = |ram: &Ram| ram.absent(0, 0, 4 << 20).expect("the host tells");
         let present = |ram: &Ram| {
             let absent: u32 = all(ram).iter().map(|word| word.count_ones()).sum();
             1024 - absent
         };
-        assert_eq!(present(&ram), 0);
+        assert_eq!(present(ram), 0);
         ram.fill(0, 0, 4 << 20, 0).unwrap();
-        assert_eq!(present(&ram), 0, "zero was zero");
+        assert_eq!(present(ram), 0, "zero was zero");
         ram.copy_in(0, 0x20_1000, &[7; 4096]).unwrap();
         // One page, or a huge one.
-        let touched = present(&ram);
+        let touched = present(ram);
         assert!((1..=512).contains(&touched), "{touched}");
-        assert!(!has(&all(&ram), 0x201));
+        assert!(!has(&all(ram), 0x201));
         ram.fill(0, 0, 4 << 20, 0).unwrap();
         assert!(ram.is_zero(0, 0x20_1000));
-        assert_eq!(present(&ram), touched);
+        assert_eq!(present(ram), touched);
         ram.fill(0, 0x1ffe, 4, 9).unwrap();
         let mut bytes = [1; 6];
         ram.copy_out(0, 0x1ffd, &mut bytes).unwrap();
         assert_eq!(bytes, [0, 9, 9, 9, 9, 0]);
-        assert!(!has(&all(&ram), 1) && ram.fill(0, 4 << 20, 1, 0).is_err());
+        assert!(!has(&all(ram), 1) && ram.fill(0, 4 << 20, 1, 0).is_err());
     }
 
     #[test]
@@ -403,13 +428,19 @@ mod tests {
 
     #[test]
     fn discarded_pages_read_as_zeros_and_their_neighbours_stay() {
-        let ram = ram();
-        ram.copy_in(0, 0x4000, &[7; 4 * 4096]).unwrap();
-        ram.discard(0x5000, 2 * 4096).unwrap();
-        let zero = |page: u64| ram.is_zero(0, page * 4096);
-        assert_eq!([4, 5, 6, 7].map(zero), [false, true, true, false]);
-        for (address, len) in [(ram.size() - 4096, 8192), (1 << 32, 4096), (u64::MAX, 4096)] {
-            assert!(ram.discard(address, len).is_err(), "{address:#x}+{len:#x}");
+        for ram in both() {
+            ram.copy_in(0, 0x4000, &[7; 4 * 4096]).unwrap();
+            ram.discard(0x5000, 2 * 4096).unwrap();
+            if ram.shared().is_some() {
+                // They are nobody's any more, also not in the file.
+                let absent = ram.absent(0, 0x4000, 4 * 4096);
+                assert_eq!(absent, Some(vec![0b0110]));
+            }
+            let zero = |page: u64| ram.is_zero(0, page * 4096);
+            assert_eq!([4, 5, 6, 7].map(zero), [false, true, true, false]);
+            for (address, len) in [(ram.size() - 4096, 8192), (1 << 32, 4096), (u64::MAX, 4096)] {
+                assert!(ram.discard(address, len).is_err(), "{address:#x}+{len:#x}");
+            }
         }
     }
 

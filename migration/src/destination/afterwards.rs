@@ -7,7 +7,9 @@ use super::answer::ReturnPath;
 use super::{Arrival, DestinationError};
 use crate::control::Owed;
 use crate::fate::{Answer, FATE, Fate, Question};
-use crate::manifest::{CHANNELS, Hello, PREFLIGHT, PROTOCOL_VERSIONS, REHEARSE, RUNS, ZSTD};
+use crate::manifest::{
+    CHANNELS, Hello, MEMORY, PREFLIGHT, PROTOCOL_VERSIONS, REHEARSE, RUNS, ZSTD,
+};
 use crate::source::PROGRAM;
 use crate::transport::{Connection, StreamReader};
 use crate::vmstate::ByteSource;
@@ -24,7 +26,9 @@ pub(super) fn hello() -> Hello {
     Hello {
         program: PROGRAM.to_owned(),
         protocols: PROTOCOL_VERSIONS.to_vec(),
-        abilities: [PREFLIGHT, FATE, REHEARSE, RUNS, CHANNELS, ZSTD].map(str::to_owned).to_vec(),
+        abilities: [PREFLIGHT, FATE, REHEARSE, RUNS, CHANNELS, ZSTD, MEMORY]
+            .map(str::to_owned)
+            .to_vec(),
     }
 }
 

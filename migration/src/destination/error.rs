@@ -179,6 +179,12 @@ pub enum DestinationError {
         /// The block's length.
         len: u64,
     },
+    /// A page of memory that came as a descriptor.
+    #[error("the stream has a page of RAM block {name}, whose memory has come as a descriptor")]
+    AlreadyHere {
+        /// The block.
+        name: String,
+    },
     /// A page record that continues no other.
     #[error(
         "Ack, bad migration stream: the first page record at offset {offset:#x} names no RAM block"

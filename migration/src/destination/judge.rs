@@ -1,6 +1,7 @@
 //! Would the source's VM fit: the verdict on a manifest, and what a source that only asks may do
 //! afterwards.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::{Arrival, DestinationError, compare};
@@ -45,12 +46,35 @@ impl Arrival<'_> {
         for warning in &verdict.warnings {
             tracing::warn!("{}: {warning}", warning.code);
         }
-        let announced = manifest.channels.clone();
+        let (announced, memory) = (manifest.channels.clone(), manifest.memory);
+        if memory && (announced.is_some() || manifest.verify) {
+            return Err(self.out_of_turn("pages, or their digests, beside memory as a descriptor"));
+        }
         self.manifest = Some(manifest);
         if !verdict.problems.is_empty() {
             return Err(DestinationError::Refused { problems: verdict.problems });
         }
+        if memory {
+            return self.adopt_memory();
+        }
         self.take_announced(announced)
+    }
+
+    /// Takes the source's memory as a descriptor. The source has waited for the verdict, so that nothing else
+    /// is on its way.
+    fn adopt_memory(&mut self) -> Result<(), DestinationError> {
+        let from = match self.answer.connection() {
+            Some(connection) if !self.reader.has_buffered() => connection.as_fd(),
+            _ => return Err(self.out_of_turn("bytes in the place of memory as a descriptor")),
+        };
+        self.vm.adopt_memory(from).map_err(|source| DestinationError::Vm {
+            during: "taking the source's memory",
+            source,
+        })?;
+        // It can't wait for another source with this one's memory.
+        (self.adopted, self.touched) = (true, true);
+        self.ram.has_come(0);
+        Ok(())
     }
 
     /// Bytes have come for a measurement, and are gone. They may only follow a question, and a

@@ -3,6 +3,7 @@
 //! ```text
 //! header, commands ──→ hello, pong             who is there
 //! manifest         ──→ verdict                 would it work (mini-vmm only); judge.rs
+//! (memory          ──→ adopted                 in the place of its pages, between processes of one host)
 //!   ── a preflight ends here: nothing has changed, and the next source may come ──
 //! START, PART, END ──→ guest memory            ram.rs
 //! FULL …           ──→ decoded and checked     load.rs; nothing is applied yet
@@ -157,6 +158,8 @@ struct Arrival<'a> {
     stopped: bool,
     accepted: bool,
     touched: bool,
+    /// The RAM is the source's own.
+    adopted: bool,
     /// PREPARED has been said: the source may believe that the guest runs here.
     prepared: bool,
     /// How long COMMIT may take after that.
@@ -177,6 +180,7 @@ impl<'a> Arrival<'a> {
         let parameters = control.parameters();
         Self {
             control,
+            adopted: false,
             prepared: false,
             agreed: parameters.stall_timeout,
             left: serde_json::Value::Null,
@@ -212,7 +216,8 @@ impl<'a> Arrival<'a> {
             let received = received.map_err(|error| self.cause(error));
             return self.end_rehearsal(received);
         }
-        let mut machine = Destination::new(self.answer.peer());
+        let machine = Destination::new(self.answer.peer());
+        let mut machine = if self.adopted { machine.by_ledger() } else { machine };
         let mut error = None;
         let mut action = machine.on(match received {
             Ok(()) => Event::Received,
@@ -226,6 +231,7 @@ impl<'a> Arrival<'a> {
                 Action::Prepare => self.guarded(Self::prepare).map(|()| Event::Prepared),
                 Action::SendPrepared => self.guarded(Self::await_commit).map(|()| Event::Commit),
                 Action::TakeDisks => self.take_disks(),
+                Action::Claim => self.guarded(Self::claim).map(|()| Event::Claimed),
                 Action::Acknowledge => self.answer.acknowledge().map(|()| Event::Acknowledged),
                 Action::Start => match guarded(|| self.start()) {
                     Ok(started) => started,
@@ -248,6 +254,10 @@ impl<'a> Arrival<'a> {
                     if action == Action::ReleaseDisksAndRefuse {
                         // What is not given back ends with this process.
                         let _ = guarded(|| self.vm.release_disks());
+                    }
+                    if self.adopted {
+                        // Before the source hears that it can have it.
+                        let _ = guarded(|| self.vm.give_memory_back());
                     }
                     let error = error.unwrap_or(DestinationError::Cancelled);
                     self.answer.refuse(&error);
@@ -683,6 +693,10 @@ impl<'a> Arrival<'a> {
         });
         taken.map_err(|source| DestinationError::Disks { source })?;
         Ok(Event::DisksTaken)
+    }
+
+    fn claim(&mut self) -> Result<(), DestinationError> {
+        self.vm.claim_memory().map_err(|source| DestinationError::Start { source })
     }
 
     fn start(&mut self) -> Result<Event, DestinationError> {

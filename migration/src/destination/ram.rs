@@ -33,6 +33,8 @@ struct Fill {
 pub(super) struct RamLoader {
     ram: Arc<dyn GuestRam>,
     blocks: Vec<RamBlock>,
+    /// The block whose memory has come as a descriptor.
+    given: Option<usize>,
     /// The block of the last record.
     current: Option<usize>,
     fill: Option<Fill>,
@@ -47,12 +49,18 @@ impl RamLoader {
         Self {
             ram,
             blocks,
+            given: None,
             current: None,
             fill: None,
             ahead: Ahead::default(),
             moved: Moved::default(),
             counted: 0,
         }
+    }
+
+    /// No page of this block may come: its memory has, and the source's guest runs in it.
+    pub(super) fn has_come(&mut self, block: usize) {
+        self.given = Some(block);
     }
 
     /// Reads the records of one section, up to and with their end.
@@ -155,6 +163,9 @@ impl RamLoader {
         self.current = Some(index);
         let block = self.blocks.get(index);
         let (name, len) = block.map_or(("", 0), |b| (b.name.as_str(), b.len));
+        if self.given == Some(index) {
+            return Err(DestinationError::AlreadyHere { name: name.to_owned() });
+        }
         // Offsets and lengths are whole pages.
         if offset >= len {
             return Err(DestinationError::Offset { name: name.to_owned(), offset, len });

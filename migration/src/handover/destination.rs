@@ -15,6 +15,8 @@ pub enum State {
     TakingDisks,
     /// `shut(0)` is being sent to a QEMU.
     Acknowledging,
+    /// The memory, which is the source's own, is being taken.
+    Claiming,
     /// The vCPUs are being started.
     Starting,
     /// End: the guest runs here.
@@ -38,9 +40,11 @@ pub enum Event {
     DisksRefused,
     /// `shut(0)` is out (or the source wants none).
     Acknowledged,
+    /// The memory is this side's.
+    Claimed,
     /// The vCPUs run.
     Started,
-    /// They don't, and none has.
+    /// They don't, and none has; or the memory is the source's again.
     StartFailed,
     /// The connection broke, or the source is silent.
     Lost,
@@ -61,6 +65,8 @@ pub enum Action {
     TakeDisks,
     /// Send `shut(0)` to a QEMU; then `Acknowledged`, `Lost` or `Failed`.
     Acknowledge,
+    /// Take the memory by the ledger; then `Claimed` or `StartFailed`.
+    Claim,
     /// Start the vCPUs; then `Started` or `StartFailed`.
     Start,
     /// The guest runs: say `shut(0)` to a mini-vmm.
@@ -75,13 +81,20 @@ pub enum Action {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Destination {
     peer: Peer,
+    ledger: bool,
     state: State,
 }
 
 impl Destination {
     /// A destination that waits for the stream.
     pub fn new(peer: Peer) -> Self {
-        Self { peer, state: State::Receiving }
+        Self { peer, ledger: false, state: State::Receiving }
+    }
+
+    /// The memory is the source's own, and a [ledger](super::ledger) says whose it is.
+    #[must_use]
+    pub fn by_ledger(self) -> Self {
+        Self { ledger: true, ..self }
     }
 
     /// One in any state, as a machine with a broken guard might come to be.
@@ -116,10 +129,14 @@ impl Destination {
             }
 
             (S::TakingDisks, E::DisksRefused) => (S::Failed, Action::Refuse),
+            (S::TakingDisks, E::DisksTaken) if self.ledger => (S::Claiming, Action::Claim),
             (S::TakingDisks, E::DisksTaken) if self.peer == Peer::MiniVmm => {
                 (S::Starting, Action::Start)
             }
             (S::TakingDisks, E::DisksTaken) => (S::Acknowledging, Action::Acknowledge),
+
+            (S::Claiming, E::Claimed) => (S::Starting, Action::Start),
+            (S::Claiming, E::StartFailed | E::Failed) => (S::Failed, Action::ReleaseDisksAndRefuse),
 
             (S::Acknowledging, E::Acknowledged) => (S::Starting, Action::Start),
             (S::Acknowledging, E::Lost | E::Failed) => (S::Failed, Action::ReleaseDisksAndRefuse),

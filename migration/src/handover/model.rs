@@ -2,7 +2,7 @@
 //! which everything goes wrong that can.
 //!
 //! The world has two sides, each a process that may be killed at any moment; the locks on the
-//! disks; a connection whose messages are lost, delayed, and come twice; questions of a source in
+//! disks, and in one host a ledger of whose the memory is; a connection whose messages are lost, delayed, and come twice; questions of a source in
 //! doubt, whose answers are lost, late, or another process's; and an operator, who asks for anything
 //! at any time, but says in so many words only what is true. A killed VM with disks
 //! may be booted anew from them; a destination may be started again; a migration that failed may
@@ -16,6 +16,7 @@ mod guards;
 mod steps;
 
 use super::destination::{Action as DAction, Destination};
+use super::ledger::Entry;
 use super::source::{Action as SAction, Source};
 use super::{Arbiter, Peer};
 
@@ -63,7 +64,8 @@ impl Side {
 /// What has gone wrong for good in one step and can't be seen in the world after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Harm {
-    /// Memory went on, on either side, over disks on which the guest had gone on since.
+    /// Memory went on, on either side, over disks on which the guest had gone on since; or memory in which
+    /// it had gone on since went on with older registers.
     OldMemory,
     /// The last copy of the guest was ended by a command that did not say so.
     CopyLost,
@@ -95,6 +97,8 @@ struct World {
     new_there: bool,
     /// A second attempt has begun.
     second: bool,
+    /// Whose memory it is, where that is not copied.
+    ledger: Option<Entry>,
     /// Somebody has written to the disks since the source gave them up.
     disk_changed: bool,
     /// The source has taken the disks back since, and has changed their stamp by that.
@@ -118,6 +122,8 @@ struct Handover {
     arbiter: Arbiter,
     /// What the destination is: a QEMU says neither PREPARED nor hears COMMIT.
     peer: Peer,
+    /// Both are processes of one host, and the memory changes hands by a ledger.
+    local: bool,
     /// The guard that is broken on purpose.
     broken: Option<Guard>,
     /// Worlds from which a good end is known to be in reach.
@@ -129,7 +135,19 @@ struct Handover {
 impl Handover {
     fn new(arbiter: Arbiter, peer: Peer) -> Self {
         let (hopeful, hopeful_alone) = Default::default();
-        Self { arbiter, peer, broken: None, hopeful, hopeful_alone }
+        Self { arbiter, peer, local: false, broken: None, hopeful, hopeful_alone }
+    }
+
+    /// The memory changes hands, and is not copied.
+    fn local(self) -> Self {
+        Self { local: true, ..self }
+    }
+
+    fn new_destination(&self) -> Destination {
+        // A QEMU that has loaded everything waits for the end of the stream as a mini-vmm
+        // waits for COMMIT; it only does not say so.
+        let destination = Destination::new(Peer::MiniVmm);
+        if self.local { destination.by_ledger() } else { destination }
     }
 
     fn has_disks(&self) -> bool {
@@ -138,14 +156,13 @@ impl Handover {
 
     fn beginning(&self) -> World {
         let source = Source::new(self.peer, self.arbiter);
+        let source = if self.local { source.by_ledger() } else { source };
         World {
             // A QEMU can't be asked, and looks at no stamp.
             source: if self.peer == Peer::MiniVmm { source.fenced() } else { source },
             source_todo: SAction::None,
             here: Side { alive: true, booted: false, runs: true, locks: true },
-            // A QEMU that has loaded everything waits for the end of the stream as a mini-vmm
-            // waits for COMMIT; it only does not say so.
-            destination: Destination::new(Peer::MiniVmm),
+            destination: self.new_destination(),
             destination_todo: DAction::None,
             there: Side { alive: true, booted: false, runs: false, locks: false },
             forth: Vec::new(),
@@ -157,6 +174,7 @@ impl Handover {
             restarted: false,
             new_there: false,
             second: false,
+            ledger: self.local.then_some(Entry::Unused),
             disk_changed: false,
             taken_back: false,
             change_accepted: false,

@@ -17,6 +17,11 @@ pub enum State {
     ReleasingDisks,
     /// COMMIT is going out or has gone. Past the point of no return.
     Committing,
+    /// The memory, which the destination has too, is being taken back by the ledger.
+    Reclaiming {
+        /// As behind it.
+        even_changed: bool,
+    },
     /// The disks' locks are being taken back: after an explicit refusal, or on the operator's word.
     RetakingDisks {
         /// Whether the guest shall go on although somebody has written to its disks meanwhile.
@@ -65,6 +70,10 @@ pub enum Event {
     Lost,
     /// Anything else went wrong: an error of this side, a bad message, a cancel.
     Failed,
+    /// The memory is this side's, for ever.
+    MemoryKept,
+    /// The destination has taken the memory, and has not said more.
+    MemoryTaken,
     /// The disks' locks are held again, and nobody has written since they were given up.
     DisksTaken,
     /// The locks are held again, but somebody has written since: the guest's memory is older than
@@ -117,6 +126,9 @@ pub enum Action {
     /// Send COMMIT (to a QEMU: the end of the stream) and wait; then `NotCommitted`,
     /// `Confirmed`, `Refused` or `Lost`.
     Commit,
+    /// Take the memory back by the ledger; then `MemoryKept`, `MemoryTaken`, or `Confirmed` if it says that
+    /// the guest has been started there.
+    Reclaim,
     /// Take the disks' locks back, and change the disks' stamps, so that no order to run them as they
     /// were left is good any more; then `DisksTaken`, `DisksChanged`, `DisksLost` or `DisksFailed`.
     RetakeDisks,
@@ -141,13 +153,14 @@ pub struct Source {
     peer: Peer,
     arbiter: Arbiter,
     fenced: bool,
+    ledger: bool,
     state: State,
 }
 
 impl Source {
     /// A source whose guest runs.
     pub fn new(peer: Peer, arbiter: Arbiter) -> Self {
-        Self { peer, arbiter, fenced: false, state: State::Running }
+        Self { peer, arbiter, fenced: false, ledger: false, state: State::Running }
     }
 
     /// The destination runs the guest only over disks that are as this side left them, however late
@@ -155,6 +168,12 @@ impl Source {
     #[must_use]
     pub fn fenced(self) -> Self {
         Self { fenced: true, ..self }
+    }
+
+    /// The destination has this side's own memory, and a [ledger](super::ledger) says whose it is.
+    #[must_use]
+    pub fn by_ledger(self) -> Self {
+        Self { ledger: true, ..self }
     }
 
     /// One in any state, as a machine with a broken guard might come to be.
@@ -189,7 +208,11 @@ impl Source {
     pub fn on(&mut self, event: Event) -> Action {
         use Event as E;
         use State as S;
-        let retake = |even_changed| (S::RetakingDisks { even_changed }, Action::RetakeDisks);
+        let disks = |even_changed| (S::RetakingDisks { even_changed }, Action::RetakeDisks);
+        let retake = |even_changed| match self.ledger {
+            true => (S::Reclaiming { even_changed }, Action::Reclaim),
+            false => disks(even_changed),
+        };
         let (state, action) = match (self.state, event) {
             (S::Running, E::Switch) => (S::Pausing, Action::Pause),
             (S::Running, E::Failed | E::Lost | E::Refused) => (S::Kept, Action::None),
@@ -210,16 +233,18 @@ impl Source {
 
             (S::ReleasingDisks, E::DisksReleased) => (S::Committing, Action::Commit),
             // Of several disks some may have been given up before one failed.
-            (S::ReleasingDisks, E::DisksKept) => retake(false),
+            (S::ReleasingDisks, E::DisksKept) => disks(false),
 
             (S::Committing, E::Confirmed) => (S::HandedOver, Action::HandOver),
             (S::Committing, E::Refused | E::NotCommitted) => retake(false),
+            // The ledger knows what the connection can't tell any more.
+            (S::Committing, E::Lost | E::Failed) if self.ledger => retake(false),
             (S::Committing, E::Lost | E::Failed) => (S::InDoubt, Action::Hold),
 
             (S::InDoubt, E::Confirmed) => (S::HandedOver, Action::HandOver),
             (S::InDoubt, E::Refused) => retake(false),
             (S::InDoubt, E::ResumeHere { known_dead, even_changed })
-                if known_dead || self.arbiter == Arbiter::DiskLocks =>
+                if known_dead || self.ledger || self.arbiter == Arbiter::DiskLocks =>
             {
                 retake(even_changed)
             }
@@ -227,6 +252,7 @@ impl Source {
             (S::InDoubt, E::Discard { .. }) if self.arbiter == Arbiter::DiskLocks => {
                 (S::ProbingDisks { resume_if_free: false }, Action::ProbeDisks)
             }
+            (S::InDoubt, E::Look) if self.ledger => retake(false),
             // An answer to a question that tells nothing, and silence, end no doubt; the disks may.
             (S::InDoubt, E::Look) if self.arbiter == Arbiter::DiskLocks => {
                 (S::ProbingDisks { resume_if_free: self.fenced }, Action::ProbeDisks)
@@ -239,8 +265,12 @@ impl Source {
             (S::ProbingDisks { .. }, E::DisksInUse) => (S::HandedOver, Action::HandOver),
             // A destination holds them before it runs, and may fail to.
             (S::ProbingDisks { .. }, E::DisksLost) => (S::InDoubt, Action::AskForWord),
-            (S::ProbingDisks { resume_if_free: true }, E::DisksFree) => retake(false),
+            (S::ProbingDisks { resume_if_free: true }, E::DisksFree) => disks(false),
             (S::ProbingDisks { .. }, E::DisksFree | E::DisksFailed) => (S::InDoubt, Action::Hold),
+
+            (S::Reclaiming { even_changed }, E::MemoryKept) => disks(even_changed),
+            (S::Reclaiming { .. }, E::Confirmed) => (S::HandedOver, Action::HandOver),
+            (S::Reclaiming { .. }, E::MemoryTaken) => (S::InDoubt, Action::Hold),
 
             (S::RetakingDisks { .. }, E::DisksTaken)
             | (S::RetakingDisks { even_changed: true }, E::DisksChanged) => {

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::SourceError;
 use super::switchover::Trouble;
 use crate::fate::{Fate, MigrationId};
-use crate::guest::{Holder, SourceVm, TakenBack, VmError};
+use crate::guest::{Holder, Reclaimed, SourceVm, TakenBack, VmError};
 use crate::handover::Arbiter;
 use crate::handover::source::{Action, Event, Source, State};
 use crate::panics::{asked_of_vm, guarded};
@@ -19,6 +19,7 @@ pub(super) fn finish(
 ) {
     loop {
         let event = match action {
+            Action::Reclaim => reclaim(vm, trouble),
             Action::RetakeDisks => retake(vm, trouble),
             Action::ProbeDisks => probe(vm, trouble),
             Action::ReleaseDisksAndHold => {
@@ -43,6 +44,17 @@ pub(super) fn finish(
         };
         action = machine.on(event);
     }
+}
+
+fn reclaim(vm: &mut dyn SourceVm, trouble: &mut Trouble) -> Event {
+    let objection = match asked_of_vm(|| vm.reclaim_memory()) {
+        Ok(Reclaimed::Kept) => return Event::MemoryKept,
+        Ok(Reclaimed::Runs) => return Event::Confirmed,
+        Ok(Reclaimed::Taken) => Objection::MemoryTaken,
+        Err(error) => Objection::Memory(error),
+    };
+    trouble.objection = Some(objection);
+    Event::MemoryTaken
 }
 
 fn retake(vm: &mut dyn SourceVm, trouble: &mut Trouble) -> Event {
@@ -112,6 +124,16 @@ pub enum Objection {
          --even-though-the-disks-have-changed"
     )]
     Changed(String),
+    /// Another process has the guest's memory.
+    #[error(
+        "the destination has taken the guest's memory, and has not said that the guest runs: it runs \
+         there, or has ended there with its process. It must never go on here, with the registers that it \
+         had before. Look there; 'quit' ends this copy"
+    )]
+    MemoryTaken,
+    /// It can't be seen who has it.
+    #[error("{}; the guest stands still here, and 'recover' may be tried again", crate::wire::error_chain(.0))]
+    Memory(VmError),
     /// No disk can tell.
     #[error(
         "nothing here can tell whether the destination runs the guest: it has no disk whose lock \

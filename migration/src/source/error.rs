@@ -56,6 +56,18 @@ pub enum SourceError {
         /// Its name and version.
         program: String,
     },
+    /// Whoever waits there takes no memory as a descriptor.
+    #[error(
+        "the destination can't take memory that is not copied (--local): {}",
+        match program {
+            Some(program) => format!("it is {program:.100}, which does not know of that"),
+            None => "it answers as a QEMU does".into(),
+        }
+    )]
+    NotLocal {
+        /// A mini-vmm's name and version.
+        program: Option<String>,
+    },
     /// The destination gave up, in its own words.
     #[error("the destination failed: {reason}")]
     Destination {

@@ -8,8 +8,8 @@ use super::{Migration, SourceError};
 use crate::fate::FATE;
 use crate::handover::Peer;
 use crate::manifest::{
-    CHANNELS, Channels as Announced, Hello, Manifest, PROTOCOL_VERSIONS, RUNS, SectionManifest,
-    Verdict, ZSTD,
+    CHANNELS, Channels as Announced, Hello, MEMORY, Manifest, PROTOCOL_VERSIONS, RUNS,
+    SectionManifest, Verdict, ZSTD,
 };
 use crate::problem::Problem;
 use crate::verify;
@@ -40,6 +40,9 @@ impl Migration<'_> {
         }
         match self.introduce()? {
             First::Hello(hello) => {
+                if self.parameters.local && !hello.can(MEMORY) {
+                    return Err(SourceError::NotLocal { program: Some(hello.program) });
+                }
                 let verdict = self.verdict(&hello, false)?;
                 for warning in &verdict.warnings {
                     tracing::warn!("{}: {warning}", warning.code);
@@ -67,6 +70,7 @@ impl Migration<'_> {
                     Some(verdict.prepared_for_ms).filter(|ms| *ms > 0).map(Duration::from_millis);
                 Ok(Peer::MiniVmm)
             }
+            First::Pong if self.parameters.local => Err(SourceError::NotLocal { program: None }),
             First::Pong => {
                 self.refuse_losses()?;
                 self.vm
@@ -148,7 +152,8 @@ impl Migration<'_> {
         let channels =
             (count > 0 && hello.can(CHANNELS)).then_some(Announced { count, token: self.name });
         self.id = (hello.can(FATE) && !only_asking).then_some(self.name);
-        let manifest = Manifest { only_asking, channels, ..self.manifest(protocol) };
+        let memory = self.parameters.local && !only_asking;
+        let manifest = Manifest { only_asking, channels, memory, ..self.manifest(protocol) };
         // Plain values always have a JSON form.
         let json = serde_json::to_vec(&manifest).unwrap_or_default();
         self.manifest_digest = verify::manifest_digest(&json);
@@ -184,6 +189,7 @@ impl Migration<'_> {
             verify: self.parameters.verify,
             only_asking: false,
             channels: None,
+            memory: false,
             id: self.id,
             commit_within_ms: u64::try_from(self.parameters.stall_timeout.as_millis()).unwrap_or(0),
             sent_at_ms: wall_clock_ms(),

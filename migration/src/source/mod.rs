@@ -20,6 +20,7 @@ mod doubt;
 mod error;
 mod greet;
 mod inbox;
+mod local;
 mod out;
 mod precopy;
 mod preflight;
@@ -215,6 +216,7 @@ impl<'a> Migration<'a> {
         let mut handover = match self.guarded("the two sides got to know each other", Self::greet) {
             Ok(peer) => {
                 let machine = crate::handover::source::Source::new(peer, self.vm.arbiter());
+                let machine = if self.parameters.local { machine.by_ledger() } else { machine };
                 if self.id.is_some() { machine.fenced() } else { machine }
             }
             Err(error) => {
@@ -222,7 +224,7 @@ impl<'a> Migration<'a> {
                 return Outcome::Kept { error };
             }
         };
-        let passes = match self.guarded("RAM was sent", Self::precopy) {
+        let passes = match self.guarded("RAM was sent", Self::send_ram) {
             Ok(passes) => passes,
             Err(error) => {
                 self.stop_tracking();

@@ -285,6 +285,14 @@ impl<'a> Out<'a> {
         connection.shutdown(std::net::Shutdown::Write);
     }
 
+    /// What descriptors can go over.
+    pub(super) fn connection(&self) -> Option<&'a Connection> {
+        match self.channel {
+            Channel::Connection(connection) => Some(connection),
+            Channel::Sink(_) => None,
+        }
+    }
+
     /// Whether anybody answers.
     pub(super) fn is_one_way(&self) -> bool {
         matches!(self.channel, Channel::Sink(_))

@@ -119,26 +119,21 @@ impl Passes {
 }
 
 impl Migration<'_> {
+    /// Moves RAM as far as that can be done while the guest runs, one way or the other.
+    pub(super) fn send_ram(&mut self) -> Result<Passes, SourceError> {
+        if self.parameters.local { self.hand_memory() } else { self.precopy() }
+    }
+
     /// Sends RAM until what is left fits the downtime limit. Leaves the rest marked in the passes
     /// that it returns.
-    pub(super) fn precopy(&mut self) -> Result<Passes, SourceError> {
+    fn precopy(&mut self) -> Result<Passes, SourceError> {
         let mut passes = Passes::new(self.vm.ram().blocks(), self.control.max_bandwidth());
         let mut tracker =
             self.vm.dirty_tracker().map_err(SourceError::vm("making the dirty log"))?;
         tracker.start().map_err(SourceError::vm("starting the dirty log"))?;
         self.tracker = Some(tracker);
 
-        let header = SectionHeader {
-            id: RAM_SECTION_ID,
-            key: SectionId::new(ram::SECTION, 0),
-            version: ram::VERSION,
-        };
-        self.out.put(|out| {
-            section::write_header(out, PartType::Start, &header);
-            ram::write_blocks(out, &passes.blocks);
-        });
-        self.end_ram()?;
-        self.send("the list of RAM blocks")?;
+        self.announce_blocks(&passes)?;
 
         loop {
             if self.control.pass() == 1 {
@@ -201,6 +196,38 @@ impl Migration<'_> {
                 Decision::GiveUp => return Err(self.not_converged(&passes)),
             }
         }
+    }
+
+    /// The memory of the first block need not travel; sends the others, which no guest writes to.
+    pub(super) fn send_other_blocks(&mut self) -> Result<Passes, SourceError> {
+        let mut passes = Passes::new(self.vm.ram().blocks(), 0);
+        let pages = passes.dirty.pages(0);
+        passes.dirty.take(0, 0..pages);
+        self.announce_blocks(&passes)?;
+        self.control.pass();
+        self.control.enter(Phase::Active);
+        self.vm.flush_ahead();
+        self.send_pass(&mut passes, PartType::Part)?;
+        passes.first = false;
+        self.control.stats().remaining(0);
+        self.settle()?;
+        self.check()?;
+        Ok(passes)
+    }
+
+    /// Begins the section of RAM.
+    fn announce_blocks(&mut self, passes: &Passes) -> Result<(), SourceError> {
+        let header = SectionHeader {
+            id: RAM_SECTION_ID,
+            key: SectionId::new(ram::SECTION, 0),
+            version: ram::VERSION,
+        };
+        self.out.put(|out| {
+            section::write_header(out, PartType::Start, &header);
+            ram::write_blocks(out, &passes.blocks);
+        });
+        self.end_ram()?;
+        self.send("the list of RAM blocks")
     }
 
     /// Makes the vCPUs rest more, if the user allows it and it is needed.

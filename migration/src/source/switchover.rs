@@ -102,11 +102,16 @@ impl Migration<'_> {
                     Ok(m.commit(peer, &description, &mut trouble))
                 }),
                 other => {
+                    let handed_over = other == Action::HandOver;
+                    if handed_over {
+                        // It runs there already; to let go of its memory here takes longer the more it is.
+                        self.control.stats().running();
+                    }
                     finish(machine, other, self.vm, &mut trouble);
                     if let Some(objection) = &trouble.objection {
                         tracing::warn!(%objection, "the guest can't be taken back");
                     }
-                    if machine.state() != State::InDoubt {
+                    if !handed_over && machine.state() != State::InDoubt {
                         self.control.stats().running();
                     }
                     return trouble;
@@ -331,6 +336,13 @@ impl Migration<'_> {
         }
         if !self.control.commit() {
             trouble.note(SourceError::Cancelled);
+            return Event::NotCommitted;
+        }
+        if self.parameters.local
+            && let Err(source) = asked_of_vm(|| self.vm.offer_memory())
+        {
+            let during = "offering the guest's memory";
+            trouble.note(SourceError::Vm { during, source });
             return Event::NotCommitted;
         }
         self.inbox.committed();

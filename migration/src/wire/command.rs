@@ -301,6 +301,7 @@ mod tests {
             verify: true,
             only_asking: true,
             channels: None,
+            memory: true,
             id: Some(MigrationId::random()),
             commit_within_ms: 5,
             sent_at_ms: 7,

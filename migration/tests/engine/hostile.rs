@@ -20,6 +20,11 @@ use migration::wire::section::{self, PartType, SectionHeader};
 
 /// A whole stream from a mini-vmm whose guest has `pages` pages of which none is zero.
 fn stream(vm: &FakeVm) -> Vec<u8> {
+    parts(vm, false).concat()
+}
+
+/// What comes before the verdict, and what comes behind it. `memory` promises it as a descriptor.
+pub(crate) fn parts(vm: &FakeVm, memory: bool) -> [Vec<u8>; 2] {
     use migration::guest::{GuestRam, Machine};
     let mut out = Vec::new();
     let machine: String = MACHINE.into();
@@ -45,12 +50,14 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
         verify: false,
         only_asking: false,
         channels: None,
+        memory,
         id: None,
         commit_within_ms: 0,
         sent_at_ms: 0,
         details: vm.details(),
     };
     Command::Manifest(Box::new(manifest)).write(&mut out);
+    let before = std::mem::take(&mut out);
     let key = migration::vmstate::SectionId::new("ram", 0);
     section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
     ram::write_blocks(&mut out, &vm.ram.blocks());
@@ -78,7 +85,7 @@ fn stream(vm: &FakeVm) -> Vec<u8> {
     }
     section::write_end(&mut out, "{}");
     Command::Commit(Default::default()).write(&mut out);
-    out
+    [before, out]
 }
 
 /// Feeds bytes to a destination, which must end by itself.

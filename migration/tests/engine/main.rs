@@ -7,6 +7,7 @@ mod cut;
 mod failures;
 mod guards;
 mod hostile;
+mod local;
 mod loopback;
 mod panics;
 mod preflight;

@@ -368,6 +368,7 @@ fn manifest(vm: &FakeVm, only_asking: bool) -> Manifest {
         verify: false,
         only_asking,
         channels: None,
+        memory: false,
         id: None,
         commit_within_ms: 0,
         sent_at_ms: 0,

@@ -60,6 +60,8 @@ pub struct Options {
     pub verify: bool,
     /// Measure this project's program alone, with the dirty log and with dirty rings of so many entries.
     pub dirty_ring: Option<u32>,
+    /// Measure this project's program alone, with the memory copied and with `--local`.
+    pub local: bool,
     /// Destinations allocate the guest's memory at their start, as every VMM can be told to: else it is
     /// mostly the host's clearing of memory that is measured.
     pub prealloc: bool,
@@ -127,6 +129,12 @@ fn measure(options: &Options) -> Result<Results> {
             rivals.push(Rival::new(OURS, &options.program, rings)?);
             continue;
         }
+        if options.local {
+            // What it allocated would be thrown away.
+            let way = Way { local: true, prealloc: false, ..way };
+            rivals.push(Rival::new(OURS, &options.program, way)?);
+            continue;
+        }
         rivals.push(Rival::new(THEIRS, Path::new(QEMU), way)?);
         for (name, path) in &options.rivals {
             rivals.push(Rival::new(name, path, way)?);
@@ -181,7 +189,7 @@ fn measure(options: &Options) -> Result<Results> {
         rounds: options.rounds.max(1),
         scenarios: scenarios.iter().map(|s| (s.name.to_owned(), s.guest.clone())).collect(),
         programs: rivals.iter().map(|rival| bench.program(rival, &scenarios)).collect(),
-        migration: orders("PORT").iter().map(|(c, a)| format!("{c} {a}")).collect(),
+        migration: orders("tcp:127.0.0.1:PORT").iter().map(|(c, a)| format!("{c} {a}")).collect(),
         iperf3: Summary::of(&limits).unwrap_or(Summary {
             median: 0.0,
             min: 0.0,
@@ -192,13 +200,10 @@ fn measure(options: &Options) -> Result<Results> {
     })
 }
 
-/// The QMP commands of a migration to a port of loopback.
-fn orders(port: &str) -> [(&'static str, Value); 2] {
+/// The QMP commands of a migration to this address.
+fn orders(uri: &str) -> [(&'static str, Value); 2] {
     let parameters = json!({ "max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT });
-    [
-        ("migrate-set-parameters", parameters),
-        ("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") })),
-    ]
+    [("migrate-set-parameters", parameters), ("migrate", json!({ "uri": uri }))]
 }
 
 struct Bench<'a> {
@@ -212,7 +217,7 @@ impl Bench<'_> {
     fn program(&self, rival: &Rival, scenarios: &[Scenario]) -> Program {
         let (image, qmp) = (Path::new("selfcheck.elf"), Path::new("QMP"));
         // That it compares is said on the control socket.
-        let name = rival.name.trim_end_matches(rival::VERIFIED);
+        let name = rival.name.trim_end_matches(rival::VERIFIED).trim_end_matches(rival::LOCAL);
         let roles = scenarios.first().map(Role::Source).into_iter().chain([Role::Destination(0)]);
         let line = |role| {
             process::line(&rival.command(self.options.memory_mib, &role, image, qmp))
@@ -302,8 +307,8 @@ fn move_guest(mut source: Vm, destination: &mut Vm, rival: &Rival, port: u16) ->
     source.say(b'r')?;
     let from = source.say(b's')?;
     source.line(from, "up_ms=")?;
-    let own = rival.several().into_iter().chain(rival.comparing());
-    for (command, arguments) in own.chain(orders(&port.to_string())) {
+    let own = rival.several().into_iter().chain(rival.own_parameters());
+    for (command, arguments) in own.chain(orders(&rival.uri(&port.to_string()))) {
         source.ask(command, arguments)?;
     }
     let info = source.migrated()?;

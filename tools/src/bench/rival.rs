@@ -21,6 +21,9 @@ pub enum Kind {
 /// What a program's name ends with where both sides compare.
 pub const VERIFIED: &str = " --verify";
 
+/// ... and where the memory goes to another process of the host without being copied.
+pub const LOCAL: &str = " --local";
+
 /// A program that is measured.
 #[derive(Debug, Clone)]
 pub struct Rival {
@@ -47,6 +50,8 @@ pub struct Way {
     pub verify: bool,
     /// The source notes what its guest writes in rings of so many entries, not in a log.
     pub dirty_ring: Option<u32>,
+    /// The memory itself changes hands, over a Unix socket; only a mini-vmm can.
+    pub local: bool,
 }
 
 /// What a VM is to do.
@@ -78,6 +83,7 @@ impl Rival {
             Some(entries) => format!("{name} --dirty-ring {entries}"),
             None => name,
         };
+        let name = if way.local { format!("{name}{LOCAL}") } else { name };
         Ok(Rival { name, program: program.to_owned(), kind, version, way })
     }
 
@@ -86,15 +92,25 @@ impl Rival {
     pub fn listen(&self, port: u16) -> Vec<(&'static str, Value)> {
         let mut orders = self.several();
         if self.waits() {
-            orders.push(("migrate-incoming", json!({ "uri": format!("tcp:127.0.0.1:{port}") })));
+            orders.push(("migrate-incoming", json!({ "uri": self.uri(&port.to_string()) })));
         }
         orders
     }
 
     /// What the source is told beside the orders that are the same for all.
-    pub fn comparing(&self) -> Option<(&'static str, Value)> {
-        let verify = json!({ "x-verify": true });
-        self.way.verify.then_some(("migrate-set-parameters", verify))
+    pub fn own_parameters(&self) -> Option<(&'static str, Value)> {
+        let Way { verify, local, .. } = self.way;
+        let parameters = json!({ "x-verify": verify, "x-local": local });
+        (verify || local).then_some(("migrate-set-parameters", parameters))
+    }
+
+    /// Where a destination waits; the port is free, and so is a socket's name with it.
+    pub fn uri(&self, port: &str) -> String {
+        if !self.way.local {
+            return format!("tcp:127.0.0.1:{port}");
+        }
+        let socket = std::env::temp_dir().join(format!("mini-vmm-bench-{port}.sock"));
+        format!("unix:{}", socket.display())
     }
 
     /// What both control sockets are told of connections.
@@ -131,11 +147,12 @@ impl Rival {
                         if let Some(entries) = self.way.dirty_ring {
                             command.args(["--dirty-ring", &entries.to_string()]);
                         }
+                        command.args(self.way.local.then_some("--shared-memory"));
                         command.args(["--kernel", &image, "--append", &scenario.guest])
                     }
                     Role::Destination(port) => {
                         command.args(self.way.prealloc.then_some("--prealloc"));
-                        command.args(["--migrate-listen", &format!("tcp:127.0.0.1:{port}")])
+                        command.args(["--migrate-listen", &self.uri(&port.to_string())])
                     }
                 };
             }

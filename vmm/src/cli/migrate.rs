@@ -55,6 +55,11 @@ pub(super) struct MigrateArgs {
     /// time, 20 % at first and 99 % at last, until the rest fits --downtime
     #[arg(long)]
     auto_converge: bool,
+    /// Give a new mini-vmm of this host, which waits at unix:PATH, the memory itself: nothing of it is copied, so
+    /// that the guest stands still as shortly whatever its size ('run --shared-memory')
+    #[arg(long, conflicts_with_all = ["downtime", "bandwidth", "timeout", "on_timeout", "verify", "channels",
+        "compress", "auto_converge", "rehearse"])]
+    local: bool,
     /// Move nothing: say what 'preflight' says, and load the state of devices and vCPUs there for show, for
     /// which the guest stands still for about a millisecond
     #[arg(long, conflicts_with = "detach")]
@@ -99,6 +104,7 @@ impl MigrateArgs {
                 "x-timeout",
                 "x-on-timeout",
                 "x-verify",
+                "x-local",
                 "multifd-compression",
             ] {
                 p.insert(key.to_string(), known[key].clone());
@@ -128,6 +134,9 @@ impl MigrateArgs {
         }
         if self.verify {
             put("x-verify", true.into());
+        }
+        if self.local {
+            put("x-local", true.into());
         }
         Value::from(p)
     }
@@ -173,6 +182,9 @@ pub(super) fn migrate(args: &MigrateArgs) -> Result<(), CliError> {
         Some("completed") => {
             if !args.json {
                 print_report(&report);
+                if args.local {
+                    println!("the guest's memory is the same as before: none of it was copied");
+                }
             }
             // The source has nothing left to do; it would say goodbye by itself a little later.
             let _ = client.execute("quit", json!({}));

@@ -51,6 +51,7 @@ impl Settings {
             qmp: flags.qmp.or(self.qmp),
             prealloc: flags.prealloc.or(self.prealloc),
             dirty_ring: flags.dirty_ring.or(self.dirty_ring),
+            shared_memory: flags.shared_memory.or(self.shared_memory),
             paused: flags.paused.or(self.paused),
             migrate_listen: flags.migrate_listen.or(self.migrate_listen),
         }

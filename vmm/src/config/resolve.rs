@@ -102,6 +102,8 @@ pub struct Config {
     /// Entries of each vCPU's dirty ring, if there is one: a power of two from [`MIN_DIRTY_RING`] to
     /// [`MAX_DIRTY_RING`].
     pub dirty_ring: Option<u32>,
+    /// Whether RAM can be given to another process of this host.
+    pub shared_memory: bool,
     /// Whether to wait for `cont`.
     pub paused: bool,
     /// Where a migration is expected, if one is.
@@ -220,6 +222,7 @@ impl Config {
             qmp: settings.qmp,
             prealloc: settings.prealloc.is_some_and(|OnOff(on)| on),
             dirty_ring,
+            shared_memory: settings.shared_memory.is_some_and(|OnOff(on)| on),
             paused: settings.paused.is_some_and(|OnOff(on)| on),
             migrate_listen: settings.migrate_listen,
         };

@@ -358,6 +358,14 @@ pub struct Settings {
     #[arg(long, value_name = "ENTRIES")]
     pub dirty_ring: Option<u32>,
 
+    /// Keep RAM where another process of this host can be given it, for 'migrate --local'
+    ///
+    /// A VM that was handed over so keeps it so, whether its new process was told or not. Such memory gets
+    /// huge pages only where /sys/kernel/mm/transparent_hugepage/shmem_enabled lets it: without them it is
+    /// slower to begin with.
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub shared_memory: Option<OnOff>,
+
     /// Kernel to boot: a bzImage, or an ELF file with a PVH entry
     #[arg(long, value_name = "FILE", group = "boot")]
     pub kernel: Option<PathBuf>,

@@ -41,7 +41,8 @@ fn every_default_is_written_out() {
         "rng": {"id": "rng0", "addr": "07.0", "virtio": "transitional"},
         "console": {"backend": "pty", "id": "console0", "addr": "08.0", "virtio": "transitional"},
         "balloon": {"id": "balloon0", "addr": "02.0", "virtio": "transitional"},
-        "serial": "stdio", "qmp": null, "prealloc": false, "dirty-ring": null, "paused": false, "migrate-listen": null,
+        "serial": "stdio", "qmp": null, "prealloc": false, "dirty-ring": null, "shared-memory": false,
+        "paused": false, "migrate-listen": null,
     });
     assert_eq!(json, want);
 
@@ -79,6 +80,7 @@ fn flags_and_file_have_the_same_words() {
         "--prealloc=on",
         "--dirty-ring",
         "4096",
+        "--shared-memory",
     ])
     .unwrap();
     let file = resolve(
@@ -90,6 +92,7 @@ fn flags_and_file_have_the_same_words() {
         paused = true
         prealloc = true
         dirty-ring = 4096
+        shared-memory = true
         [balloon]
         addr = "02.0"
         [console]

@@ -102,7 +102,10 @@ impl Machine {
         let host_cpu = CpuProfile::host(&kvm)?;
         let xsave = XsaveLayout::new(&host_cpu);
         host.setup_vm(&vm)?;
-        let ram = Ram::new(config.memory.0, cpu.phys_bits())?;
+        let ram = match config.shared_memory {
+            true => Ram::new_shared(config.memory.0, cpu.phys_bits())?,
+            false => Ram::new(config.memory.0, cpu.phys_bits())?,
+        };
         if config.prealloc {
             ram.allocate()?;
         }

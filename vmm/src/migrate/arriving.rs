@@ -1,11 +1,13 @@
 //! This machine as the engine's destination sees it.
 
+use std::os::fd::BorrowedFd;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
+use migration::handover::ledger::{Entry, Mark};
 use migration::manifest::{Problem, Scrap};
 use migration::panics::guarded;
 use migration::transport::{Connection, Listener};
@@ -13,9 +15,11 @@ use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::local::{self, LedgerPage};
 use super::{details, disks, fit};
 use crate::announce::Rounds;
 use crate::control::RunState;
+use crate::memfd::Memfd;
 use crate::vm::Vm;
 
 /// How a QEMU's further connections begin, each with a packet of its own (`MULTIFD_MAGIC`; the stream
@@ -26,6 +30,10 @@ const MULTIFD_MAGIC: [u8; 4] = 0x1122_3344_u32.to_be_bytes();
 pub(super) struct Arriving<'a> {
     vm: Arc<Vm>,
     listener: Option<&'a Listener>,
+    /// Whose the memory is, which came as a descriptor.
+    ledger: Option<LedgerPage>,
+    /// All that could fail has been done.
+    ready: bool,
 }
 
 impl<'a> Arriving<'a> {
@@ -33,7 +41,7 @@ impl<'a> Arriving<'a> {
     pub(super) fn new(vm: Arc<Vm>, listener: Option<&'a Listener>) -> Self {
         vm.kvm_state.forget();
         vm.machine.ram.roms().clear();
-        Self { vm, listener }
+        Self { vm, listener, ledger: None, ready: false }
     }
 }
 
@@ -179,15 +187,61 @@ impl DestinationVm for Arriving<'_> {
         }
     }
 
+    fn adopt_memory(&mut self, from: BorrowedFd<'_>) -> Result<(), VmError> {
+        let ram = &self.vm.machine.ram;
+        let unusable = |e| VmError::with("the descriptors of memory and ledger", e);
+        let [memory, ledger] = local::receive(from).map_err(unusable)?;
+        let memory = Memfd::received(memory, ram.size(), "the guest's memory");
+        let memory = memory.map_err(|e| VmError::with("what the source sent can't be used", e))?;
+        let ledger = LedgerPage::received(ledger)?;
+        ram.adopt(memory).map_err(|e| VmError::with("the guest's memory can't be mapped", e))?;
+        self.ledger = Some(ledger);
+        Ok(())
+    }
+
+    fn claim_memory(&mut self) -> Result<(), VmError> {
+        // The memory can't be written to until it is taken: what would change it now fails.
+        self.get_ready()?;
+        self.ready = true;
+        match self.ledger.as_ref().map(|ledger| ledger.mark(Mark::Take)) {
+            Some(Ok(_)) => {}
+            Some(Err(Entry::Kept)) => {
+                return Err(VmError::new("the source has taken the guest back meanwhile"));
+            }
+            other => {
+                let what = format!("the source's ledger does not offer the memory: {other:?}");
+                return Err(VmError::new(what));
+            }
+        }
+        let writable = self.vm.machine.ram.make_writable();
+        writable.map_err(|e| VmError::with("the guest's memory can't be made writable", e))
+    }
+
+    fn give_memory_back(&mut self) {
+        let Some(ledger) = &self.ledger else { return };
+        match self.vm.machine.ram.let_go() {
+            // Of memory that was not taken there is nothing to say.
+            Ok(()) => drop(ledger.mark(Mark::Return)),
+            Err(e) => tracing::error!(
+                "the guest's memory can't be let go of, so that the source is not given it: {e}"
+            ),
+        }
+    }
+
     fn start(&mut self) -> Result<(), VmError> {
-        guarded(|| self.get_ready())
-            .unwrap_or_else(|panicked| Err(VmError::new(panicked.to_string())))?;
+        if !self.ready {
+            guarded(|| self.get_ready())
+                .unwrap_or_else(|panicked| Err(VmError::new(panicked.to_string())))?;
+        }
         if let Err(panicked) = guarded(|| self.let_run()) {
             // It may have run for a moment. Whoever looks at the disks shall take it neither for one that
             // runs on nor for one that never did.
             self.vm.leave_mark();
             self.release_disks();
             resume_unwind(Box::new(panicked.to_string()));
+        }
+        if let Some(Err(entry)) = self.ledger.as_ref().map(|ledger| ledger.mark(Mark::Start)) {
+            tracing::error!("the guest runs, and the source's ledger says otherwise: {entry:?}");
         }
         // It runs, whatever becomes of this.
         let rounds = Rounds::from(&self.vm.migration.lock().parameters);

@@ -1,17 +1,22 @@
 //! This machine as the engine's source sees it.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use devices::device::PowerRequest;
 use devices::virtio::DiskImage;
-use migration::guest::{DirtyTracker, GuestRam, Holder, Machine, SourceVm, TakenBack, VmError};
+use migration::guest::{
+    DirtyTracker, GuestRam, Holder, Machine, Reclaimed, SourceVm, TakenBack, VmError,
+};
 use migration::handover::Arbiter;
+use migration::handover::ledger::{Entry, Mark};
 use migration::manifest::{Problem, Scrap};
 use migration::throttle::Rest;
 use migration::vmstate::Section;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::disks::{self, LeftDisks};
+use super::local::{self, LedgerPage};
 use super::{details, for_qemu};
 use crate::control::RunState;
 use crate::dirty::RamTracker;
@@ -28,11 +33,19 @@ pub(super) struct Leaving {
     left: LeftDisks,
     /// Makes the vCPUs rest, since they first had to.
     throttle: Option<Throttle>,
+    /// Whose the memory is, since another process has it too.
+    ledger: Option<LedgerPage>,
 }
 
 impl Leaving {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, before: None, left: LeftDisks::default(), throttle: None }
+        Self { vm, before: None, left: LeftDisks::default(), throttle: None, ledger: None }
+    }
+
+    /// Whether the destination has taken the guest's memory.
+    pub(super) fn memory_is_taken(&self) -> bool {
+        let entry = self.ledger.as_ref().map(LedgerPage::entry);
+        matches!(entry, Some(Entry::Taken | Entry::Runs))
     }
 }
 
@@ -209,7 +222,41 @@ impl SourceVm for Leaving {
             .map_err(|e| VmError::with("a disk's locks could not be looked at", e))
     }
 
+    fn share_memory(&mut self, over: BorrowedFd<'_>) -> Result<(), VmError> {
+        let Some(memory) = self.vm.machine.ram.shared() else {
+            return Err(VmError::new("it is private memory: start the VM with --shared-memory"));
+        };
+        let ledger = LedgerPage::new()?;
+        local::send(over, memory.as_fd(), ledger.as_fd())
+            .map_err(|e| VmError::with("its descriptor could not be sent", e))?;
+        self.ledger = Some(ledger);
+        Ok(())
+    }
+
+    fn offer_memory(&mut self) -> Result<(), VmError> {
+        let offered = self.ledger.as_ref().map(|ledger| ledger.mark(Mark::Offer));
+        match offered {
+            Some(Ok(_)) => Ok(()),
+            other => Err(VmError::new(format!("the ledger says otherwise: {other:?}"))),
+        }
+    }
+
+    fn reclaim_memory(&mut self) -> Result<Reclaimed, VmError> {
+        match self.ledger.as_ref().map(|ledger| ledger.mark(Mark::Keep)) {
+            Some(Ok(_)) => Ok(Reclaimed::Kept),
+            Some(Err(Entry::Runs)) => Ok(Reclaimed::Runs),
+            Some(Err(_)) => Ok(Reclaimed::Taken),
+            None => Err(VmError::new("there is no ledger of who has the guest's memory")),
+        }
+    }
+
     fn hand_over(&mut self) {
         self.vm.life().state = RunState::Postmigrate;
+        // Whatever this process still does, it does not do it to the guest.
+        if self.ledger.is_some()
+            && let Err(e) = self.vm.machine.ram.let_go()
+        {
+            tracing::error!("the guest's memory can't be let go of before this process ends: {e}");
+        }
     }
 }

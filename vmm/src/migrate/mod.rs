@@ -10,6 +10,7 @@ mod disks;
 mod fit;
 mod for_qemu;
 mod leaving;
+mod local;
 mod outgoing;
 mod recover;
 mod settle;

@@ -9,6 +9,7 @@ use migration::control::{Control, Owed};
 use migration::destination::{self, DestinationError, Failure};
 use migration::guest::GuestRam;
 use migration::panics::{Panicked, guarded};
+use migration::params::Parameters;
 use migration::source::{self, Outcome};
 use migration::transport::{Address, Listener, TransportError};
 
@@ -17,7 +18,7 @@ use super::leaving::Leaving;
 use super::settle::{Asker, Whom};
 use super::way::{WayError, WayIn, WayOut};
 use super::{MigrationDesk, Tell};
-use crate::config::MigrationUri;
+use crate::config::{MigrationUri, SocketUri};
 use crate::control::RunState;
 use crate::power::MachineEvent;
 use crate::vm::Vm;
@@ -38,6 +39,27 @@ pub enum MigrateError {
     /// Another one, or a preflight, is under way.
     #[error("a migration or a preflight of this VM is under way")]
     Busy,
+    /// Memory goes as a descriptor to another process of this host only.
+    #[error(
+        "memory that is not copied (--local, x-local) goes to another mini-vmm of this host only, which waits at \
+         unix:PATH ('mini-vmm run … --migrate-listen unix:PATH'), not to '{uri}'"
+    )]
+    NotHere {
+        /// The address.
+        uri: String,
+    },
+    /// The memory is this process' own.
+    #[error(
+        "the VM's memory is private, and can't be given to another process: --local is for a VM that was started \
+         with --shared-memory. To get there, migrate it once as usual, to a process that was ('mini-vmm run \
+         --shared-memory … --migrate-listen unix:PATH')"
+    )]
+    PrivateMemory,
+    /// What is asked for is about memory that travels.
+    #[error(
+        "memory that is not copied (--local, x-local) can't be combined with {0}: switch one of them off"
+    )]
+    NothingTravels(&'static str),
     /// The destination can't be reached.
     #[error(transparent)]
     Way(#[from] WayError),
@@ -78,6 +100,7 @@ impl Vm {
     pub(crate) fn begin_outgoing(self: &Arc<Self>, uri: &MigrationUri) -> Result<(), MigrateError> {
         let channels = {
             let desk = self.migration.lock();
+            self.check_local(uri, &desk.parameters)?;
             if desk.parameters.multifd { desk.parameters.multifd_channels } else { 0 }
         };
         let way = WayOut::open(uri, channels, &self.migration.grants)?;
@@ -103,6 +126,29 @@ impl Vm {
             })
             .map_err(MigrateError::Thread)?;
         desk.begin(control, thread);
+        Ok(())
+    }
+
+    /// Whether the memory itself can go there, if it is to.
+    fn check_local(&self, uri: &MigrationUri, p: &Parameters) -> Result<(), MigrateError> {
+        if !p.local {
+            return Ok(());
+        }
+        for (on, what) in [
+            (p.multifd, "further connections (--channels, --compress, the capability 'multifd')"),
+            (p.verify, "a comparison of both sides' memory (--verify, x-verify): it is the same"),
+            (p.auto_converge, "--auto-converge (the capability 'auto-converge')"),
+        ] {
+            if on {
+                return Err(MigrateError::NothingTravels(what));
+            }
+        }
+        if !matches!(uri, MigrationUri::Socket(SocketUri::Unix(_))) {
+            return Err(MigrateError::NotHere { uri: uri.to_string() });
+        }
+        if self.machine.ram.shared().is_none() {
+            return Err(MigrateError::PrivateMemory);
+        }
         Ok(())
     }
 

@@ -98,6 +98,15 @@ impl MigrationDesk {
 impl Leaving {
     /// What the disks show, and what can be done then.
     fn what_is_known(&mut self, arbiter: Arbiter) -> (String, &'static str) {
+        if self.memory_is_taken() {
+            return (
+                "the destination has taken the guest's memory, which is the same as here, and has not \
+                 said more"
+                    .into(),
+                "look at the destination: either the guest runs there, or it has ended with its process; it \
+                 can't go on here. 'quit' ends this copy",
+            );
+        }
         if arbiter == Arbiter::Nothing {
             return (
                 "the guest has no disk whose lock would show who runs it".into(),

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
+use super::super::ledger::Entry;
 use super::super::source::{Action as SAction, State as SState};
 use super::guards::Guard;
 use super::steps::Step;
@@ -63,7 +64,10 @@ impl Model for Handover {
                 m.peer != Peer::MiniVmm || !w.committed || w.prepared
             }),
             Property::always(NOT_BY_SILENCE, |_, w: &World| {
-                let open = matches!(w.source.state(), SState::Committing | SState::InDoubt);
+                let open = matches!(
+                    w.source.state(),
+                    SState::Committing | SState::InDoubt | SState::Reclaiming { .. }
+                );
                 !w.committed || w.evidence || open
             }),
             Property::always(NO_OLD_MEMORY, |_, w: &World| w.harm != Some(Harm::OldMemory)),
@@ -79,7 +83,12 @@ impl Model for Handover {
                 let doubt = w.here.alive && w.source.state() == SState::InDoubt;
                 let answers = w.there.alive && !w.new_there;
                 let disks_tell = m.has_disks() && !w.there.booted && !w.disk_changed;
-                let can = m.peer == Peer::MiniVmm && (answers || disks_tell);
+                let can = match w.ledger {
+                    None => m.peer == Peer::MiniVmm && (answers || disks_tell),
+                    Some(Entry::Taken) => answers,
+                    Some(Entry::Runs) => w.there.runs,
+                    Some(_) => !w.there.booted && !w.disk_changed,
+                };
                 !(doubt && can) || m.may_end_well(w, false)
             }),
             // What the model must be able to tell, or it proves nothing.
@@ -156,7 +165,10 @@ impl Handover {
             }
         }
         let source_gone = !world.here.alive || world.source.state() == SState::HandedOver;
-        !self.has_disks() && source_gone && !world.there.runs
+        // The memory that the source has is what the guest has died in.
+        let taken = matches!(world.ledger, Some(Entry::Taken | Entry::Runs));
+        let with_it = taken && (!world.there.alive || world.new_there);
+        !self.has_disks() && (source_gone || with_it) && !world.there.runs
     }
 }
 
@@ -166,10 +178,15 @@ fn say(text: &str) {
 }
 
 fn check(arbiter: Arbiter, peer: Peer) {
+    check_model(Handover::new(arbiter, peer));
+}
+
+fn check_model(model: Handover) {
     let begin = Instant::now();
-    let checker = Handover::new(arbiter, peer).checker().threads(2).spawn_bfs().join();
+    let (arbiter, peer, local) = (model.arbiter, model.peer, model.local);
+    let checker = model.checker().threads(2).spawn_bfs().join();
     say(&format!(
-        "hand-over to {peer:?}, {arbiter:?}: {} worlds, {} steps between them, {} deep, {:.1?}",
+        "hand-over to {peer:?}, {arbiter:?}, local {local}: {} worlds, {} steps between them, {} deep, {:.1?}",
         checker.unique_state_count(),
         checker.state_count(),
         checker.max_depth(),
@@ -215,6 +232,39 @@ fn the_hand_over_to_a_qemu_is_right_with_disks() {
 #[test]
 fn the_hand_over_to_a_qemu_is_right_without_disks() {
     check(Arbiter::Nothing, Peer::Qemu);
+}
+
+#[test]
+fn the_hand_over_of_the_memory_itself_is_right_with_disks() {
+    check_model(Handover::new(Arbiter::DiskLocks, Peer::MiniVmm).local());
+}
+
+#[test]
+fn the_hand_over_of_the_memory_itself_is_right_without_disks() {
+    check_model(Handover::new(Arbiter::Nothing, Peer::MiniVmm).local());
+}
+
+#[test]
+fn without_any_one_guard_of_the_ledger_the_check_fails() {
+    use Arbiter::{DiskLocks, Nothing};
+    use Guard as G;
+    for (guard, arbiter, property) in [
+        (G::LedgerIsAsked, Nothing, ONE_RUNNER),
+        (G::LedgerIsAsked, DiskLocks, NOT_BY_SILENCE),
+        (G::TakenMemoryStaysTaken, Nothing, ONE_RUNNER),
+        (G::TakenMemoryStaysTaken, DiskLocks, NO_OLD_MEMORY),
+        (G::MemoryIsTakenFirst, Nothing, ONE_RUNNER),
+        (G::FailedStartReturnsMemory, Nothing, GOOD_END),
+        (G::FailedStartReturnsMemory, DiskLocks, SETTLES),
+    ] {
+        let mut model = Handover::new(arbiter, Peer::MiniVmm).local();
+        model.broken = Some(guard);
+        let wanted = HasDiscoveries::AnyOf([property].into_iter().collect());
+        let checker = model.checker().threads(2).finish_when(wanted).spawn_bfs().join();
+        let found = checker.discovery(property).is_some();
+        assert!(found, "without {guard:?} nobody misses: {property}");
+        say(&format!("without {guard:?}: {property} ({} worlds)", checker.unique_state_count()));
+    }
 }
 
 #[test]

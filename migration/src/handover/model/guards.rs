@@ -66,6 +66,14 @@ pub(super) enum Guard {
     DisksAreLookedAt,
     /// An order to run over disks as they once were is refused when they are so no more.
     StaleOrderIsRefused,
+    /// A source asks the ledger before it takes its guest back.
+    LedgerIsAsked,
+    /// ... and takes nothing that the destination has taken.
+    TakenMemoryStaysTaken,
+    /// A destination takes the memory before its vCPUs run.
+    MemoryIsTakenFirst,
+    /// One that takes it in vain gives it back.
+    FailedStartReturnsMemory,
 }
 
 impl Handover {
@@ -123,6 +131,8 @@ fn broken_source(guard: Guard, source: &Source, event: SEvent) -> Option<(SState
             resume
         }
         (G::DisksAreLookedAt, S::InDoubt, E::Look) => (S::InDoubt, A::Hold),
+        (G::LedgerIsAsked, S::Committing, E::Lost) => retake,
+        (G::TakenMemoryStaysTaken, S::Reclaiming { .. }, E::MemoryTaken) => retake,
         (G::OperatorIsHeard, S::InDoubt, E::ResumeHere { .. } | E::Discard { .. }) => {
             (S::InDoubt, A::Hold)
         }
@@ -147,6 +157,7 @@ fn broken_destination(
         (G::RunsWithDisksOnly, S::TakingDisks, E::DisksRefused) => (S::Starting, A::Start),
         (G::LastWordComesLast, S::TakingDisks, E::DisksTaken) => (S::Acknowledging, A::Acknowledge),
         (G::LastWordComesLast, S::Acknowledging, E::Acknowledged) => (S::Starting, A::Start),
+        (G::MemoryIsTakenFirst, S::TakingDisks, E::DisksTaken) => (S::Starting, A::Start),
         (G::FailedStartReleasesDisks, S::Starting, E::StartFailed) => (S::Failed, A::Refuse),
         _ => return None,
     })

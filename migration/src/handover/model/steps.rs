@@ -1,9 +1,19 @@
 //! What can happen next in a world, and the world after it.
 
-use super::super::destination::{Action as DAction, Destination, Event as DEvent, State as DState};
+use super::super::destination::{Action as DAction, Event as DEvent, State as DState};
+use super::super::ledger::{Entry, Mark};
 use super::super::source::{Action as SAction, Event as SEvent, State as SState};
 use super::guards::Guard;
 use super::{Answer, Handover, Harm, Msg, Peer, Side, World};
+
+impl World {
+    /// Does it in the ledger, if it can be done.
+    fn mark(&mut self, mark: Mark) {
+        if let Some(next) = self.ledger.and_then(|entry| entry.after(mark)) {
+            self.ledger = Some(next);
+        }
+    }
+}
 
 /// Something that happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -175,6 +185,11 @@ impl Handover {
             A::ReleaseDisks => &[E::DisksReleased, E::DisksKept],
             // COMMIT goes out, which ends no work, or certainly does not.
             A::Commit => &[E::Confirmed, E::NotCommitted],
+            A::Reclaim => match w.ledger {
+                Some(Entry::Runs) => &[E::Confirmed],
+                Some(Entry::Taken) | None => &[E::MemoryTaken],
+                Some(_) => &[E::MemoryKept],
+            },
             A::RetakeDisks if self.has_disks() => match (w.there.locks, w.disk_changed) {
                 (true, _) => &[E::DisksLost, E::DisksFailed],
                 (false, true) => &[E::DisksChanged, E::DisksFailed],
@@ -247,6 +262,8 @@ impl Handover {
                 &[E::DisksRefused]
             }
             A::TakeDisks => &[E::DisksTaken, E::DisksRefused],
+            A::Claim if w.ledger == Some(Entry::Offered) => &[E::Claimed, E::StartFailed],
+            A::Claim => &[E::StartFailed],
             A::Acknowledge => &[E::Acknowledged],
             A::Start => &[E::Started, E::StartFailed],
             A::SendPrepared | A::Announce | A::Refuse | A::ReleaseDisksAndRefuse => {
@@ -337,7 +354,7 @@ impl Handover {
             Step::RestartDestination => {
                 (w.restarted, w.new_there) = (true, true);
                 w.connected = false;
-                self.new_destination(&mut w);
+                self.restart_destination(&mut w);
             }
             Step::BootHere => w.here = Side::BOOTED,
             Step::BootThere => w.there = Side::BOOTED,
@@ -353,9 +370,9 @@ impl Handover {
         w
     }
 
-    fn new_destination(&self, w: &mut World) {
+    fn restart_destination(&self, w: &mut World) {
         w.there = Side { alive: true, ..Side::DEAD };
-        w.destination = Destination::new(Peer::MiniVmm);
+        w.destination = Handover::new_destination(self);
         w.destination_todo = DAction::None;
         w.forth.clear();
     }
@@ -364,7 +381,8 @@ impl Handover {
         use SEvent as E;
         let silent = match event {
             E::Lost | E::Failed | E::Unknown => true,
-            E::Look => !self.has_disks(),
+            // The ledger is what tells, and is looked at next.
+            E::Look => !self.has_disks() || self.local,
             _ => false,
         };
         w.evidence |= !silent;
@@ -405,12 +423,14 @@ impl Handover {
             }
             (A::Commit, E::Confirmed) => {
                 w.committed = true;
+                w.mark(Mark::Offer);
                 w.evidence = false;
                 w.source_todo = A::None;
                 return send(w, Msg::Commit);
             }
             // The worst of it: nothing is held any more, although it failed.
             (A::ReleaseDisks, E::DisksKept) => w.here.locks = false,
+            (A::Reclaim, E::MemoryKept) => w.mark(Mark::Keep),
             (A::RetakeDisks, E::DisksTaken | E::DisksChanged) => {
                 w.here.locks = true;
                 w.taken_back |= event == E::DisksTaken;
@@ -422,14 +442,16 @@ impl Handover {
             }
             (A::Resume, E::Resumed) => {
                 w.here.runs = true;
-                if w.disk_changed && w.committed && !w.change_accepted {
+                let disks = w.disk_changed && !w.change_accepted;
+                if w.committed && (disks || self.local && w.ran_there) {
                     w.harm = Some(Harm::OldMemory);
                 }
             }
             // The work before the pause failed; whatever had been stopped runs again.
             _ => {}
         }
-        let evidence = w.evidence || matches!(event, E::NotCommitted | E::DisksKept);
+        let ledger = w.source_todo == A::Reclaim && event != E::MemoryTaken;
+        let evidence = w.evidence || ledger || matches!(event, E::NotCommitted | E::DisksKept);
         self.tell_source(w, event);
         w.evidence = evidence;
     }
@@ -452,9 +474,11 @@ impl Handover {
                 return;
             }
             (A::TakeDisks, E::DisksTaken) => w.there.locks = true,
+            (A::Claim, E::Claimed) => w.mark(Mark::Take),
             (A::Acknowledge, _) => say(w, Msg::Shut0),
             (A::Start, E::Started) => {
                 (w.there.runs, w.ran_there) = (true, true);
+                w.mark(Mark::Start);
                 if self.has_disks() && self.peer == Peer::MiniVmm && Self::stale(w) {
                     w.harm = Some(Harm::OldMemory);
                 }
@@ -466,6 +490,9 @@ impl Handover {
             (A::Refuse | A::ReleaseDisksAndRefuse, _) => {
                 if w.destination_todo == A::ReleaseDisksAndRefuse {
                     w.there.locks = false;
+                }
+                if self.broken != Some(Guard::FailedStartReturnsMemory) {
+                    w.mark(Mark::Return);
                 }
                 w.destination_todo = A::None;
                 return say(w, Msg::Refused);
@@ -488,6 +515,7 @@ impl Handover {
                 A::Pause | A::Send => self.source_does(&mut w, SEvent::Failed),
                 A::ReleaseDisks => self.source_does(&mut w, SEvent::DisksReleased),
                 A::Commit => self.source_does(&mut w, SEvent::NotCommitted),
+                A::Reclaim => self.source_does(&mut w, SEvent::MemoryKept),
                 A::RetakeDisks if w.there.locks && self.has_disks() => return false,
                 A::RetakeDisks => self.source_does(&mut w, SEvent::DisksTaken),
                 A::Resume => self.source_does(&mut w, SEvent::Resumed),

@@ -1,14 +1,17 @@
 //! A VM that is to go wrong where it is told, and a world that notices when two sides run the same one.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::io::{Read, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use migration::guest::{
-    DestinationVm, DirtyTracker, GuestRam, Holder, Machine, PAGE_SIZE, RamBlock, SourceVm,
-    TakenBack, VmError,
+    DestinationVm, DirtyTracker, GuestRam, Holder, Machine, PAGE_SIZE, RamBlock, Reclaimed,
+    SourceVm, TakenBack, VmError,
 };
 use migration::handover::Arbiter;
+use migration::handover::ledger::{Entry, Ledger, Mark};
 use migration::manifest::{Problem, Scrap};
 use migration::throttle::Rest;
 use migration::transport::Connection;
@@ -19,12 +22,16 @@ use super::memory::{FakeLog, FakeRam};
 use super::{MACHINE, wait_for};
 
 /// Who runs and who has the disks. Panics when both do.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct World {
     running: Mutex<Option<&'static str>>,
     disks: Mutex<Option<&'static str>>,
     /// Somebody has written to the disks since the source gave them up.
     pub(crate) disks_written: AtomicBool,
+    /// Whose the memory is that is not copied.
+    pub(crate) ledger: AtomicU32,
+    /// That memory.
+    shared: Mutex<Option<Arc<FakeRam>>>,
     /// Changes whenever they are taken back.
     pub(crate) stamp: AtomicU64,
     pub(crate) history: Mutex<Vec<String>>,
@@ -33,6 +40,9 @@ pub(crate) struct World {
 }
 
 impl World {
+    pub(crate) fn ledger(&self) -> Ledger<'_> {
+        Ledger::new(&self.ledger)
+    }
     pub(crate) fn note(&self, what: impl Into<String>) {
         self.history.lock().unwrap().push(what.into());
     }
@@ -104,7 +114,19 @@ pub(crate) enum Fault {
     Prepare,
     EndRehearsal,
     TakeDisks,
+    Share,
+    Offer,
+    Adopt,
+    Claim,
     Start,
+    /// It takes the memory when the source has given it up.
+    LateClaim,
+    /// It dies right before it takes the memory.
+    DiesUnclaimed,
+    /// It dies with the memory, before its guest runs.
+    DiesClaimed,
+    /// It dies as soon as its guest runs.
+    DiesRunning,
 }
 
 pub(crate) struct FakeVm {
@@ -131,9 +153,30 @@ pub(crate) struct FakeVm {
     /// Further connections that wait to be taken.
     pub(crate) beside: Vec<Connection>,
     guest: Option<Guest>,
+    /// The source's memory, which this side is to go on in.
+    adopted: Option<Arc<FakeRam>>,
+    /// Where the source hangs.
+    pub(crate) link: Option<Connection>,
+}
+
+/// One end of a socket, as a file.
+fn file(fd: BorrowedFd<'_>) -> std::fs::File {
+    fd.try_clone_to_owned().expect("a descriptor").into()
 }
 
 impl FakeVm {
+    /// What a process leaves behind that is killed here.
+    fn dies(&mut self, at: Fault) {
+        if self.fault == at {
+            self.world.drop_disks(self.who);
+            self.world.stand(self.who);
+            self.world.note(format!("{} dies", self.who));
+            let link = self.link.take().expect("a link to cut");
+            link.shutdown(std::net::Shutdown::Both);
+            panic!("{at:?} was told to die");
+        }
+    }
+
     pub(crate) fn new(who: &'static str, world: &Arc<World>, pages: u64) -> Self {
         let names = [("cpu", 0), ("cpu", 1), ("0000:00:02.0/virtio-net", 0)];
         Self {
@@ -158,6 +201,8 @@ impl FakeVm {
             other_layout: false,
             beside: Vec::new(),
             guest: None,
+            adopted: None,
+            link: None,
         }
     }
 
@@ -345,6 +390,24 @@ impl SourceVm for FakeVm {
             (Some(who), None) => Holder::Someone(format!("disk0.raw is locked by {who}")),
         })
     }
+    fn share_memory(&mut self, over: BorrowedFd<'_>) -> Result<(), VmError> {
+        self.fault(Fault::Share)?;
+        self.world.ledger.store(0, Ordering::SeqCst);
+        *self.world.shared.lock().unwrap() = Some(self.ram.clone());
+        file(over).write_all(b"M").map_err(|e| VmError::with("the memory", e))
+    }
+    fn offer_memory(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::Offer)?;
+        self.world.ledger().mark(Mark::Offer).expect("a new ledger");
+        Ok(())
+    }
+    fn reclaim_memory(&mut self) -> Result<Reclaimed, VmError> {
+        Ok(match self.world.ledger().mark(Mark::Keep) {
+            Ok(_) => Reclaimed::Kept,
+            Err(Entry::Runs) => Reclaimed::Runs,
+            Err(_) => Reclaimed::Taken,
+        })
+    }
     fn hand_over(&mut self) {
         self.world.note("handed over");
         self.fault(Fault::HandOver).expect("only a panic makes sense here");
@@ -406,6 +469,40 @@ impl DestinationVm for FakeVm {
         self.world.note(format!("prepared with {:?}", self.device(0)));
         self.fault(Fault::Prepare)
     }
+    fn adopt_memory(&mut self, from: BorrowedFd<'_>) -> Result<(), VmError> {
+        let mut byte = [0];
+        file(from).read_exact(&mut byte).map_err(|e| VmError::with("the memory", e))?;
+        if &byte != b"M" {
+            return Err(VmError::new("no memory came"));
+        }
+        self.fault(Fault::Adopt)?;
+        self.adopted = self.world.shared.lock().unwrap().clone();
+        Ok(())
+    }
+    fn claim_memory(&mut self) -> Result<(), VmError> {
+        self.dies(Fault::DiesUnclaimed);
+        if self.fault == Fault::LateClaim {
+            wait_for("the source to act", || self.world.ledger().entry() != Entry::Offered);
+        }
+        let taken = self.world.ledger().mark(Mark::Take);
+        taken.map_err(|entry| VmError::new(format!("the memory is {entry:?}")))?;
+        self.dies(Fault::DiesClaimed);
+        self.fault(Fault::Claim)?;
+        // Nothing has been written there before.
+        let theirs = self.adopted.clone().expect("memory");
+        let mut bytes = vec![0; theirs.blocks()[0].len as usize];
+        theirs.copy_out(0, 0, &mut bytes).unwrap();
+        self.ram.copy_in(0, 0, &bytes).unwrap();
+        Ok(())
+    }
+    fn give_memory_back(&mut self) {
+        if self.fault == Fault::DiesUnclaimed || self.fault == Fault::DiesClaimed {
+            // A dead process does nothing.
+            return;
+        }
+        self.adopted = None;
+        let _ = self.world.ledger().mark(Mark::Return);
+    }
     fn take_disks(&mut self, left: &serde_json::Value) -> Result<(), VmError> {
         self.fault(Fault::TakeDisks)?;
         if !left.is_null() && *left != self.world.stamp.load(Ordering::Relaxed) {
@@ -419,6 +516,10 @@ impl DestinationVm for FakeVm {
     fn start(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Start)?;
         self.world.run(self.who);
+        if self.adopted.is_some() {
+            self.world.ledger().mark(Mark::Start).expect("memory that was taken");
+        }
+        self.dies(Fault::DiesRunning);
         Ok(())
     }
     fn section_differences(&self, _: &SectionId, a: &[u8], b: &[u8]) -> Vec<FieldError> {

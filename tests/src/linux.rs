@@ -3,6 +3,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::serial::SerialLine;
 use crate::vm::{Vm, VmArgs};
@@ -214,8 +215,14 @@ impl Linux {
 
     /// Migrates the guest to whatever listens at `uri`, ends with this process, and gives what the
     /// command said.
-    pub fn leave_for(mut self, uri: &str) -> String {
-        let out = self.vm.migrate_command(uri).output().expect("mini-vmm migrate starts");
+    pub fn leave_for(self, uri: &str) -> String {
+        let command = self.vm.migrate_command(uri);
+        self.leave_by(command)
+    }
+
+    /// The same by this command.
+    pub fn leave_by(mut self, mut command: Command) -> String {
+        let out = command.output().expect("mini-vmm migrate starts");
         assert!(
             out.status.success(),
             "mini-vmm migrate: {}\nsource: {}",

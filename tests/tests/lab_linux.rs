@@ -188,6 +188,44 @@ fn a_stock_kernel_with_four_processors_moves_and_powers_off() {
     assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
 }
 
+/// The new processes have private memory until they are given the guest's own.
+#[test]
+fn a_stock_kernel_goes_from_process_to_process_in_its_own_memory() {
+    let dir = TempDir::new().expect("a directory");
+    let image = disk(dir.path());
+    let args = format!("--memory 256M --smp 2 --disk path={}", image.display());
+    let append = "guest.run=memory,disk,clock,fpu";
+    let machine = |args| Machine { args, append: append.into(), kernel: true };
+    let mut guest = machine(format!("{args} --shared-memory")).boot(dir.path(), "first");
+    let waits = machine(args);
+    guest.assert_content();
+    for name in ["second", "third"] {
+        let durable = guest.next_number("disk: record");
+        let verified = guest.next_number("memory: generation");
+        let uri = format!("unix:{}", dir.path().join(name).display());
+        let there = waits.restoring(dir.path(), name, &uri);
+        let mut command = guest.vm.migrate_command(&uri);
+        command.arg("--local");
+        println!("{}", guest.leave_by(command));
+        guest = there;
+        assert!(guest.next_number("disk: record") > durable, "the disk writer went on");
+        assert!(guest.next_number("memory: generation") >= verified, "the memory worker went on");
+        guest.wait_new("fpu:", 30);
+        guest.wait_new("clock:", 30);
+        let report = guest.shell("report");
+        assert!(report.contains("clocksource: kvm-clock"), "{report}");
+        guest.assert_content();
+    }
+    // What this process has never looked at of the memory goes to another host all the same.
+    guest = guest.migrate_to(waits.incoming(dir.path(), "elsewhere", "127.0.0.1"));
+    let durable = guest.next_number("disk: record");
+    guest.next_number("memory: generation");
+    guest.assert_content();
+    guest.vm.qmp().ask("system_powerdown");
+    assert_eq!(guest.vm.wait_exit(60), 0, "{}", guest.vm.stderr());
+    check_disk(&image, durable);
+}
+
 #[test]
 fn the_balloon_is_asked_here_and_there_and_the_keyboard_translates() {
     const MIB: u64 = 1 << 20;

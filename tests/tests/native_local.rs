@@ -6,8 +6,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
@@ -480,4 +482,50 @@ fn a_guest_that_has_run_there_is_gone_whatever_became_of_it() {
     let info = qmp.wait_migrated(60);
     assert_eq!(info["status"], "completed", "{info}");
     assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+}
+
+/// Holds a disk's image as a mini-vmm does in which a guest has started (`devices/src/virtio/disk.rs`).
+fn hold(image: &Path) -> File {
+    let file = File::options().read(true).write(true).open(image).expect("an image");
+    for (l_start, l_len) in [(100, 200), (310, 1)] {
+        let lock = nix::libc::flock {
+            l_type: nix::libc::F_WRLCK as i16,
+            l_whence: nix::libc::SEEK_SET as i16,
+            l_start,
+            l_len,
+            l_pid: 0,
+        };
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).expect("nobody else holds it");
+    }
+    file
+}
+
+#[test]
+fn who_holds_the_disks_without_having_taken_the_memory_is_no_reason_to_end_the_only_copy() {
+    let place = Place::new();
+    let disk = Disk::inside(place.0.path(), 1 << 20);
+    let mut here = shared(MEMORY, 1, WORK, &disk.argument());
+    let (image, holds) = (place.0.path().join("disk.img"), mpsc::channel());
+    let (mut qmp, ledger) = lied_to(&here, &place, move |_, _| {
+        holds.0.send(hold(&image)).expect("somebody keeps it");
+    });
+    let held = holds.1.recv().expect("the disk");
+    let info = qmp.wait_migrated(60);
+    assert_eq!(info["status"], "failed", "{info}");
+    assert_eq!(read(&ledger), Entry::Kept as u32);
+    let recover = |what: &str| {
+        let out = here.vm.cli(&["recover", "--vm", &here.vm.name, what]);
+        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    for wish in ["--discard", "--resume"] {
+        let (done, said) = recover(wish);
+        assert!(!done, "{wish}: {said}");
+    }
+    let doubt = qmp.ask("query-status")["x-in-doubt"].clone();
+    let disks = doubt["disks"].as_str().unwrap_or_default();
+    assert!(disks.contains("memory is this side's"), "{doubt}");
+    drop(held);
+    let (done, said) = recover("--resume");
+    assert!(done || qmp.status() == "running", "{said}");
+    here.is_whole();
 }

@@ -13,26 +13,28 @@ const TOLERANCE: f64 = 0.02;
 /// A host that is busy with other things may let the sender sleep for too long to catch up.
 const TRIES: usize = 3;
 
-/// The moment at which at least `least` bytes have just been sent, and how many they are. Looked at often,
-/// since what is sent grows in steps.
-fn moment(qmp: &mut Qmp, least: u64) -> (Instant, u64) {
+/// When at least `least` bytes have just been sent, between which two moments that was seen, and how many
+/// they are. Looked at often, since what is sent grows in steps.
+fn moment(qmp: &mut Qmp, least: u64) -> (Instant, Instant, u64) {
     let mut before = None;
     let look = || {
+        let asked = Instant::now();
         let status = qmp.ask("query-migrate");
         let sent = status["ram"]["transferred"].as_u64()?;
         assert_ne!(status["status"], "completed", "it was over too soon: {status}");
         let stepped = before.replace(sent).is_some_and(|before| before < sent);
-        (sent >= least && stepped).then(|| (Instant::now(), sent))
+        (sent >= least && stepped).then(|| (asked, Instant::now(), sent))
     };
     wait::until(&format!("{least} bytes to be sent"), 120, look, || "")
 }
 
-/// Bytes per second while the next `amount` bytes are sent.
+/// Bytes per second while the next `amount` bytes are sent; rather too few, if this process has to wait for
+/// a processor.
 fn rate(qmp: &mut Qmp, amount: u64) -> f64 {
-    let (_, sent) = moment(qmp, 0);
+    let (.., sent) = moment(qmp, 0);
     // Behind what was sent by another limit.
-    let (begin, from) = moment(qmp, sent + MIB);
-    let (end, to) = moment(qmp, from + amount);
+    let (begin, _, from) = moment(qmp, sent + MIB);
+    let (_, end, to) = moment(qmp, from + amount);
     (to - from) as f64 / (end - begin).as_secs_f64()
 }
 

@@ -7,15 +7,36 @@
 /// By how much the heap grows at least, in bytes.
 #[cfg(target_env = "gnu")]
 const STEP: libc::c_int = 1 << 20;
+/// What is larger is mapped by itself, in bytes: more than a device's state. Once one of these numbers is set,
+/// glibc adapts none of them any more, and would leave this one at 128 KiB.
+#[cfg(target_env = "gnu")]
+const LARGE: libc::c_int = 4 << 20;
+/// So much may be free at the heap's end before it is given back, in bytes.
+#[cfg(target_env = "gnu")]
+const SPARE: libc::c_int = 2 << 20;
 
 /// Has all threads share one heap that grows in large steps. Called before any thread is started; where it
 /// can't be had, everything works as well, and slower.
 pub fn share() {
     #[cfg(target_env = "gnu")]
-    for (parameter, value) in [(libc::M_ARENA_MAX, 1), (libc::M_TOP_PAD, STEP)] {
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_TOP_PAD, STEP),
+        (libc::M_MMAP_THRESHOLD, LARGE),
+        (libc::M_TRIM_THRESHOLD, SPARE),
+    ] {
         // SAFETY: sets a number that the allocator looks at when it grows; nothing that is allocated changes.
         if unsafe { libc::mallopt(parameter, value) } == 0 {
             tracing::debug!(parameter, value, "the heap grows as it likes");
         }
+    }
+}
+
+/// Gives back what is free everywhere in the heap: after a migration most of what it took.
+pub fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes the allocator's own locks, and touches only what nobody has.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }

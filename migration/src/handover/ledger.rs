@@ -167,7 +167,6 @@ mod tests {
 
     #[test]
     fn of_two_that_want_it_one_has_it() {
-        let mut won = [0, 0];
         for _ in 0..200 {
             let word = AtomicU32::new(Entry::Offered.word());
             let begin = std::sync::Barrier::new(2);
@@ -180,8 +179,6 @@ mod tests {
                 (want(Mark::Keep), taker.join().expect("no panic"))
             });
             assert_ne!(taken, kept, "both have it, or nobody");
-            won[usize::from(taken)] += 1;
         }
-        assert_eq!(won[0] + won[1], 200);
     }
 }

@@ -249,10 +249,11 @@ impl Source {
                 retake(even_changed)
             }
             (S::InDoubt, E::Discard { known_running: true }) => (S::HandedOver, Action::HandOver),
+            // A destination may hold the disks, and have marked them, without having taken the memory.
+            (S::InDoubt, E::Look | E::Discard { .. }) if self.ledger => retake(false),
             (S::InDoubt, E::Discard { .. }) if self.arbiter == Arbiter::DiskLocks => {
                 (S::ProbingDisks { resume_if_free: false }, Action::ProbeDisks)
             }
-            (S::InDoubt, E::Look) if self.ledger => retake(false),
             // An answer to a question that tells nothing, and silence, end no doubt; the disks may.
             (S::InDoubt, E::Look) if self.arbiter == Arbiter::DiskLocks => {
                 (S::ProbingDisks { resume_if_free: self.fenced }, Action::ProbeDisks)

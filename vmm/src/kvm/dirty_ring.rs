@@ -340,7 +340,9 @@ impl DirtyRings {
     /// Has KVM protect the pages of all entries that were read, and free the entries; how many there were.
     ///
     /// Since Linux 6.16 it breaks off when the thread has a signal, and then frees up to 64 entries whose
-    /// pages it has not protected (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset). So no signal may come.
+    /// pages it has not protected (virt/kvm/dirty_ring.c, kvm_dirty_ring_reset). So signals are kept away. What
+    /// stops, freezes or traces the process can't be; it is noticed by the number of entries, unless it comes
+    /// right behind the last of them (docs/migration.md).
     fn reset(&self) -> Result<u64, KvmError> {
         let failed = |source| KvmError::Ioctl { what: "KVM_RESET_DIRTY_RINGS".into(), source };
         let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);

@@ -72,15 +72,15 @@ impl Arriving<'_> {
         self.vm
             .kvm_state
             .start_clocks(&self.vm.machine)
-            .map_err(|e| VmError::with("the clocks could not be set", e))?;
-        // Before the guest runs, so that it never does unseen.
-        if let Err(e) = self.vm.machine.board.guest_started() {
-            tracing::warn!("{}", crate::error_chain(&e));
-        }
-        Ok(())
+            .map_err(|e| VmError::with("the clocks could not be set", e))
     }
 
     fn let_run(&self) {
+        // First, so that the guest never runs unseen; and not before the memory was taken, if it is the
+        // source's own: who sees the mark may end the other copy.
+        if let Err(e) = self.vm.machine.board.guest_started() {
+            tracing::warn!("{}", crate::error_chain(&e));
+        }
         let mut life = self.vm.life();
         if self.vm.came_running() && life.autostart {
             self.vm.start_running(&mut life);

@@ -42,6 +42,11 @@ impl Leaving {
         Self { vm, before: None, left: LeftDisks::default(), throttle: None, ledger: None }
     }
 
+    /// Whether the ledger says that the guest's memory is this side's for ever.
+    pub(super) fn memory_is_kept(&self) -> bool {
+        self.ledger.as_ref().is_some_and(|ledger| ledger.entry() == Entry::Kept)
+    }
+
     /// Whether the destination has taken the guest's memory.
     pub(super) fn memory_is_taken(&self) -> bool {
         let entry = self.ledger.as_ref().map(LedgerPage::entry);

@@ -161,6 +161,7 @@ impl Vm {
         match outcome {
             Outcome::Completed(_) => self.queue(MachineEvent::HandedOver),
             Outcome::Kept { error } => {
+                crate::heap::give_back();
                 tracing::warn!("the migration ended and the guest stays here: {}", error.chain());
             }
             Outcome::KeptStopped { error, resume } => {
@@ -248,6 +249,8 @@ impl Vm {
             let mut arriving = Arriving::new(self.clone(), Some(&listener));
             match destination::run(&mut arriving, connection, &control) {
                 Ok(_) => {
+                    drop(arriving);
+                    crate::heap::give_back();
                     self.migration.lock().listening = None;
                     if let Some(owed) = control.owed() {
                         self.answer_later(listener, owed);
@@ -350,7 +353,11 @@ impl Vm {
             }
         };
         match result {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                drop(arriving);
+                crate::heap::give_back();
+                Ok(())
+            }
             Err(_) if self.migration.lock().closing => Ok(()),
             Err(failure) => {
                 self.life().state = RunState::InternalError;

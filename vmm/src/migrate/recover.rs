@@ -107,6 +107,18 @@ impl Leaving {
                  can't go on here. 'quit' ends this copy",
             );
         }
+        if self.memory_is_kept() {
+            let disks = match self.probe_disks() {
+                Ok(Holder::RunningGuest(what) | Holder::Someone(what)) => what,
+                Ok(Holder::Nobody) => "nobody holds the guest's disks".into(),
+                Err(e) => crate::error_chain(&e),
+            };
+            return (
+                format!("the guest's memory is this side's, and no other process runs it; {disks}"),
+                "end the process that waits for the guest, if there still is one, and see to the disks; \
+                 'recover --resume' lets the guest go on here",
+            );
+        }
         if arbiter == Arbiter::Nothing {
             return (
                 "the guest has no disk whose lock would show who runs it".into(),

@@ -159,9 +159,9 @@ impl CpuProfile {
         Ok(profile)
     }
 
-    /// The profile that `model` gives a guest on this host.
-    pub fn for_model(kvm: &Kvm, model: CpuModel) -> Result<Self, CpuidError> {
-        let mut profile = Self::host(kvm)?;
+    /// The profile that `model` gives a guest of the host whose [whole profile](Self::host) this is.
+    pub fn for_model(&self, model: CpuModel) -> Result<Self, CpuidError> {
+        let mut profile = self.clone();
         if let Some(features) = model.name.features() {
             let missing: Vec<String> = features
                 .iter()

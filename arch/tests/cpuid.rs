@@ -13,8 +13,8 @@ const INVTSC: Feature = Feature { function: 0x8000_0007, index: 0, reg: Reg::Edx
 fn host_is_migratable_unless_asked_otherwise() {
     let kvm = Kvm::new().unwrap();
     let all = CpuProfile::host(&kvm).unwrap();
-    let host = CpuProfile::for_model(&kvm, "host".parse().unwrap()).unwrap();
-    let off = CpuProfile::for_model(&kvm, "host,migratable=off".parse().unwrap()).unwrap();
+    let host = all.for_model("host".parse().unwrap()).unwrap();
+    let off = all.for_model("host,migratable=off".parse().unwrap()).unwrap();
     assert!(!host.has(INVTSC));
     assert_eq!(off.has(INVTSC), all.has(INVTSC));
     assert!(host.has(Feature { function: 1, index: 0, reg: Reg::Ecx, bit: 31 }), "hypervisor");
@@ -31,7 +31,7 @@ fn levels_are_offered_whole_or_refused_by_name() {
     let all = CpuProfile::host(&kvm).unwrap();
     for name in ["x86-64-v2", "x86-64-v3"] {
         let model: CpuModel = name.parse().unwrap();
-        match CpuProfile::for_model(&kvm, model) {
+        match all.for_model(model) {
             Ok(profile) => {
                 assert!(all.lacks(&profile).is_empty());
                 assert!(profile.has(Feature { function: 1, index: 0, reg: Reg::Ecx, bit: 20 }));

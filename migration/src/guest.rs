@@ -168,8 +168,8 @@ pub trait DirtyTracker: Send {
     fn clear(&mut self, block: usize, first_page: u64, bits: &[u64]) -> Result<(), VmError>;
 
     /// How many pages each vCPU has been found to write since [`start`](Self::start), by their indices; one
-    /// that was fetched in between counts again, and one that several write belongs to the first. Of two answers only the difference means something.
-    /// `None` where it is not known who wrote what.
+    /// that was fetched in between counts again, and one that several write belongs to the first. Of two
+    /// answers only the difference means something. `None` where it is not known who wrote what.
     fn by_vcpu(&self) -> Option<Vec<u64>> {
         None
     }

@@ -94,6 +94,14 @@ fn a_ring_that_can_not_be_had_is_refused_by_name() {
 const SLOW: &str = r#"{ "max-bandwidth": 2097152, "downtime-limit": 0, "max-cpu-throttle": 80,
     "cpu-throttle-initial": 50, "cpu-throttle-increment": 40 }"#;
 
+/// Begins a migration that throttles and does not end.
+fn begin_throttled(here: &Guest, there: &Guest) -> Qmp {
+    let on = json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] });
+    here.vm.qmp().execute("migrate-set-capabilities", on).expect("a capability");
+    let slow = serde_json::from_str(SLOW).expect("parameters");
+    here.begin(&there.vm.migrate_uri(), &slow)
+}
+
 /// Each vCPU's share of rest, once the one that rests most does so for `percent`.
 fn rests(qmp: &mut Qmp, percent: u64) -> Vec<u64> {
     wait::until(
@@ -119,11 +127,7 @@ fn only_the_vcpu_that_writes_rests_and_a_cancel_gives_it_its_time_back() {
     let mut here = ready("64M", 2, params, RING);
     let there = Guest::incoming("64M", 2);
     let full = here.speed();
-    let mut qmp = here.vm.qmp();
-    let on = json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] });
-    qmp.execute("migrate-set-capabilities", on).expect("a capability");
-    let slow = serde_json::from_str(SLOW).expect("parameters");
-    let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+    let mut qmp = begin_throttled(&here, &there);
     let all = rests(&mut qmp, 80);
     assert_eq!(all, [80, 0]);
     let slowed = here.speed();
@@ -146,11 +150,7 @@ fn only_the_vcpu_that_writes_rests_and_a_cancel_gives_it_its_time_back() {
 fn vcpus_that_write_alike_rest_alike() {
     let here = ready("64M", 2, "vcpus=2,fill=8M,set=4M,rate=0,verify=1000", RING);
     let there = Guest::incoming("64M", 2);
-    let mut qmp = here.vm.qmp();
-    let on = json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] });
-    qmp.execute("migrate-set-capabilities", on).expect("a capability");
-    let slow = serde_json::from_str(SLOW).expect("parameters");
-    let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+    let mut qmp = begin_throttled(&here, &there);
     let all = rests(&mut qmp, 80);
     assert!(all.len() == 2 && all.iter().all(|percent| *percent >= 70), "{all:?}");
     qmp.ask("migrate_cancel");

@@ -37,7 +37,7 @@ use crate::balloon::GuestBalloon;
 use crate::chardev::{CharError, CharService, Chardev};
 use crate::clock::VirtualClock;
 use crate::config::{self, Config, DiskCache, SocketUri, VirtioVersion};
-use crate::event_loop::{EventLoop, EventLoopError};
+use crate::event_loop::EventLoop;
 use crate::kvm::KvmRouting;
 use crate::memory::Ram;
 use crate::migrate::DeviceDetails;
@@ -69,7 +69,7 @@ pub struct BoardParts<'a> {
     /// What guests ask of the machine.
     pub events: &'a MachineEvents,
     /// The I/O thread.
-    pub io: &'a EventLoop,
+    pub io: &'a mut EventLoop,
 }
 
 /// A device could not be built or put where it belongs.
@@ -87,9 +87,6 @@ pub enum BoardError {
     /// The host side of a virtio device.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// The I/O thread.
-    #[error(transparent)]
-    EventLoop(#[from] EventLoopError),
     /// A serial line or console.
     #[error(transparent)]
     Char(#[from] CharError),
@@ -100,10 +97,10 @@ pub enum BoardError {
 
 type MakeSection = Box<dyn Fn() -> Box<dyn Section> + Send + Sync>;
 
-/// A virtio function and where it is.
 /// A network device's number (virtio 1.2, 5).
 const VIRTIO_NET: u16 = 1;
 
+/// A virtio function and where it is.
 struct VirtioSlot {
     slot: u8,
     version: VirtioVersion,
@@ -136,9 +133,9 @@ pub struct Board {
 
 impl Board {
     /// Builds and wires all devices.
-    pub fn build(parts: BoardParts<'_>) -> Result<Self, BoardError> {
+    pub fn build(mut parts: BoardParts<'_>) -> Result<Self, BoardError> {
         let mut board = Self::default();
-        let p = &parts;
+        let p = &mut parts;
         let power: Arc<dyn PowerControl> = Arc::new(p.events.clone());
         let line = |irq: u32| -> Arc<dyn IrqLine> { p.routing.line(irq) };
 
@@ -194,7 +191,7 @@ impl Board {
         lock(&serial).on_room(Box::new(move || {
             let _ = room.write(1);
         }));
-        p.io.add(Arc::new(Mutex::new(service)))?;
+        p.io.add(Arc::new(Mutex::new(service)));
         p.bus.map_pio(arch::layout::port::COM1, 8, serial)?;
 
         board.device("fdc", 0, Fdc::new());
@@ -243,7 +240,11 @@ impl Board {
     }
 
     /// The devices that the configuration asks for, in the order of their slots.
-    fn virtio_devices(&mut self, p: &BoardParts<'_>, pci: &Arc<PciBus>) -> Result<(), BoardError> {
+    fn virtio_devices(
+        &mut self,
+        p: &mut BoardParts<'_>,
+        pci: &Arc<PciBus>,
+    ) -> Result<(), BoardError> {
         let mut wanted: Vec<(u8, VirtioVersion, Box<dyn VirtioDevice>)> = Vec::new();
         for disk in &p.config.disk {
             let image = DiskImage {
@@ -306,7 +307,7 @@ impl Board {
             };
             let function = Arc::new(Mutex::new(VirtioPci::new(device, wiring)?));
             pci.attach(slot, 0, function.clone())?;
-            p.io.add(Arc::new(Mutex::new(VirtioEvents(function.clone()))))?;
+            p.io.add(Arc::new(Mutex::new(VirtioEvents(function.clone()))));
             self.devices.push(function.clone());
             let (state, bus) = (function.clone(), pci.clone());
             self.sections
@@ -319,7 +320,7 @@ impl Board {
                 line.on_room(Box::new(move || {
                     let _ = room.write(1);
                 }));
-                p.io.add(Arc::new(Mutex::new(service)))?;
+                p.io.add(Arc::new(Mutex::new(service)));
             }
             if let Some(control) = BalloonControl::new(function.clone()) {
                 let (clock, bell) = (p.clock.clone(), p.bell.clone());

@@ -4,34 +4,40 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberOps};
 
 /// Something that the I/O thread serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
-/// The I/O thread could not be started or reached.
+/// The I/O thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum EventLoopError {
     /// No epoll, no eventfd, or no thread.
     #[error("cannot start the I/O thread")]
     Start(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The thread does not answer.
-    #[error("the I/O thread has ended")]
-    Gone(#[source] event_manager::Error),
 }
 
-/// The running I/O thread. Dropping it ends the thread and joins it.
+/// What the I/O thread will serve. It is told before the thread starts: each word to a thread that has just
+/// started would wait for its first turn.
 pub struct EventLoop {
-    endpoint: RemoteEndpoint<Subscriber>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    manager: EventManager<Subscriber>,
 }
 
 impl EventLoop {
-    /// Starts the thread, serving nobody yet.
-    pub fn start() -> Result<Self, EventLoopError> {
-        let mut manager =
-            EventManager::<Subscriber>::new().map_err(|e| EventLoopError::Start(Box::new(e)))?;
+    /// Serves nobody yet.
+    pub fn new() -> Result<Self, EventLoopError> {
+        let manager = EventManager::new().map_err(|e| EventLoopError::Start(Box::new(e)))?;
+        Ok(Self { manager })
+    }
+
+    /// Serves `subscriber` once the thread has started.
+    pub fn add(&mut self, subscriber: Subscriber) {
+        self.manager.add_subscriber(subscriber);
+    }
+
+    /// Starts the thread.
+    pub fn start(self) -> Result<IoThread, EventLoopError> {
+        let Self { mut manager } = self;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -45,25 +51,18 @@ impl EventLoop {
                 }
             })
             .map_err(|e| EventLoopError::Start(Box::new(e)))?;
-        Ok(Self { endpoint, stop, thread: Some(thread) })
-    }
-
-    /// Serves `subscriber` from now on.
-    pub fn add(&self, subscriber: Subscriber) -> Result<SubscriberId, EventLoopError> {
-        self.endpoint
-            .call_blocking(move |manager| Ok(manager.add_subscriber(subscriber)))
-            .map_err(EventLoopError::Gone)
-    }
-
-    /// Serves it no longer.
-    pub fn remove(&self, id: SubscriberId) -> Result<(), EventLoopError> {
-        self.endpoint
-            .call_blocking(move |manager| manager.remove_subscriber(id).map(drop))
-            .map_err(EventLoopError::Gone)
+        Ok(IoThread { endpoint, stop, thread: Some(thread) })
     }
 }
 
-impl Drop for EventLoop {
+/// The running I/O thread. Dropping it ends the thread and joins it.
+pub struct IoThread {
+    endpoint: RemoteEndpoint<Subscriber>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for IoThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         // A kick alone would be enough, but it fails silently when the thread is behind.

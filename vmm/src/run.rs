@@ -16,7 +16,7 @@ use crate::grants::Grants;
 use crate::machine::{Machine, MachineError};
 use crate::migrate::IncomingError;
 use crate::power::{MachineEvent, MachineEvents};
-use crate::qmp::{self, QmpServer, ServerError};
+use crate::qmp::{self, PreparedServer, ServerError};
 use crate::rundir::{RunDir, RunDirError};
 use crate::vcpu::{CrashKind, CrashReport};
 use crate::vm::Vm;
@@ -99,12 +99,15 @@ fn build_and_live(
         listeners.push(qmp::bind(&more.0)?);
     }
     let terminal = TerminalMode::of_stdin();
-    let Some(vm) = build(config, grants, events, queue)? else {
+    let builder = start_building(config, grants, queue.clone())?;
+    // Meanwhile.
+    let server = PreparedServer::new(listeners);
+    let Some(vm) = wait_built(builder, events, &queue)? else {
         // Whoever would have put it back is still building.
         terminal.restore();
         return Ok(RunOutcome::Quit);
     };
-    let server = QmpServer::start(listeners, Arc::new(VmHandle(vm.clone())))?;
+    let server = server?.serve(Arc::new(VmHandle(vm.clone())))?;
     let outcome = begin(&vm).and_then(|()| serve(&vm, events));
     // In this order: what still migrates is told, then whoever watches, then the machine goes.
     vm.migration.shut_down();
@@ -112,28 +115,35 @@ fn build_and_live(
     outcome
 }
 
+type Builder = thread::JoinHandle<Result<Arc<Vm>, RunError>>;
+
 /// Builds the VM on a thread of its own, for that may take long (a pipe in a disk's place, a file
-/// server that does not answer) and can't be broken off. Nothing when a signal or so came first: the
-/// thread is left to itself then, and ends with the process, which is to follow at once.
-fn build(
+/// server that does not answer) and can't be broken off.
+fn start_building(
     config: &Config,
     grants: Grants,
-    events: &Receiver<MachineEvent>,
     queue: MachineEvents,
+) -> Result<Builder, RunError> {
+    let config = config.clone();
+    let build = move || {
+        let _done = Done(queue.clone());
+        let machine = Machine::new(&config, &queue)?;
+        let vm = Vm::new(machine, queue, grants);
+        if let Some(MigrateListen::At(uri)) = &config.migrate_listen {
+            vm.begin_incoming(uri)?;
+        }
+        Ok(vm)
+    };
+    thread::Builder::new().name("build".into()).spawn(build).map_err(RunError::Thread)
+}
+
+/// The VM. Nothing when a signal or so came first: the thread is left to itself then, and ends with the
+/// process, which is to follow at once.
+fn wait_built(
+    builder: Builder,
+    events: &Receiver<MachineEvent>,
+    queue: &MachineEvents,
 ) -> Result<Option<Arc<Vm>>, RunError> {
-    let (config, theirs) = (config.clone(), queue.clone());
-    let builder = thread::Builder::new()
-        .name("build".into())
-        .spawn(move || {
-            let _done = Done(theirs.clone());
-            let machine = Machine::new(&config, &theirs)?;
-            let vm = Vm::new(machine, theirs, grants);
-            if let Some(MigrateListen::At(uri)) = &config.migrate_listen {
-                vm.begin_incoming(uri)?;
-            }
-            Ok(vm)
-        })
-        .map_err(RunError::Thread)?;
     let mut early = Vec::new();
     loop {
         match events.recv().map_err(|_| RunError::Abandoned)? {

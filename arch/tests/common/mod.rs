@@ -23,7 +23,7 @@ impl Vm {
         let fd = kvm.create_vm().unwrap();
         let host = KvmHost::probe(&kvm, &fd).unwrap();
         host.setup_vm(&fd).unwrap();
-        let profile = CpuProfile::for_model(&kvm, CpuModel::default()).unwrap();
+        let profile = CpuProfile::host(&kvm).unwrap().for_model(CpuModel::default()).unwrap();
         let vcpus = (0..count)
             .map(|index| {
                 let vcpu = fd.create_vcpu(index.into()).unwrap();

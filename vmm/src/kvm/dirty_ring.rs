@@ -33,9 +33,6 @@ use super::KvmError;
 
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
-/// A vCPU has filled its ring (Linux, kvm.h).
-pub const KVM_EXIT_DIRTY_RING_FULL: u32 = kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
-
 /// An entry's states (Linux, kvm.h, KVM_DIRTY_GFN_F_…): the kernel has written it, and we have read it.
 const DIRTY: u32 = 1;
 const RESET: u32 = 2;

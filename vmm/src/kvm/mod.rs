@@ -21,7 +21,6 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 pub use dirty_log::{DirtyLog, Slot, map_plainly};
-pub use dirty_ring::KVM_EXIT_DIRTY_RING_FULL;
 pub use ioevents::KvmIoEvents;
 pub use routing::{GsiLine, KvmMsi, KvmRouting};
 pub use shadow::{BelowOneMib, RomMemory, SEGMENTS, View};

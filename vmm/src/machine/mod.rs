@@ -4,6 +4,7 @@ mod boot;
 mod error;
 mod firmware;
 
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,12 +26,12 @@ pub use error::MachineError;
 use crate::board::{Board, BoardError, BoardParts};
 use crate::clock::VirtualClock;
 use crate::config::{self, Config};
-use crate::event_loop::EventLoop;
+use crate::event_loop::{EventLoop, IoThread};
 use crate::kvm::{self, DirtyLog, KvmIoEvents, KvmMsi, KvmRouting};
 use crate::memory::Ram;
 use crate::power::{MachineEvent, MachineEvents};
 use crate::timers::{TimerBell, Timers};
-use crate::vcpu::{Vcpu, install_kick_handler};
+use crate::vcpu::{Vcpu, VcpuError, install_kick_handler};
 
 /// How long a vCPU may take to leave the kernel. It does so within microseconds unless the host
 /// is overloaded; a guest cannot hold it up.
@@ -48,7 +49,7 @@ struct PowerOn {
 pub struct Machine {
     vcpus: Vec<Vcpu>,
     /// Kept for its thread, which ends when this is dropped.
-    _io: EventLoop,
+    _io: IoThread,
     /// The devices and how they are wired.
     pub board: Board,
     bell: Arc<TimerBell>,
@@ -98,8 +99,8 @@ impl Machine {
         }
         let vm = kvm::create_vm(&kvm)?;
         let host = KvmHost::probe(&kvm, &vm)?;
-        let cpu = CpuProfile::for_model(&kvm, cpu_model(&config.cpu))?;
         let host_cpu = CpuProfile::host(&kvm)?;
+        let cpu = host_cpu.for_model(cpu_model(&config.cpu))?;
         let xsave = XsaveLayout::new(&host_cpu);
         host.setup_vm(&vm)?;
         let ram = match config.shared_memory {
@@ -116,7 +117,7 @@ impl Machine {
         let bus = Arc::new(IoBus::new());
         let clock = Arc::new(VirtualClock::default());
         let bell = TimerBell::new().map_err(MachineError::host("cannot make an eventfd"))?;
-        let io = EventLoop::start()?;
+        let mut io = EventLoop::new()?;
         let routing = KvmRouting::new(vm.clone())?;
         let board = Board::build(BoardParts {
             config,
@@ -128,19 +129,20 @@ impl Machine {
             msi: Arc::new(KvmMsi(routing.clone())),
             doorbells: Arc::new(KvmIoEvents(vm.clone())),
             events,
-            io: &io,
+            io: &mut io,
         })?;
         let timers = Timers::new(bell.clone(), clock.clone(), board.timed.clone())
             .map_err(MachineError::host("cannot make timers"))?;
-        io.add(Arc::new(Mutex::new(timers)))?;
+        io.add(Arc::new(Mutex::new(timers)));
 
-        let mut vcpus = Vec::new();
+        let (mut vcpus, mut states) = (Vec::new(), Vec::new());
         for index in 0..config.smp {
             let fd = vm
                 .create_vcpu(index.into())
                 .map_err(|e| kvm::KvmError::ioctl(format!("KVM_CREATE_VCPU {index}"), e))?;
             dirty_log.add_vcpu(&fd)?;
             arch::vcpu_init::init_vcpu(index, config.smp, &fd, &cpu, &host)?;
+            states.push(VcpuState::capture(index, &fd, &host)?);
             let died = events.clone();
             vcpus.push(Vcpu::spawn(
                 index,
@@ -152,11 +154,10 @@ impl Machine {
                 Arc::new(move |report| died.send(MachineEvent::Crashed(Box::new(report)))),
             )?);
         }
-        let power_on =
-            PowerOn { vcpus: capture_vcpus(&vcpus, &host)?, chips: IrqchipState::capture(&vm)? };
+        let power_on = PowerOn { vcpus: states, chips: IrqchipState::capture(&vm)? };
         let machine = Self {
             vcpus,
-            _io: io,
+            _io: io.start()?,
             board,
             bell,
             clock,
@@ -287,69 +288,63 @@ impl Machine {
         }
     }
 
-    /// All vCPUs' states, read at the same time in their own threads. They must be paused.
+    /// All vCPUs' states. They must be paused.
     pub fn capture_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
-        capture_vcpus(&self.vcpus, &self.host)
+        on_all(&self.vcpus, |index| {
+            let host = self.host.clone();
+            move |fd: &mut VcpuFd| VcpuState::capture(index, fd, &host)
+        })
     }
 
-    /// Gives all vCPUs their states, at the same time in their own threads.
+    /// Gives all vCPUs their states.
     pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
-        self.for_each_vcpu(states, |state, fd, host| state.restore(fd, host))
-    }
-}
-
-impl Machine {
-    /// Gives vCPUs that have never run another processor's CPUID.
-    pub fn show_cpu(&self, cpu: &CpuProfile) -> Result<(), MachineError> {
-        let count = self.config.smp;
-        let start = |vcpu: &Vcpu| {
-            let (index, cpu, host) = (vcpu.index(), cpu.clone(), self.host.clone());
-            let init =
-                move |fd: &mut VcpuFd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host);
-            (index, vcpu.start_job(init))
-        };
-        let answers: Vec<_> = self.vcpus.iter().map(start).collect();
-        for (index, answer) in answers {
-            answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
-        }
-        Ok(())
+        self.give_each(states, |state, fd, host| state.restore(fd, host))
     }
 
     /// Sets all vCPUs' TSCs to what they must be now that the VM's clock has been set.
     pub fn restore_tscs(&self, states: &[VcpuState], base: ClockBase) -> Result<(), MachineError> {
-        self.for_each_vcpu(states, move |state, fd, host| state.restore_tsc(fd, host, &base))
+        self.give_each(states, move |state, fd, host| state.restore_tsc(fd, host, &base))
     }
 
-    /// Gives every vCPU its state by `give`, at the same time in their own threads.
-    fn for_each_vcpu(
+    /// Gives vCPUs that have never run another processor's CPUID.
+    pub fn show_cpu(&self, cpu: &CpuProfile) -> Result<(), MachineError> {
+        let count = self.config.smp;
+        on_all(&self.vcpus, |index| {
+            let (cpu, host) = (cpu.clone(), self.host.clone());
+            move |fd: &mut VcpuFd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host)
+        })?;
+        Ok(())
+    }
+
+    /// Gives every vCPU that has a state that state by `give`.
+    fn give_each(
         &self,
         states: &[VcpuState],
         give: impl Fn(&VcpuState, &VcpuFd, &KvmHost) -> Result<(), KvmError> + Copy + Send + 'static,
     ) -> Result<(), MachineError> {
-        let start = |(vcpu, state): (&Vcpu, &VcpuState)| {
-            let (state, host) = (state.clone(), self.host.clone());
-            (vcpu.index(), vcpu.start_job(move |fd| give(&state, fd, &host)))
-        };
-        // All are started before the first is waited for.
-        let answers: Vec<_> = self.vcpus.iter().zip(states).map(start).collect();
-        for (index, answer) in answers {
-            answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??;
-        }
+        let mut states = states.iter();
+        let given = self.vcpus.get(..states.len()).unwrap_or(&self.vcpus);
+        on_all(given, |_| {
+            let (state, host) = (states.next().cloned(), self.host.clone());
+            move |fd: &mut VcpuFd| state.map_or(Ok(()), |state| give(&state, fd, &host))
+        })?;
         Ok(())
     }
 }
 
-fn capture_vcpus(vcpus: &[Vcpu], host: &KvmHost) -> Result<Vec<VcpuState>, MachineError> {
-    let answers: Vec<_> = vcpus
-        .iter()
-        .map(|vcpu| {
-            let (index, host) = (vcpu.index(), host.clone());
-            (index, vcpu.start_job(move |fd| VcpuState::capture(index, fd, &host)))
-        })
-        .collect();
-    let mut states = Vec::new();
-    for (index, answer) in answers {
-        states.push(answer.recv().map_err(|_| crate::vcpu::VcpuError::Stopped(index))??);
-    }
-    Ok(states)
+/// Has every vCPU, which must be paused, do the job that is made for its index, in its own thread and all at
+/// the same time; gives their answers in the vCPUs' order.
+fn on_all<T, E, J>(vcpus: &[Vcpu], mut job: impl FnMut(u32) -> J) -> Result<Vec<T>, MachineError>
+where
+    T: Send + 'static,
+    E: Into<MachineError> + Send + 'static,
+    J: FnOnce(&mut VcpuFd) -> Result<T, E> + Send + 'static,
+{
+    let start = |vcpu: &Vcpu| (vcpu.index(), vcpu.start_job(job(vcpu.index())));
+    // All are started before the first is waited for.
+    let started: Vec<_> = vcpus.iter().map(start).collect();
+    let wait = |(index, answer): (u32, Receiver<Result<T, E>>)| {
+        answer.recv().map_err(|_| VcpuError::Stopped(index))?.map_err(E::into)
+    };
+    started.into_iter().map(wait).collect()
 }

@@ -31,4 +31,4 @@ mod testing;
 mod tests;
 
 pub use error::QmpError;
-pub use server::{QmpServer, ServerError, bind};
+pub use server::{PreparedServer, QmpServer, ServerError, bind};

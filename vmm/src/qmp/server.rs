@@ -14,7 +14,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, fchmod};
 use thiserror::Error;
 use tokio::net::UnixListener;
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -90,19 +90,19 @@ fn is_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
 }
 
-/// The control socket at work. Stopped by [`QmpServer::stop`], or when dropped.
+/// A control socket that can be connected to, and whose clients wait: there is no VM yet.
 #[derive(Debug)]
-pub struct QmpServer {
-    stopping: watch::Sender<bool>,
-    thread: Option<JoinHandle<()>>,
+pub struct PreparedServer {
+    runtime: Runtime,
+    listeners: Vec<UnixListener>,
 }
 
-impl QmpServer {
-    /// Serves `vm` on all of `listeners`.
+impl PreparedServer {
+    /// Gets everything ready that needs no VM.
     ///
     /// # Errors
-    /// If the host has no thread or event queue left.
-    pub fn start(listeners: Vec<StdListener>, vm: Arc<dyn VmControl>) -> Result<Self, ServerError> {
+    /// If the host has no event queue left.
+    pub fn new(listeners: Vec<StdListener>) -> Result<Self, ServerError> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(COMMAND_THREADS)
@@ -121,6 +121,15 @@ impl QmpServer {
                 .collect::<io::Result<Vec<_>>>()
                 .map_err(ServerError::Thread)?
         };
+        Ok(Self { runtime, listeners })
+    }
+
+    /// Serves `vm`.
+    ///
+    /// # Errors
+    /// If the host has no thread left.
+    pub fn serve(self, vm: Arc<dyn VmControl>) -> Result<QmpServer, ServerError> {
+        let Self { runtime, listeners } = self;
         let (stopping, stop) = watch::channel(false);
         let shared = Arc::new(Shared::new(vm));
         let run = move || {
@@ -132,9 +141,18 @@ impl QmpServer {
             .name("qmp".into())
             .spawn(run)
             .map_err(ServerError::Thread)?;
-        Ok(Self { stopping, thread: Some(thread) })
+        Ok(QmpServer { stopping, thread: Some(thread) })
     }
+}
 
+/// The control socket at work. Stopped by [`QmpServer::stop`], or when dropped.
+#[derive(Debug)]
+pub struct QmpServer {
+    stopping: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl QmpServer {
     /// Sends what has happened up to now to all clients, says farewell, and waits for the thread.
     /// To be called last, after the final event: clients want to see it. Not from one of the
     /// server's own threads, that is, not inside a call of [`VmControl`].

@@ -25,7 +25,8 @@ fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp.sock");
     let vm = FakeVm::running();
-    let server = QmpServer::start(vec![bind(&path).unwrap()], vm.clone()).unwrap();
+    let server =
+        super::PreparedServer::new(vec![bind(&path).unwrap()]).unwrap().serve(vm.clone()).unwrap();
     Fixture { vm, server, path, _dir: dir }
 }
 

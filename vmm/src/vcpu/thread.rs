@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use devices::bus::IoBus;
 use devices::memory::GuestRamRef;
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::kick::{Armed, kick};
 use super::report::{CrashKind, CrashReport};
-use crate::kvm::{DirtyLog, KVM_EXIT_DIRTY_RING_FULL};
+use crate::kvm::DirtyLog;
 use crate::power::PendingPower;
 
 /// Takes the reports of vCPUs that died. Called on the vCPU's thread; must not wait.

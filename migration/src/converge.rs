@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::estimate::left_for_pages;
 use crate::params::OnTimeout;
 
 /// The stretch of sending over which the rate is measured. Long enough to see past what the
@@ -71,6 +72,8 @@ impl Rate {
 pub struct Progress {
     /// How long what is left would take; `None` when that is unknown.
     pub forecast: Option<Duration>,
+    /// What the guest would wait for beside that.
+    pub hand_over: Duration,
     /// What is left, in bytes.
     pub remaining: u64,
     /// What was left before the pass, in bytes.
@@ -104,7 +107,8 @@ pub enum Decision {
 
 /// Decides after a pass.
 pub fn decide(progress: &Progress) -> Decision {
-    let fits = progress.forecast.filter(|forecast| *forecast <= progress.downtime_limit);
+    let most = left_for_pages(progress.downtime_limit, progress.hand_over);
+    let fits = progress.forecast.filter(|forecast| *forecast <= most);
     if let Some(forecast) = fits {
         let over = progress.timeout.is_some_and(|timeout| progress.elapsed >= timeout);
         // A guest that is quiet for less than a pass would be asked for one for ever.
@@ -158,9 +162,10 @@ mod tests {
             let (remaining, before) = (100, 100);
             decide(&Progress {
                 forecast,
+                hand_over: 10 * MS,
                 remaining,
                 before,
-                downtime_limit: limit,
+                downtime_limit: limit + 10 * MS,
                 elapsed,
                 timeout,
                 on_timeout,
@@ -189,9 +194,10 @@ mod tests {
         fn progress(ms: u32, remaining: u64, before: u64, elapsed: u32, missed: bool) -> Decision {
             decide(&Progress {
                 forecast: Some(ms * MS),
+                hand_over: 10 * MS,
                 remaining,
                 before,
-                downtime_limit: 300 * MS,
+                downtime_limit: 310 * MS,
                 elapsed: elapsed * MS,
                 timeout: Some(1000 * MS),
                 on_timeout: OnTimeout::Cancel,

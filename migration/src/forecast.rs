@@ -10,12 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::converge::pays;
+use crate::estimate::{HandOver, left_for_pages};
 
-/// What the hand-over takes beside the last pages: devices' and vCPUs' state, loading them, and
-/// clocks. Measured on small VMs; it grows with the number of vCPUs.
-const HAND_OVER: Duration = Duration::from_millis(10);
-/// Round trips with the guest stopped: PREPARED, COMMIT, and one for the last pages.
-const ROUND_TRIPS: u32 = 3;
 /// A migration that needs more passes than this is not going to end.
 const MAX_PASSES: u64 = 1000;
 /// How finely a sufficient bandwidth is looked for, and how far: up to 1.05^200, or 17,000 times as
@@ -34,6 +30,8 @@ pub struct Measured {
     pub bandwidth: u64,
     /// How long an answer takes.
     pub round_trip: Duration,
+    /// What the guest waits for beside the last pages.
+    pub hand_over: HandOver,
     /// How many bytes' worth of different pages the guest had written after so much time,
     /// ascending.
     pub dirtied: Vec<(Duration, u64)>,
@@ -133,13 +131,16 @@ impl Measured {
             most => most.min(self.bandwidth),
         };
         let rate = used.max(1) as f64;
-        let course = self.course(rate, limit.as_secs_f64());
-        let still = HAND_OVER.as_secs_f64()
-            + self.round_trip.as_secs_f64() * f64::from(ROUND_TRIPS)
-            + course.left / rate;
+        let course = |rate: f64| {
+            let most = left_for_pages(limit, self.hand_over.at(Some(rate)));
+            self.course(rate, most.as_secs_f64())
+        };
+        let hand_over = self.hand_over.at(Some(rate)).as_secs_f64();
         let enough = (1..=STEPS)
             .map(|n| rate * STEP.powi(n as i32))
-            .find(|faster| self.course(*faster, limit.as_secs_f64()).converges);
+            .find(|faster| course(*faster).converges);
+        let course = course(rate);
+        let still = hand_over + course.left / rate;
         let (sample, dirtied) = self.dirtied.last().copied().unwrap_or_default();
         Forecast {
             bandwidth: self.bandwidth,
@@ -158,8 +159,26 @@ impl Measured {
             needed_bandwidth: enough.filter(|_| !course.converges).map(|rate| rate as u64),
             // What is left when it stops to shrink must be sent with the guest stopped. A little more
             // than that, for what was measured is never exact.
-            needed_downtime_ms: (!course.converges).then(|| ms(course.left / rate * 1.2)),
+            needed_downtime_ms: (!course.converges)
+                .then(|| ms(hand_over + course.left / rate * 1.2)),
         }
+    }
+}
+
+impl Measured {
+    /// How it would go on after a pass that had `before` bytes to send and left
+    /// [`data_bytes`](Self::data_bytes): how much longer until the guest runs on the other side, and how much
+    /// of that it stands still. `None` if it would not come to an end.
+    pub fn from_here(&self, before: u64, limit: Duration) -> Option<(Duration, Duration)> {
+        let rate = self.bandwidth.max(1) as f64;
+        let hand_over = self.hand_over.at(Some(rate));
+        let pages = Duration::try_from_secs_f64(self.data_bytes as f64 / rate).ok()?;
+        if pages <= left_for_pages(limit, hand_over) && !pays(pages, self.data_bytes, before) {
+            return Some((pages.saturating_add(hand_over), pages.saturating_add(hand_over)));
+        }
+        let forecast = self.forecast(0, limit);
+        let ms = Duration::from_millis;
+        forecast.converges.then(|| (ms(forecast.total_ms), ms(forecast.downtime_ms)))
     }
 }
 
@@ -180,6 +199,7 @@ mod tests {
             data_bytes: 512 * MIB,
             bandwidth: 100 * MIB,
             round_trip: Duration::from_millis(1),
+            hand_over: HandOver { fixed: Duration::from_millis(10), bytes: 0 },
             dirtied: dirtied.iter().map(|(t, n)| (Duration::from_millis(*t), n * MIB)).collect(),
         }
     }
@@ -204,6 +224,22 @@ mod tests {
         assert_eq!(forecast.passes, 13, "{forecast:?}");
         assert!((10..20).contains(&forecast.downtime_ms), "{forecast:?}");
         assert_eq!(forecast.dirty_bytes_per_s, 50 * MIB);
+    }
+
+    #[test]
+    fn in_the_middle_of_a_migration_it_goes_on_from_what_is_left() {
+        let ms = Duration::from_millis;
+        let left = |mib: u64| Measured { data_bytes: mib * MIB, ..measured(&[(1000, 50)]) };
+        // Hardly less than before: it ends here, and 10 MiB take 100 ms.
+        assert_eq!(left(10).from_here(11 * MIB, LIMIT), Some((ms(110), ms(110))));
+        // Another pass pays, and some more after it: 100 ms, 50, 25 and so on.
+        let (total, still) = left(10).from_here(20 * MIB, LIMIT).unwrap();
+        assert!(ms(200) < total && total < ms(240), "{total:?}");
+        assert!(ms(10) < still && still < ms(15), "{still:?}");
+        let (total, _) = left(200).from_here(512 * MIB, LIMIT).unwrap();
+        assert!(ms(4000) < total && total < ms(4100), "{total:?}");
+        let faster = Measured { data_bytes: 200 * MIB, ..measured(&[(1000, 200)]) };
+        assert_eq!(faster.from_here(512 * MIB, LIMIT), None);
     }
 
     #[test]

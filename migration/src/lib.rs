@@ -29,6 +29,7 @@ pub mod control;
 pub mod converge;
 pub mod destination;
 pub mod dirty;
+pub mod estimate;
 pub mod fate;
 pub mod forecast;
 pub mod guest;

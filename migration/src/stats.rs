@@ -81,6 +81,9 @@ struct Inner {
     bytes_per_s: f64,
     pages_per_s: f64,
     expected_downtime: Option<Duration>,
+    /// From the start to the end, as it looks now.
+    expected_total: Option<Duration>,
+    first_forecast: Option<Expected>,
     rest: Rest,
     throttle_max: u8,
     /// Pages that each vCPU writes in a second; empty where that is not known.
@@ -201,6 +204,18 @@ impl MigrationStats {
         self.lock().expected_downtime = expected;
     }
 
+    /// After a whole pass: how much longer it will take, and how much of that the guest will stand still.
+    /// `None` if it does not look as if it would end.
+    pub(crate) fn expected_course(&self, course: Option<(Duration, Duration)>) {
+        let mut s = self.lock();
+        let elapsed = s.started.map(|t| t.elapsed()).unwrap_or_default();
+        let expected = course.map(|(left, downtime)| Expected { total: elapsed + left, downtime });
+        s.expected_total = expected.map(|expected| expected.total);
+        if s.passes == 1 {
+            s.first_forecast = expected;
+        }
+    }
+
     /// The vCPUs rest for so much of the time from now on.
     pub(crate) fn throttle(&self, rest: &Rest) {
         let mut s = self.lock();
@@ -259,6 +274,7 @@ impl MigrationStats {
             total_time: elapsed.map(ms),
             setup_time: s.setup.map(ms),
             expected_downtime: if busy { s.expected_downtime.map(ms) } else { None },
+            expected_total: if busy { s.expected_total.map(ms) } else { None },
             downtime: if s.phase == Phase::Completed { s.downtime.map(ms) } else { None },
             cpu_throttle_percentage: Some(s.rest.most()).filter(|percent| *percent > 0),
             vcpus: if busy { s.vcpus() } else { Vec::new() },
@@ -280,6 +296,8 @@ impl MigrationStats {
             setup: s.setup.unwrap_or_default(),
             downtime: s.downtime,
             steps: s.steps.clone(),
+            first_forecast: s.first_forecast,
+            expected_downtime: s.expected_downtime,
             passes: s.passes,
             ram_bytes: s.total,
             transferred_bytes: s.transferred,
@@ -353,6 +371,10 @@ pub struct MigrationInfo {
     /// What the downtime would be now, in ms; only while it runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
+    /// What [`total_time`](Self::total_time) will be at the end, in ms, by the passes so far; only while it
+    /// runs, and where an end is in sight. QEMU has no such member.
+    #[serde(rename = "x-expected-total-time", skip_serializing_if = "Option::is_none")]
+    pub expected_total: Option<u64>,
     /// What it was, in ms; only when completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
@@ -423,6 +445,15 @@ pub struct RamInfo {
     pub dirty_sync_missed_zero_copy: u64,
 }
 
+/// How a migration was expected to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Expected {
+    /// From start to end.
+    pub total: Duration,
+    /// How long the guest stands still.
+    pub downtime: Duration,
+}
+
 /// What there is to say at the end.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -439,6 +470,10 @@ pub struct Report {
     pub downtime: Option<Duration>,
     /// The parts of the downtime, in order.
     pub steps: Vec<(Step, Duration)>,
+    /// What was expected after the first pass, if it looked as if it would end.
+    pub first_forecast: Option<Expected>,
+    /// What the downtime was expected to be when the guest was stopped.
+    pub expected_downtime: Option<Duration>,
     /// Passes over RAM.
     pub passes: u64,
     /// Bytes of RAM that the VM has.

@@ -140,3 +140,11 @@ pub fn isolate() {
     mount("sysfs", "/sys", Some("sysfs"), MsFlags::empty());
     ip(&["link", "set", "lo", "up"]);
 }
+
+/// Makes this network's loopback carry so much and no more, in the words of `tc`: `100mbit`.
+pub fn shape(rate: &str) {
+    let tbf = ["qdisc", "replace", "dev", "lo", "root", "tbf", "rate", rate];
+    let rest = ["burst", "512k", "latency", "100ms"];
+    let status = Command::new("tc").args(tbf).args(rest).status().expect("tc is installed");
+    assert!(status.success(), "the kernel has a token bucket (CONFIG_NET_SCH_TBF)");
+}

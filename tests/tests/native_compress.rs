@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::Value;
 use system_tests::guest::Guest;
@@ -53,14 +52,6 @@ fn memory(vm: &Vm) -> (File, u64) {
     (file.expect("its memory, which root may write to"), from)
 }
 
-/// Bytes a second of a link.
-fn shape(rate: &str) {
-    let tbf = ["qdisc", "replace", "dev", "lo", "root", "tbf", "rate", rate];
-    let rest = ["burst", "512k", "latency", "100ms"];
-    let status = Command::new("tc").args(tbf).args(rest).status().expect("tc is installed");
-    assert!(status.success(), "the kernel has a token bucket (CONFIG_NET_SCH_TBF)");
-}
-
 /// Moves a guest with these bytes in its memory; gives the report.
 fn move_with(content: &[u8], how: &[&str]) -> Value {
     let mut here = Guest::ready("256M", 1, "fill=8M,set=4M,rate=500");
@@ -86,7 +77,7 @@ fn a_slow_link_is_where_compression_pays() {
     println!("link       pages                 total s   MiB sent   ratio  downtime ms");
     // More memory where it would be over too soon to be measured.
     for (rate, len) in [("100mbit", 64 * MIB), ("1gbit", 128 * MIB), ("100gbit", 128 * MIB)] {
-        shape(rate);
+        network::shape(rate);
         let content = programs(len);
         let mut totals = Vec::new();
         let plain: &[&str] = &[];

@@ -1,6 +1,6 @@
 //! The first words: who is there, and would it work.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::channels::{Channels, introduce};
 use super::inbox::NoMessage;
@@ -125,8 +125,11 @@ impl Migration<'_> {
         introduce(&self.links, self.vm.uuid(), self.name.to_bytes())?;
         self.out.command(&Command::OpenReturnPath);
         self.out.command(&Command::Ping(PING_MAGIC));
+        let begin = Instant::now();
         self.send("the header")?;
-        match self.await_message("its first answer was awaited", false)? {
+        let answer = self.await_message("its first answer was awaited", false)?;
+        self.round_trip = begin.elapsed();
+        match answer {
             Message::Hello(hello) => Ok(First::Hello(hello)),
             Message::Pong(_) => Ok(First::Pong),
             other => {

@@ -177,6 +177,8 @@ struct Migration<'a> {
     channels: Option<Channels>,
     /// What the destination knows this attempt by, if it can be asked for it.
     id: Option<MigrationId>,
+    /// How long the first answer took; zero where nobody answers.
+    round_trip: Duration,
     /// How long the destination waits for COMMIT after PREPARED.
     agreed: Option<Duration>,
     /// When it said PREPARED.
@@ -206,6 +208,7 @@ impl<'a> Migration<'a> {
             name: MigrationId::random(),
             channels: None,
             id: None,
+            round_trip: Duration::ZERO,
             agreed: None,
             prepared: None,
             manifest_digest: String::new(),

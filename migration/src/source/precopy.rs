@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
 use crate::dirty::{DirtyBitmap, has, runs};
+use crate::estimate::HandOver;
+use crate::forecast::Measured;
 use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::pace::Pace;
 use crate::params::{OnTimeout, Parameters};
@@ -39,6 +41,8 @@ const CHANNELS_PART_BYTES: u64 = 1 << 30;
 const PART_TIME: Duration = Duration::from_secs(1);
 /// What a connection is taken to carry before anything is known of it, in bytes per second.
 const UNKNOWN_RATE: u64 = 1 << 20;
+/// Passes of which is kept what the guest wrote.
+const POINTS: usize = 8;
 /// How often the rate is measured within a pass.
 const SAMPLE: Duration = Duration::from_millis(100);
 
@@ -63,6 +67,10 @@ pub(super) struct Passes {
     missed: bool,
     /// Pages that each vCPU had written when the last pass ended.
     by_vcpu: Vec<u64>,
+    /// What the guest will wait for beside pages.
+    hand_over: HandOver,
+    /// How long passes took, ascending, and how many bytes' worth of different pages the guest wrote meanwhile.
+    written: Vec<(Duration, u64)>,
 }
 
 /// The section of RAM that is being sent.
@@ -102,7 +110,19 @@ impl Passes {
             fits: false,
             missed: false,
             by_vcpu: Vec::new(),
+            hand_over: HandOver::default(),
+            written: Vec::new(),
         }
+    }
+
+    /// Notes what the guest wrote in a pass.
+    fn note(&mut self, time: Duration, bytes: u64) {
+        if self.written.len() >= POINTS {
+            // The oldest was the longest, as a rule.
+            self.written.pop();
+        }
+        let at = self.written.partition_point(|(other, _)| *other < time);
+        self.written.insert(at, (time, bytes));
     }
 
     fn remaining(&self) -> u64 {
@@ -128,6 +148,7 @@ impl Migration<'_> {
     /// that it returns.
     fn precopy(&mut self) -> Result<Passes, SourceError> {
         let mut passes = Passes::new(self.vm.ram().blocks(), self.control.max_bandwidth());
+        passes.hand_over = HandOver::of(&*self.vm, self.round_trip);
         let mut tracker =
             self.vm.dirty_tracker().map_err(SourceError::vm("making the dirty log"))?;
         tracker.start().map_err(SourceError::vm("starting the dirty log"))?;
@@ -146,6 +167,10 @@ impl Migration<'_> {
             passes.first = false;
             if end == PassEnd::Whole {
                 self.settle()?;
+                // What was still on its way had not been sent as fast as it seemed.
+                let behind = passes.sample_since.elapsed().saturating_sub(self.round_trip);
+                passes.rate.add(behind, 0);
+                passes.sample_since = Instant::now();
             }
             let left = passes.dirty.count();
             self.fetch(&mut passes)?;
@@ -160,14 +185,21 @@ impl Migration<'_> {
             let parameters = self.control.parameters();
             let remaining = passes.remaining();
             let forecast = passes.rate.time_for(self.on_the_wire(remaining));
+            let hand_over = passes.hand_over.at(passes.rate.bytes_per_s());
             self.control.stats().remaining(remaining);
-            self.control.stats().expected_downtime(forecast);
+            self.control.stats().expected_downtime(forecast.map(|pages| pages + hand_over));
+            if end == PassEnd::Whole {
+                passes.note(time, self.on_the_wire(dirtied * PAGE_SIZE));
+                let course = self.course(&passes, before, parameters.downtime_limit);
+                self.control.stats().expected_course(course);
+            }
             tracing::debug!(remaining, ?forecast, dirty_pages_per_s = rate, "pass sent");
             if end == PassEnd::TimeOver && self.control.timeout().1 == OnTimeout::Force {
                 return Ok(passes);
             }
             let decision = decide(&Progress {
                 forecast,
+                hand_over,
                 remaining,
                 before,
                 downtime_limit: parameters.downtime_limit,
@@ -190,7 +222,10 @@ impl Migration<'_> {
                         downtime_limit: parameters.downtime_limit,
                         by_vcpu,
                     };
-                    self.slow_down(&pass, &parameters)?;
+                    if self.slow_down(&pass, &parameters)? {
+                        // It writes less from now on.
+                        passes.written.clear();
+                    }
                 }
                 Decision::Switch | Decision::Force => return Ok(passes),
                 Decision::GiveUp => return Err(self.not_converged(&passes)),
@@ -230,12 +265,32 @@ impl Migration<'_> {
         self.send("the list of RAM blocks")
     }
 
-    /// Makes the vCPUs rest more, if the user allows it and it is needed.
-    fn slow_down(&mut self, pass: &Pass, parameters: &Parameters) -> Result<(), SourceError> {
+    /// How it would go from here, after a pass that had `before` bytes to send: how much longer until the
+    /// guest runs there, and how much of that it stands still. `None` if it would not come to an end.
+    fn course(
+        &self,
+        passes: &Passes,
+        before: u64,
+        limit: Duration,
+    ) -> Option<(Duration, Duration)> {
+        let ram_bytes = passes.blocks.iter().map(|block| block.len).sum();
+        let measured = Measured {
+            ram_bytes: self.on_the_wire(ram_bytes),
+            data_bytes: self.on_the_wire(passes.remaining()),
+            bandwidth: passes.rate.bytes_per_s()? as u64,
+            round_trip: self.round_trip,
+            hand_over: passes.hand_over,
+            dirtied: passes.written.clone(),
+        };
+        measured.from_here(self.on_the_wire(before), limit)
+    }
+
+    /// Makes the vCPUs rest more, if the user allows it and it is needed. Gives whether they do.
+    fn slow_down(&mut self, pass: &Pass, parameters: &Parameters) -> Result<bool, SourceError> {
         if !parameters.auto_converge {
-            return Ok(());
+            return Ok(false);
         }
-        let Some(rest) = self.throttle.after(pass, &parameters.throttle) else { return Ok(()) };
+        let Some(rest) = self.throttle.after(pass, &parameters.throttle) else { return Ok(false) };
         match &rest {
             Rest::All(percent) => {
                 tracing::info!(percent, "the guest writes faster than can be sent: its vCPUs rest");
@@ -246,7 +301,8 @@ impl Migration<'_> {
             ),
         }
         self.control.stats().throttle(&rest);
-        self.vm.throttle(&rest).map_err(SourceError::vm("making the vCPUs rest"))
+        self.vm.throttle(&rest).map_err(SourceError::vm("making the vCPUs rest"))?;
+        Ok(true)
     }
 
     /// Pages that each vCPU has written since this was asked last; none where that is not known.

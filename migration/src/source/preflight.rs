@@ -20,6 +20,7 @@ use super::rehearse::Rehearsal;
 use super::{Channel, Migration, SourceError, with_return_path};
 use crate::control::Control;
 use crate::dirty::DirtyBitmap;
+use crate::estimate::HandOver;
 use crate::forecast::{Forecast, Measured};
 use crate::guest::{DirtyTracker, GuestRam, PAGE_SIZE, SourceVm};
 use crate::manifest::{PREFLIGHT, REHEARSE, Verdict};
@@ -185,7 +186,9 @@ impl Migration<'_> {
                 return Ok(Err(Problem::new(kind::NO_FORECAST, "the forecast", "-", why, "")));
             }
         };
-        let measured = Measured { ram_bytes, data_bytes, bandwidth, round_trip, dirtied };
+        let hand_over = HandOver::of(&*self.vm, round_trip);
+        let measured =
+            Measured { ram_bytes, data_bytes, bandwidth, round_trip, hand_over, dirtied };
         let parameters = &self.parameters;
         Ok(Ok(measured.forecast(parameters.max_bandwidth, parameters.downtime_limit)))
     }

@@ -286,7 +286,11 @@ fn show(info: &Value, bar: &ProgressBar) {
             _ => text.push_str(&format!(", vCPUs rest {percent} %")),
         }
     }
-    if let Some(ms) = info["expected-downtime"].as_u64() {
+    let ms = |key: &str| info[key].as_u64();
+    if let Some(left) = ms("x-expected-total-time").zip(ms("total-time")) {
+        text.push_str(&format!(", about {} s to go", left.0.saturating_sub(left.1).div_ceil(1000)));
+    }
+    if let Some(ms) = ms("expected-downtime") {
         text.push_str(&format!(", downtime about {ms} ms"));
     }
     bar.set_message(text);
@@ -315,7 +319,12 @@ fn print_report(report: &Value) {
     if n("throttle-percent") != 0 {
         println!("the vCPUs rested for {} % of the time at last", n("throttle-percent"));
     }
-    println!("the guest stood still for {:.1} ms:", ms("downtime-ms"));
+    if let Some(expected) = report["first-forecast"]["total-ms"].as_f64() {
+        println!("after the first pass {:.3} s were expected", expected / 1e3);
+    }
+    let expected = report["expected-downtime-ms"].as_f64();
+    let expected = expected.map(|ms| format!(" ({ms:.1} ms were expected)")).unwrap_or_default();
+    println!("the guest stood still for {:.1} ms{expected}:", ms("downtime-ms"));
     for step in report["downtime-steps"].as_array().into_iter().flatten() {
         let name = step["step"].as_str().unwrap_or("?");
         println!("  {name:12} {:8.2} ms", step["ms"].as_f64().unwrap_or(0.0));

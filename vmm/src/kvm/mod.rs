@@ -11,14 +11,14 @@ mod shadow;
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use dirty_log::{DirtyLog, Slot, map_plainly};
 pub use ioevents::KvmIoEvents;
@@ -158,6 +158,20 @@ pub fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, KvmError> {
             r => return r.map(Arc::new).map_err(|e| KvmError::ioctl("KVM_CREATE_VM", e)),
         }
     }
+}
+
+/// A second handle on a vCPU, with which other threads read and set it while it stands still.
+pub fn second_handle(vm: &VmFd, vcpu: &VcpuFd) -> Result<VcpuFd, KvmError> {
+    let failed = |what: &str, source: io::Error| KvmError::Ioctl {
+        what: format!("{what} of a vCPU's descriptor"),
+        source,
+    };
+    // SAFETY: the descriptor is the vCPU's, and open as long as it is borrowed.
+    let own = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+    let copy = own.try_clone_to_owned().map_err(|source| failed("dup", source))?;
+    // SAFETY: the descriptor is a copy that nobody else has.
+    let second = unsafe { vm.create_vcpu_from_rawfd(copy.into_raw_fd()) };
+    second.map_err(|e| failed("mmap", e.into()))
 }
 
 /// Asks for dirty logging in which pages are protected again only when the log is cleared, and

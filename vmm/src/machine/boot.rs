@@ -5,6 +5,7 @@ use std::sync::PoisonError;
 use arch::acpi::{self, AcpiConfig};
 use arch::boot::{self, AcpiArea, BootConfig, KernelSource, RamMap};
 use arch::layout;
+use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Machine, MachineError};
@@ -58,16 +59,15 @@ impl Machine {
                 }),
             },
         )?;
-        for vcpu in &self.vcpus {
-            let index = vcpu.index();
-            vcpu.job(move |fd| {
+        self.on_all(|index| {
+            move |fd: &VcpuFd| {
                 arch::vcpu_init::reset_msrs(index, fd)?;
                 if index == 0 {
                     boot::setup_bsp(fd, &entry)?;
                 }
                 Ok::<_, MachineError>(())
-            })??;
-        }
+            }
+        })?;
         Ok(())
     }
 
@@ -75,10 +75,7 @@ impl Machine {
     fn boot_firmware(&self) -> Result<(), MachineError> {
         self.provide_firmware()?;
         self.show_firmware()?;
-        for vcpu in &self.vcpus {
-            let index = vcpu.index();
-            vcpu.job(move |fd| arch::vcpu_init::reset_misc(index, fd))??;
-        }
+        self.on_all(|index| move |fd: &VcpuFd| arch::vcpu_init::reset_misc(index, fd))?;
         Ok(())
     }
 

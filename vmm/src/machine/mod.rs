@@ -3,15 +3,15 @@
 mod boot;
 mod error;
 mod firmware;
+mod vcpus;
 
-use std::sync::mpsc::Receiver;
+use std::num::NonZero;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use arch::clock::ClockBase;
 use arch::cpu_model::{CpuModel, CpuModelName};
 use arch::cpuid::CpuProfile;
-use arch::error::KvmError;
 use arch::host::KvmHost;
 use arch::irqchip::IrqchipState;
 use arch::msr::Msr;
@@ -19,7 +19,7 @@ use arch::trial::VcpuNeeds;
 use arch::vcpu_state::VcpuState;
 use arch::wire::{Loss, Registers, WireContext, XsaveLayout};
 use devices::bus::IoBus;
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::VmFd;
 
 pub use error::MachineError;
 
@@ -31,7 +31,7 @@ use crate::kvm::{self, DirtyLog, KvmIoEvents, KvmMsi, KvmRouting};
 use crate::memory::Ram;
 use crate::power::{MachineEvent, MachineEvents};
 use crate::timers::{TimerBell, Timers};
-use crate::vcpu::{Vcpu, VcpuError, install_kick_handler};
+use crate::vcpu::{Vcpu, install_kick_handler};
 
 /// How long a vCPU may take to leave the kernel. It does so within microseconds unless the host
 /// is overloaded; a guest cannot hold it up.
@@ -48,6 +48,8 @@ struct PowerOn {
 /// Fields are dropped in this order: vCPUs first, so that nobody uses a device that is going.
 pub struct Machine {
     vcpus: Vec<Vcpu>,
+    /// How many threads can run at a time.
+    processors: usize,
     /// Kept for its thread, which ends when this is dropped.
     _io: IoThread,
     /// The devices and how they are wired.
@@ -146,6 +148,7 @@ impl Machine {
             let died = events.clone();
             vcpus.push(Vcpu::spawn(
                 index,
+                kvm::second_handle(&vm, &fd)?,
                 fd,
                 bus.clone(),
                 ram.guest().clone(),
@@ -157,6 +160,7 @@ impl Machine {
         let power_on = PowerOn { vcpus: states, chips: IrqchipState::capture(&vm)? };
         let machine = Self {
             vcpus,
+            processors: available_parallelism().map_or(1, NonZero::get),
             _io: io.start()?,
             board,
             bell,
@@ -239,12 +243,11 @@ impl Machine {
         }
     }
 
-    /// A guest's watchdogs would take the time for a hang (Linux, api.rst, KVM_KVMCLOCK_CTRL). Each vCPU
-    /// does it in its own thread, right before it runs.
+    /// A guest's watchdogs would take the time for a hang (Linux, api.rst, KVM_KVMCLOCK_CTRL).
     fn tell_guests_they_stood_still(&self) {
         for vcpu in &self.vcpus {
             // A guest that does not use kvmclock has nothing to be told (EINVAL).
-            let _ = vcpu.start_job(|fd| fd.kvmclock_ctrl());
+            let _ = vcpu.handle().kvmclock_ctrl();
         }
     }
 
@@ -287,64 +290,4 @@ impl Machine {
             host: self.host.clone(),
         }
     }
-
-    /// All vCPUs' states. They must be paused.
-    pub fn capture_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
-        on_all(&self.vcpus, |index| {
-            let host = self.host.clone();
-            move |fd: &mut VcpuFd| VcpuState::capture(index, fd, &host)
-        })
-    }
-
-    /// Gives all vCPUs their states.
-    pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
-        self.give_each(states, |state, fd, host| state.restore(fd, host))
-    }
-
-    /// Sets all vCPUs' TSCs to what they must be now that the VM's clock has been set.
-    pub fn restore_tscs(&self, states: &[VcpuState], base: ClockBase) -> Result<(), MachineError> {
-        self.give_each(states, move |state, fd, host| state.restore_tsc(fd, host, &base))
-    }
-
-    /// Gives vCPUs that have never run another processor's CPUID.
-    pub fn show_cpu(&self, cpu: &CpuProfile) -> Result<(), MachineError> {
-        let count = self.config.smp;
-        on_all(&self.vcpus, |index| {
-            let (cpu, host) = (cpu.clone(), self.host.clone());
-            move |fd: &mut VcpuFd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host)
-        })?;
-        Ok(())
-    }
-
-    /// Gives every vCPU that has a state that state by `give`.
-    fn give_each(
-        &self,
-        states: &[VcpuState],
-        give: impl Fn(&VcpuState, &VcpuFd, &KvmHost) -> Result<(), KvmError> + Copy + Send + 'static,
-    ) -> Result<(), MachineError> {
-        let mut states = states.iter();
-        let given = self.vcpus.get(..states.len()).unwrap_or(&self.vcpus);
-        on_all(given, |_| {
-            let (state, host) = (states.next().cloned(), self.host.clone());
-            move |fd: &mut VcpuFd| state.map_or(Ok(()), |state| give(&state, fd, &host))
-        })?;
-        Ok(())
-    }
-}
-
-/// Has every vCPU, which must be paused, do the job that is made for its index, in its own thread and all at
-/// the same time; gives their answers in the vCPUs' order.
-fn on_all<T, E, J>(vcpus: &[Vcpu], mut job: impl FnMut(u32) -> J) -> Result<Vec<T>, MachineError>
-where
-    T: Send + 'static,
-    E: Into<MachineError> + Send + 'static,
-    J: FnOnce(&mut VcpuFd) -> Result<T, E> + Send + 'static,
-{
-    let start = |vcpu: &Vcpu| (vcpu.index(), vcpu.start_job(job(vcpu.index())));
-    // All are started before the first is waited for.
-    let started: Vec<_> = vcpus.iter().map(start).collect();
-    let wait = |(index, answer): (u32, Receiver<Result<T, E>>)| {
-        answer.recv().map_err(|_| VcpuError::Stopped(index))?.map_err(E::into)
-    };
-    started.into_iter().map(wait).collect()
 }

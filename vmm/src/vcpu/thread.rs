@@ -77,15 +77,18 @@ impl Shared {
 /// One vCPU. Dropping it stops the vCPU and joins its thread.
 pub struct Vcpu {
     index: u32,
+    handle: Arc<VcpuFd>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Vcpu {
-    /// Starts the thread of vCPU `index`, paused. While something is `pending` it does not run. `log` is
-    /// where it empties a dirty ring that is full.
+    /// Starts the thread of vCPU `index`, paused, which has it as `fd`; `handle` is a second one for others.
+    /// While something is `pending` it does not run. `log` is where it empties a dirty ring that is full.
+    #[expect(clippy::too_many_arguments, reason = "each is another part of the machine")]
     pub fn spawn(
         index: u32,
+        handle: VcpuFd,
         fd: VcpuFd,
         bus: Arc<IoBus>,
         ram: GuestRamRef,
@@ -108,7 +111,13 @@ impl Vcpu {
             .name(format!("vcpu{index}"))
             .spawn(move || runner.live())
             .map_err(|e| VcpuError::Spawn(index, e))?;
-        Ok(Self { index, shared, thread: Some(thread) })
+        Ok(Self { index, handle: Arc::new(handle), shared, thread: Some(thread) })
+    }
+
+    /// The vCPU for threads other than its own. The kernel lets one caller at a time have it, so while it runs
+    /// a call would wait for its next exit, perhaps for ever: only for one that is paused.
+    pub fn handle(&self) -> &Arc<VcpuFd> {
+        &self.handle
     }
 
     /// Its number, from 0.

@@ -124,6 +124,10 @@ fn report(vm: &dyn VmControl) -> Option<Value> {
         "setup-ms": ms(report.setup),
         "downtime-ms": report.downtime.map(ms),
         "downtime-steps": steps.collect::<Vec<_>>(),
+        "expected-downtime-ms": report.expected_downtime.map(ms),
+        "first-forecast": report.first_forecast.map(|expected| {
+            json!({ "total-ms": ms(expected.total), "downtime-ms": ms(expected.downtime) })
+        }),
         "passes": report.passes,
         "ram-bytes": report.ram_bytes,
         "transferred-bytes": report.transferred_bytes,

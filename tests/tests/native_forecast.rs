@@ -1,0 +1,72 @@
+//! What is said beforehand is what comes: how long a migration takes, after its first pass, and how long the
+//! guest stands still, when it is stopped. Over a link of 200 Mbit/s, so that the link decides.
+
+use serde_json::{Value, json};
+use system_tests::guest::Guest;
+use system_tests::network;
+
+/// Moves a guest of 64 MiB, all in use, and gives the report.
+fn move_one(params: &str) -> Value {
+    let mut here = Guest::ready("64M", 1, params);
+    let mut there = Guest::incoming("64M", 1);
+    let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
+    let out = command.args(["--json", "--downtime", "300ms"]).output().expect("it starts");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+    there.is_whole();
+    let said: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    said["report"].clone()
+}
+
+/// Whether `found` is what was `expected`, within a fifth and `slack`, in ms.
+fn is_near(what: &str, report: &Value, expected: &Value, found: &Value, slack: f64) {
+    let ms = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("no {what}: {report:#}"));
+    let (expected, found) = (ms(expected), ms(found));
+    println!("{what}: {expected:.1} ms expected, {found:.1} ms found");
+    let off = (expected - found).abs();
+    assert!(off <= found * 0.2 + slack, "{what}: {expected} and {found}: {report:#}");
+}
+
+#[test]
+fn a_migration_takes_what_was_said_after_its_first_pass() {
+    network::isolate();
+    network::shape("200mbit");
+    for params in [
+        // Each pass has less to send than the one before.
+        "set=40M,rate=1500,verify=500",
+        // The same pages again and again: no pass leaves fewer, and they are what the guest waits for.
+        "set=4M,rate=8000,verify=500",
+        "set=0,verify=500",
+    ] {
+        println!("{params}");
+        let report = move_one(params);
+        let first = &report["first-forecast"];
+        is_near("in all", &report, &first["total-ms"], &report["total-ms"], 25.0);
+        let (expected, found) = (&report["expected-downtime-ms"], &report["downtime-ms"]);
+        is_near("downtime", &report, expected, found, 25.0);
+        assert!(report["downtime-ms"].as_f64() < Some(300.0), "the limit: {report:#}");
+    }
+}
+
+#[test]
+fn whoever_asks_meanwhile_is_told() {
+    let here = Guest::ready("64M", 1, "set=16M,rate=2000,verify=500");
+    let mut there = Guest::incoming("64M", 1);
+    let slow = json!({ "max-bandwidth": 24 << 20, "downtime-limit": 20 });
+    let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+    let told = system_tests::wait::until(
+        "a forecast",
+        60,
+        || {
+            let info = qmp.ask("query-migrate");
+            assert!(matches!(info["status"].as_str(), Some("setup" | "active")), "{info}");
+            info["x-expected-total-time"].as_u64()
+        },
+        || "",
+    );
+    let info = qmp.wait_migrated(60);
+    let total = info["total-time"].as_u64().expect("a time");
+    assert!(info.get("x-expected-total-time").is_none(), "it is over: {info}");
+    assert!(told > total / 2 && told < total * 2, "{told} was said, {total} it took");
+    there.is_whole();
+}

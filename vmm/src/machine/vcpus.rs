@@ -1,0 +1,89 @@
+//! The same for every vCPU, while all of them stand still.
+
+use std::sync::Arc;
+
+use arch::clock::ClockBase;
+use arch::cpuid::CpuProfile;
+use arch::error::KvmError;
+use arch::host::KvmHost;
+use arch::vcpu_state::VcpuState;
+use kvm_ioctls::VcpuFd;
+
+use super::{Machine, MachineError};
+use crate::vcpu::{Vcpu, VcpuError};
+
+impl Machine {
+    /// All vCPUs' states.
+    pub fn capture_vcpus(&self) -> Result<Vec<VcpuState>, MachineError> {
+        self.on_all(|index| {
+            let host = self.host.clone();
+            move |fd: &VcpuFd| VcpuState::capture(index, fd, &host)
+        })
+    }
+
+    /// Gives all vCPUs their states.
+    pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<(), MachineError> {
+        self.give_each(states, |state, fd, host| state.restore(fd, host))
+    }
+
+    /// Sets all vCPUs' TSCs to what they must be now that the VM's clock has been set.
+    pub fn restore_tscs(&self, states: &[VcpuState], base: ClockBase) -> Result<(), MachineError> {
+        self.give_each(states, move |state, fd, host| state.restore_tsc(fd, host, &base))
+    }
+
+    /// Gives vCPUs that have never run another processor's CPUID.
+    pub fn show_cpu(&self, cpu: &CpuProfile) -> Result<(), MachineError> {
+        let count = self.config.smp;
+        self.on_all(|index| {
+            let (cpu, host) = (cpu.clone(), self.host.clone());
+            move |fd: &VcpuFd| arch::vcpu_init::init_vcpu(index, count, fd, &cpu, &host)
+        })?;
+        Ok(())
+    }
+
+    /// Gives every vCPU that has a state that state by `give`.
+    fn give_each(
+        &self,
+        states: &[VcpuState],
+        give: impl Fn(&VcpuState, &VcpuFd, &KvmHost) -> Result<(), KvmError> + Copy + Send + 'static,
+    ) -> Result<(), MachineError> {
+        self.on_all(|index| {
+            let (state, host) = (states.get(index as usize).cloned(), self.host.clone());
+            move |fd: &VcpuFd| state.map_or(Ok(()), |state| give(&state, fd, &host))
+        })?;
+        Ok(())
+    }
+
+    /// Does for every vCPU, which must be paused, the job that is made for its index; gives the answers in the
+    /// vCPUs' order. The vCPUs are shared out to as many threads as there are processors, this one among them:
+    /// a thread that is woken for some microseconds of work and finds no processor costs more than it brings.
+    pub(super) fn on_all<T, E, J>(
+        &self,
+        mut job: impl FnMut(u32) -> J,
+    ) -> Result<Vec<T>, MachineError>
+    where
+        T: Send + 'static,
+        E: Into<MachineError> + Send + 'static,
+        J: FnOnce(&VcpuFd) -> Result<T, E> + Send + 'static,
+    {
+        let each = self.vcpus.len().div_ceil(self.processors).max(1);
+        let mut shares = self.vcpus.chunks(each).map(|vcpus| -> (&Vcpu, Share<T, E>) {
+            let work = vcpus.iter().map(|vcpu| (vcpu.handle().clone(), job(vcpu.index())));
+            let work: Vec<(Arc<VcpuFd>, J)> = work.collect();
+            (&vcpus[0], Box::new(move || work.into_iter().map(|(fd, job)| job(&fd)).collect()))
+        });
+        let mine = shares.next();
+        // All are started before the first is waited for.
+        let others: Vec<_> =
+            shares.map(|(vcpu, share)| (vcpu.index(), vcpu.start_job(move |_| share()))).collect();
+        let mut answers = mine.map_or(Ok(Vec::new()), |(_, share)| share()).map_err(E::into)?;
+        for (index, share) in others {
+            let share = share.recv().map_err(|_| VcpuError::Stopped(index))?;
+            answers.extend(share.map_err(E::into)?);
+        }
+        Ok(answers)
+    }
+}
+
+/// What one thread does for its share of the vCPUs.
+type Share<T, E> = Box<dyn FnOnce() -> Result<Vec<T>, E> + Send>;

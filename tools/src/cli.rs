@@ -97,7 +97,8 @@ stream says what loopback can do. Printed are medians and spread.
   downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \
 between two timer interrupts that the guest felt, by the host's clock
   throughput   the source's bytes by its total time
-  memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps
+  memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \
+migrating (only with --beside) the resident set size, for both sides share a program here
   first word   from exec to the guest's first byte on the serial port; QEMU's has its firmware in it
 
 Scenarios: idle, dirty (an eighth of memory rewritten at 78 MiB/s), hot (a quarter, as fast as the \
@@ -210,6 +211,9 @@ struct BenchArgs {
     /// Let destinations allocate the guest's memory as it comes, and not before
     #[arg(long)]
     fresh_memory: bool,
+    /// In each round of idle, look at both sides' memory in a slow move more, which counts for nothing else
+    #[arg(long)]
+    beside: bool,
     /// One more program to measure, another mini-vmm or another QEMU (repeatable)
     #[arg(long = "rival", value_name = "NAME=PATH", value_parser = bench::rival::parse)]
     rivals: Vec<(String, PathBuf)>,
@@ -423,6 +427,7 @@ impl BenchArgs {
             verify: self.verify,
             dirty_ring: self.dirty_ring,
             local: self.local,
+            beside: self.beside,
             prealloc: !self.fresh_memory,
             rounds: self.rounds,
             memory_mib: self.memory,

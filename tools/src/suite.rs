@@ -86,6 +86,7 @@ pub fn run(native_only: bool) -> Result<()> {
             verify: false,
             dirty_ring: None,
             local: false,
+            beside: false,
             prealloc: true,
             rounds: 1,
             memory_mib: 128,

@@ -23,6 +23,10 @@ pub enum Metric {
     MemorySource,
     /// The destination's, when the guest has arrived and the source has gone.
     MemoryDestination,
+    /// The source's (resident set) while its guest's memory is sent: the most of several looks.
+    MemorySourceMoving,
+    /// The destination's at the same moments.
+    MemoryDestinationMoving,
     /// From the start of the process to the guest's first instruction; only a mini-vmm says when that is.
     FirstInstruction,
     /// From the start of the process to the guest's first word on its serial port.
@@ -31,7 +35,7 @@ pub enum Metric {
 
 impl Metric {
     /// All, in the order of the table.
-    pub const ALL: [Metric; 10] = [
+    pub const ALL: [Metric; 12] = [
         Metric::Total,
         Metric::Downtime,
         Metric::DowntimeDestination,
@@ -40,6 +44,8 @@ impl Metric {
         Metric::OfIperf,
         Metric::MemorySource,
         Metric::MemoryDestination,
+        Metric::MemorySourceMoving,
+        Metric::MemoryDestinationMoving,
         Metric::FirstInstruction,
         Metric::FirstWord,
     ];
@@ -55,6 +61,10 @@ impl Metric {
             Metric::OfIperf => "throughput, part of iperf3's",
             Metric::MemorySource => "memory beside guest RAM, source, MiB",
             Metric::MemoryDestination => "memory beside guest RAM, destination, MiB",
+            Metric::MemorySourceMoving => "memory beside guest RAM, source, while migrating, MiB",
+            Metric::MemoryDestinationMoving => {
+                "memory beside guest RAM, destination, while migrating, MiB"
+            }
             Metric::FirstInstruction => "exec to the guest's first instruction, ms",
             Metric::FirstWord => "exec to the guest's first word, ms",
         }

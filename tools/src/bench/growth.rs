@@ -13,11 +13,12 @@ use tempfile::TempDir;
 
 use super::figures::Summary;
 use super::host::{self, Machine};
+use super::moved::{Order, move_guest};
 use super::plot;
 use super::rival::{Rival, Role, Way};
 use super::scenario::Scenario;
 use super::vm::Vm;
-use super::{OURS, move_guest};
+use super::{BANDWIDTH, OURS};
 use crate::error::{Doing, Error, Result};
 use crate::{process, setup};
 
@@ -238,7 +239,8 @@ impl Bench<'_> {
         let port = host::free_port()?;
         let mut destination = self.start(guest, &Role::Destination(port))?;
         destination.connect()?;
-        let moved = move_guest(source, &mut destination, self.rival, port)?;
+        let order = Order { port, bandwidth: BANDWIDTH, meanwhile: &mut |_, _, _| Ok(()) };
+        let moved = move_guest(source, &mut destination, self.rival, order)?;
         let downtime = moved.downtime_destination.unwrap_or_default();
         Ok([moved.total, downtime, moved.gap])
     }

@@ -220,10 +220,11 @@ impl Vm {
         }
     }
 
-    /// Waits until the migration is over, and gives the last answer of `query-migrate`.
-    pub fn migrated(&mut self) -> Result<Value> {
+    /// Waits until the migration is over, and gives the last answer of `query-migrate`. `look` gets each.
+    pub fn migrated(&mut self, look: &mut dyn FnMut(&Vm, &Value) -> Result<()>) -> Result<Value> {
         self.until("the migration's end", |vm| {
             let info = vm.ask("query-migrate", json!({}))?;
+            look(vm, &info)?;
             match info["status"].as_str() {
                 Some("completed") => Ok(Some(info)),
                 Some("failed" | "cancelled") => Err(vm.trouble(&format!("no migration: {info}"))),

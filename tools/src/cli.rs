@@ -99,10 +99,14 @@ between two timer interrupts that the guest felt, by the host's clock
   throughput   the source's bytes by its total time
   memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \
 migrating (only with --beside) the resident set size, for both sides share a program here
+  own work     (in `work`) pages that the guest got done in a ms of its own time, from the order to \
+migrate until it stands still, as a part of those in the two seconds before
   first word   from exec to the guest's first byte on the serial port; QEMU's has its firmware in it
 
 Scenarios: idle, dirty (an eighth of memory rewritten at 78 MiB/s), hot (a quarter, as fast as the \
-guest can; only when asked for). In none is any page zero. A rival is a QEMU or a mini-vmm, told \
+guest can; only when asked for), work (the guest rewrites and verifies memory without rest, and the \
+migration has a link of 10 Gbit/s, 1250 MB/s: how much of its work it does meanwhile; only when asked \
+for). In none is any page zero. A rival is a QEMU or a mini-vmm, told \
 apart by what it says to --version.
 
 To be sure of a change: build both, and name the older one with --rival old=PATH.";
@@ -193,7 +197,7 @@ struct BenchArgs {
     /// The guest's memory: 512M, 2G
     #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = mebibytes)]
     memory: u64,
-    /// What the guest does: idle, dirty, hot (repeatable; idle and dirty when not given)
+    /// What the guest does: idle, dirty, hot, work (repeatable; idle and dirty when not given)
     #[arg(long = "scenario", value_name = "NAME")]
     scenarios: Vec<String>,
     /// Measure both with so many connections as well, 2 to 16

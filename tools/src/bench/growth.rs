@@ -11,14 +11,14 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
+use super::OURS;
 use super::figures::Summary;
 use super::host::{self, Machine};
 use super::moved::{Order, move_guest};
 use super::plot;
 use super::rival::{Rival, Role, Way};
-use super::scenario::Scenario;
+use super::scenario::{Scenario, UNLIMITED};
 use super::vm::Vm;
-use super::{BANDWIDTH, OURS};
 use crate::error::{Doing, Error, Result};
 use crate::{process, setup};
 
@@ -232,14 +232,15 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Moves a guest of this kind: total time, downtime and gap, in ms.
     fn one(&self, guest: &Guest) -> Result<[f64; 3]> {
-        let scenario = Scenario { name: "growth", guest: guest.parameters.clone() };
+        let scenario =
+            Scenario { name: "growth", guest: guest.parameters.clone(), bandwidth: UNLIMITED };
         let mut source = self.start(guest, &Role::Source(&scenario))?;
         source.line(0, "selfcheck: ready")?;
         source.connect()?;
         let port = host::free_port()?;
         let mut destination = self.start(guest, &Role::Destination(port))?;
         destination.connect()?;
-        let order = Order { port, bandwidth: BANDWIDTH, meanwhile: &mut |_, _, _| Ok(()) };
+        let order = Order { port, bandwidth: UNLIMITED, meanwhile: &mut |_, _, _| Ok(()) };
         let moved = move_guest(source, &mut destination, self.rival, order)?;
         let downtime = moved.downtime_destination.unwrap_or_default();
         Ok([moved.total, downtime, moved.gap])

@@ -16,9 +16,12 @@ pub mod report;
 pub mod rival;
 pub mod scenario;
 pub mod vm;
+mod work;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -30,7 +33,7 @@ use host::Machine;
 use moved::{Moved, Order, move_guest, orders};
 use report::{Program, Results};
 use rival::{Rival, Role, Way};
-use scenario::Scenario;
+use scenario::{Scenario, UNLIMITED};
 use vm::Vm;
 
 /// The rows of this project's own program.
@@ -38,11 +41,11 @@ const OURS: &str = "mini-vmm";
 /// The rows that it is compared with.
 const THEIRS: &str = "qemu";
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// Bytes a second that no link reaches: no limit for anyone.
-const BANDWIDTH: u64 = 100 << 30;
 /// Memory that is touched before the first round, in guests: two live at a time, and the kernel may
 /// give each of them any memory that is free.
 const WARM: u64 = 9;
+/// How long a guest's work is measured before it is moved.
+const WORK_BEFORE: Duration = Duration::from_secs(2);
 /// The scenario in which it is looked at what else a slow move needs: it comes to an end however slow it is.
 const SLOWLY: &str = "idle";
 /// How long a move takes in which both sides' memory is looked at, in s.
@@ -205,9 +208,9 @@ fn measure(options: &Options) -> Result<Results> {
         memory_mib: options.memory_mib,
         prealloc: options.prealloc,
         rounds: options.rounds.max(1),
-        scenarios: scenarios.iter().map(|s| (s.name.to_owned(), s.guest.clone())).collect(),
+        scenarios: scenarios.iter().map(|s| (s.name.to_owned(), s.described())).collect(),
         programs: rivals.iter().map(|rival| bench.program(rival, &scenarios)).collect(),
-        migration: orders("tcp:127.0.0.1:PORT", BANDWIDTH)
+        migration: orders("tcp:127.0.0.1:PORT", UNLIMITED)
             .iter()
             .map(|(c, a)| format!("{c} {a}"))
             .collect(),
@@ -337,8 +340,22 @@ impl Bench<'_> {
         add(Metric::MemorySource, source.memory(ram)?.pss as f64 / MIB);
         source.connect()?;
         let (mut destination, port) = self.destination(rival)?;
-        let order = Order { port, bandwidth: BANDWIDTH, meanwhile: &mut |_, _, _| Ok(()) };
+        let mut before = None;
+        if scenario.works() {
+            let from = source.heard();
+            thread::sleep(WORK_BEFORE);
+            before = work::rate(&source.said(from));
+        }
+        let (from, mut said) = (source.heard(), String::new());
+        let mut listen = |source: &Vm, _: &Vm, _: &Value| {
+            if scenario.works() {
+                said = source.said(from);
+            }
+            Ok(())
+        };
+        let order = Order { port, bandwidth: scenario.bandwidth, meanwhile: &mut listen };
         let moved = move_guest(source, &mut destination, rival, order)?;
+        let work = work::rate(&said).zip(before).map(|(during, before)| during / before);
         let Moved { total, downtime, gap, .. } = moved;
         let throughput = moved.bytes / MIB / (total / 1e3).max(1e-3);
         add(Metric::Total, total);
@@ -348,6 +365,10 @@ impl Bench<'_> {
         add(Metric::Gap, gap);
         if let Some(downtime) = moved.downtime_destination {
             add(Metric::DowntimeDestination, downtime);
+        }
+        if let Some(work) = work {
+            println!("  {:8} {:10} worked at {work:.2} of its speed", scenario.name, rival.name);
+            add(Metric::Work, work);
         }
         add(Metric::MemoryDestination, destination.memory(ram)?.pss as f64 / MIB);
         println!(

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::figures::{Metric, Row, Summary};
 use super::host::Machine;
 use super::rival::VERIFIED;
+use super::scenario::WORK;
 use crate::error::{Doing, Error, Result};
 
 /// An idle guest's memory goes through one connection at least so fast as this part of `iperf3`'s stream.
@@ -17,6 +18,8 @@ const MIN_OF_IPERF: f64 = 0.85;
 const MAX_MEMORY_MIB: f64 = 8.0;
 /// ... and this on either side while the guest is moved.
 const MAX_MEMORY_MOVING_MIB: f64 = 16.0;
+/// A guest that is moved does at least this part of the work that it does else.
+const MIN_WORK: f64 = 0.85;
 /// The guest's first instruction may come at most this long after exec, in ms.
 const MAX_FIRST_INSTRUCTION_MS: f64 = 15.0;
 /// The guest's first word may come at most this long after exec, in ms.
@@ -199,7 +202,9 @@ impl Results {
                     ));
                 }
             };
-            for metric in [Metric::Total, Metric::Downtime, Metric::Gap] {
+            let compared = [Metric::Total, Metric::Downtime, Metric::Gap];
+            // Where the rate is limited, all take as long as the limit says.
+            for metric in compared.into_iter().filter(|_| scenario != WORK) {
                 check(metric, self.find(scenario, theirs, metric).map(|s| s.median));
             }
             check(Metric::MemorySource, Some(MAX_MEMORY_MIB));
@@ -208,6 +213,12 @@ impl Results {
             check(Metric::MemoryDestinationMoving, Some(MAX_MEMORY_MOVING_MIB));
             check(Metric::FirstInstruction, Some(MAX_FIRST_INSTRUCTION_MS));
             check(Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
+            let work = self.find(scenario, ours, Metric::Work).map(|s| s.median);
+            if scenario == WORK && work.is_none_or(|work| work < MIN_WORK) {
+                let found = work.map_or("not measured".to_owned(), |work| format!("{work:.2}"));
+                let title = Metric::Work.title();
+                missed.push(format!("{scenario}: {title}: {found}, {MIN_WORK} is wanted"));
+            }
             // The socket's speed.
             if let Some(of_iperf) = self.find(scenario, ours, Metric::OfIperf)
                 && self.prealloc
@@ -281,6 +292,19 @@ mod tests {
         for (mib, missed) in [(16.0, 0), (16.1, 1)] {
             large.rows[2].summary = Summary::of(&[mib]).unwrap();
             assert_eq!(large.missed("ours", "theirs").len(), missed, "{mib}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_slowed_down_misses_its_target_and_so_does_one_that_told_nothing() {
+        let mut slow = results(1.0, 15.0);
+        slow.scenarios[0].0 = WORK.into();
+        slow.rows.iter_mut().for_each(|row| row.scenario = WORK.into());
+        assert_eq!(slow.missed("ours", "theirs").len(), 1);
+        for (work, missed) in [(0.85, 0), (0.84, 1)] {
+            slow.rows[0].metric = Metric::Work;
+            slow.rows[0].summary = Summary::of(&[work]).unwrap();
+            assert_eq!(slow.missed("ours", "theirs").len(), missed, "{work}");
         }
     }
 

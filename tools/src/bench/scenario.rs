@@ -7,10 +7,19 @@ pub struct Scenario {
     pub name: &'static str,
     /// The guest's parameters.
     pub guest: String,
+    /// How many bytes a second the source may send.
+    pub bandwidth: u64,
 }
 
+/// Bytes a second that no link reaches: no limit for anyone.
+pub const UNLIMITED: u64 = 100 << 30;
+/// Bytes a second of a link of 10 Gbit/s, as hosts have.
+const LINK: u64 = 10_000_000_000 / 8;
+/// The scenario in which the guest's own work is measured.
+pub const WORK: &str = "work";
+
 /// The names of all, those first that are run when none is named.
-pub const NAMES: [&str; 3] = ["idle", "dirty", "hot"];
+pub const NAMES: [&str; 4] = ["idle", "dirty", "hot", WORK];
 /// How many of them are run when none is named.
 pub const USUAL: usize = 2;
 
@@ -21,14 +30,37 @@ impl Scenario {
     /// - `idle`: nothing is written but what the ticks write.
     /// - `dirty`: an eighth of memory is rewritten at 20,000 pages (78 MiB) a second.
     /// - `hot`: a quarter of memory is rewritten as fast as the guest can.
+    /// - `work`: the guest never rests. In turns it rewrites 64 pages of a thirty-second of memory and verifies
+    ///   64 pages of all memory; how many it gets done says how fast it is. So it pays for every page of its
+    ///   working set that is protected again, and all over memory for huge pages that are split; and
+    ///   its move still comes to an end, for the working set goes through the link in a sixth of the
+    ///   downtime limit. Source and destination get 10 Gbit/s: without a limit they would take 2 GiB in too
+    ///   short a time to measure anything, and the host's processors from the guest, which on a host of two
+    ///   processors has not one for itself as it is. It says how far it is ten times a second.
     pub fn named(name: &str, memory_mib: u64) -> Option<Scenario> {
         let name = NAMES.into_iter().find(|known| *known == name)?;
         let load = match name {
-            "idle" => "set=0".to_owned(),
-            "dirty" => format!("set={}M,rate=20000", memory_mib / 8),
-            _ => format!("set={}M,rate=0", memory_mib / 4),
+            "idle" => "set=0,verify=0".to_owned(),
+            "dirty" => format!("set={}M,rate=20000,verify=0", memory_mib / 8),
+            // More pages to verify in a second than anyone can.
+            WORK => format!("set={}M,rate=0,verify=1000000000,every=100", memory_mib / 32),
+            _ => format!("set={}M,rate=0,verify=0", memory_mib / 4),
         };
-        Some(Scenario { name, guest: format!("{load},verify=0,hz=250") })
+        let bandwidth = if name == WORK { LINK } else { UNLIMITED };
+        Some(Scenario { name, guest: format!("{load},hz=250"), bandwidth })
+    }
+
+    /// Whether the guest's own work is measured.
+    pub fn works(&self) -> bool {
+        self.name == WORK
+    }
+
+    /// The guest's parameters, and what the link is limited to, if it is.
+    pub fn described(&self) -> String {
+        match self.bandwidth {
+            UNLIMITED => self.guest.clone(),
+            limit => format!("{}; sent at {} MB/s at most", self.guest, limit / 1_000_000),
+        }
     }
 }
 
@@ -43,5 +75,9 @@ mod tests {
         }
         assert_eq!(Scenario::named("ilde", 64), None);
         assert!(Scenario::named("dirty", 2048).unwrap().guest.starts_with("set=256M,"));
+        assert!(!Scenario::named("hot", 64).unwrap().described().contains("MB/s"));
+        assert!(
+            Scenario::named(WORK, 64).unwrap().described().ends_with("; sent at 1250 MB/s at most")
+        );
     }
 }

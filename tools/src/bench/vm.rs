@@ -155,10 +155,21 @@ impl Vm {
 
     /// Sends the guest one letter; gives where its answer begins.
     pub fn say(&mut self, letter: u8) -> Result<usize> {
-        let from = self.heard.lock().unwrap_or_else(PoisonError::into_inner).text.len();
+        let from = self.heard();
         let sent = self.input.write_all(&[letter]).and_then(|()| self.input.flush());
         sent.doing(|| format!("talk to the guest of {}", self.title))?;
         Ok(from)
+    }
+
+    /// How many bytes the guest has said so far.
+    pub fn heard(&self) -> usize {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).text.len()
+    }
+
+    /// What it has said behind the first `from` bytes.
+    pub fn said(&self, from: usize) -> String {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.text.get(from..).unwrap_or_default().to_owned()
     }
 
     /// From the start of the process to the guest's first word, if it has said one.

@@ -197,6 +197,9 @@ struct BenchArgs {
     /// The guest's memory: 512M, 2G
     #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = mebibytes)]
     memory: u64,
+    /// The guest's vCPUs, 1 to 64, all of which tick and do its work
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=64))]
+    smp: u64,
     /// What the guest does: idle, dirty, hot, work (repeatable; idle and dirty when not given)
     #[arg(long = "scenario", value_name = "NAME")]
     scenarios: Vec<String>,
@@ -434,7 +437,7 @@ impl BenchArgs {
             beside: self.beside,
             prealloc: !self.fresh_memory,
             rounds: self.rounds,
-            memory_mib: self.memory,
+            size: bench::rival::Size { memory_mib: self.memory, vcpus: self.smp },
             iperf_seconds: 2,
         };
         let report = bench::Report { json: self.json, compare: self.compare, check: self.check };

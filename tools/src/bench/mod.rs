@@ -32,7 +32,7 @@ use figures::{Metric, Samples, Summary};
 use host::Machine;
 use moved::{Moved, Order, move_guest, orders};
 use report::{Program, Results};
-use rival::{Rival, Role, Way};
+use rival::{Rival, Role, Size, Way};
 use scenario::{Scenario, UNLIMITED};
 use vm::Vm;
 
@@ -78,8 +78,8 @@ pub struct Options {
     pub beside: bool,
     /// Rounds, at least 1.
     pub rounds: u32,
-    /// Guest memory in MiB.
-    pub memory_mib: u64,
+    /// How large the guest is.
+    pub size: Size,
     /// How long `iperf3` sends in each round, in seconds.
     pub iperf_seconds: u32,
 }
@@ -155,7 +155,7 @@ fn measure(options: &Options) -> Result<Results> {
         .scenarios
         .iter()
         .map(|name| {
-            Scenario::named(name, options.memory_mib).ok_or_else(|| Error::Bench {
+            Scenario::named(name, options.size).ok_or_else(|| Error::Bench {
                 what: format!("there is no scenario `{name}`"),
                 found: format!("there are {}", scenario::NAMES.join(", ")),
             })
@@ -175,7 +175,7 @@ fn measure(options: &Options) -> Result<Results> {
     let bench = Bench { options, dir: dir.path(), image: &image };
     let (mut samples, mut limits) = (Samples::default(), Vec::new());
     // So much that the kernel has little chance to hand out memory that is still cold.
-    let warm = (WARM * options.memory_mib).min(host::available_mib() / 4 * 3);
+    let warm = (WARM * options.size.memory_mib).min(host::available_mib() / 4 * 3);
     println!("touching {warm} MiB of memory once, so that nobody is the first to do so");
     host::warm_memory(warm);
     // Whoever is first gets memory that nobody had lately, whatever was touched before: seen to cost
@@ -205,7 +205,8 @@ fn measure(options: &Options) -> Result<Results> {
     let rival_names: Vec<&str> = rivals.iter().map(|rival| rival.name.as_str()).collect();
     Ok(Results {
         machine: Machine::this()?,
-        memory_mib: options.memory_mib,
+        memory_mib: options.size.memory_mib,
+        vcpus: options.size.vcpus,
         prealloc: options.prealloc,
         rounds: options.rounds.max(1),
         scenarios: scenarios.iter().map(|s| (s.name.to_owned(), s.described())).collect(),
@@ -238,7 +239,7 @@ impl Bench<'_> {
         let name = rival.name.trim_end_matches(rival::VERIFIED).trim_end_matches(rival::LOCAL);
         let roles = scenarios.first().map(Role::Source).into_iter().chain([Role::Destination(0)]);
         let line = |role| {
-            process::line(&rival.command(self.options.memory_mib, &role, image, qmp))
+            process::line(&rival.command(self.options.size, &role, image, qmp))
                 .replacen(&rival.program.display().to_string(), name, 1)
                 .replace("127.0.0.1:0", "127.0.0.1:PORT")
         };
@@ -256,7 +257,7 @@ impl Bench<'_> {
         };
         let qmp = self.dir.join(format!("{side}.qmp"));
         let _ = std::fs::remove_file(&qmp);
-        let command = rival.command(self.options.memory_mib, role, self.image, &qmp);
+        let command = rival.command(self.options.size, role, self.image, &qmp);
         Vm::start(format!("{}, {side}", rival.name), command, &qmp, self.dir)
     }
 
@@ -283,7 +284,7 @@ impl Bench<'_> {
     /// It is the resident set that counts here: source and destination share the pages of their program, of
     /// which the proportional set has half, and on two hosts they would not.
     fn beside(&self, rival: &Rival, scenario: &Scenario, samples: &mut Samples) -> Result<()> {
-        let ram = self.options.memory_mib << 20;
+        let ram = self.options.size.memory_mib << 20;
         let mut source = self.start(rival, &Role::Source(scenario))?;
         source.line(0, "selfcheck: ready")?;
         source.connect()?;
@@ -327,7 +328,7 @@ impl Bench<'_> {
         limit: f64,
         samples: &mut Samples,
     ) -> Result<()> {
-        let ram = self.options.memory_mib << 20;
+        let ram = self.options.size.memory_mib << 20;
         let mut add = |metric, value| samples.add(scenario.name, &rival.name, metric, value);
 
         let mut source = self.start(rival, &Role::Source(scenario))?;

@@ -43,6 +43,9 @@ pub struct Results {
     pub machine: Machine,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// The guest's vCPUs.
+    #[serde(default = "one")]
+    pub vcpus: u64,
     /// Whether destinations had allocated it when the move began.
     #[serde(default)]
     pub prealloc: bool,
@@ -58,6 +61,11 @@ pub struct Results {
     pub iperf3: Summary,
     /// The figures.
     pub rows: Vec<Row>,
+}
+
+/// The vCPUs of a run that does not say how many its guest had.
+fn one() -> u64 {
+    1
 }
 
 impl Results {
@@ -91,10 +99,11 @@ impl Results {
         let Machine { cpu, cpus, memory_mib, kernel } = &self.machine;
         let mut text = format!(
             "machine   {cpu}, {cpus} processors, {memory_mib} MiB, Linux {kernel}\n\
-             guest     {} MiB of memory, 1 vCPU, no page zero\n\
+             guest     {} MiB of memory, vCPUs: {}, no page zero\n\
              memory    of destinations: {}\n\
              rounds    {}, interleaved; median (least .. most)\n",
             self.memory_mib,
+            self.vcpus,
             if self.prealloc {
                 "allocated at their start"
             } else {
@@ -163,7 +172,8 @@ impl Results {
     /// How the medians changed since `old`, for what both have.
     pub fn changes(&self, old: &Results) -> String {
         let mut text = String::new();
-        if (&self.machine, self.memory_mib) != (&old.machine, old.memory_mib) {
+        let where_and_what = |run: &Results| (run.machine.clone(), run.memory_mib, run.vcpus);
+        if where_and_what(self) != where_and_what(old) {
             text.push_str("(another machine or size of guest: compare with care)\n");
         }
         for row in &self.rows {
@@ -256,6 +266,7 @@ mod tests {
         Results {
             machine: Machine { cpu: "c".into(), cpus: 1, memory_mib: 1, kernel: "k".into() },
             memory_mib: 64,
+            vcpus: 1,
             prealloc: true,
             rounds: 1,
             scenarios: vec![("idle".into(), "set=0".into())],
@@ -337,6 +348,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         new.save(file.path()).unwrap();
         assert_eq!(Results::load(file.path()).unwrap(), new);
+        let text = fs::read_to_string(file.path()).unwrap();
+        fs::write(file.path(), text.replace("\"vcpus\": 1,", "")).unwrap();
+        assert_eq!(Results::load(file.path()).unwrap().vcpus, 1, "older ones don't say");
         fs::write(file.path(), "{}").unwrap();
         assert!(Results::load(file.path()).is_err());
     }

@@ -1,5 +1,7 @@
 //! What the guest does while it is moved.
 
+use super::rival::Size;
+
 /// One load of the self-checking guest (`resources/selfcheck/README.md` has its parameters).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scenario {
@@ -24,7 +26,7 @@ pub const NAMES: [&str; 4] = ["idle", "dirty", "hot", WORK];
 pub const USUAL: usize = 2;
 
 impl Scenario {
-    /// The scenario of this name for a guest of `memory_mib`. In each, no page of RAM is zero and
+    /// The scenario of this name for a guest of this size. In each, no page of RAM is zero and
     /// the guest ticks 250 times a second, so that it feels gaps of 4 ms and more.
     ///
     /// - `idle`: nothing is written but what the ticks write.
@@ -33,11 +35,11 @@ impl Scenario {
     /// - `work`: the guest never rests. In turns it rewrites 64 pages of a thirty-second of memory and verifies
     ///   64 pages of all memory; how many it gets done says how fast it is. So it pays for every page of its
     ///   working set that is protected again, and all over memory for huge pages that are split; and
-    ///   its move still comes to an end, for the working set goes through the link in a sixth of the
+    ///   its move still comes to an end, for the working set goes through the link in about a sixth of the
     ///   downtime limit. Source and destination get 10 Gbit/s: without a limit they would take 2 GiB in too
     ///   short a time to measure anything, and the host's processors from the guest, which on a host of two
     ///   processors has not one for itself as it is. It says how far it is ten times a second.
-    pub fn named(name: &str, memory_mib: u64) -> Option<Scenario> {
+    pub fn named(name: &str, Size { memory_mib, vcpus }: Size) -> Option<Scenario> {
         let name = NAMES.into_iter().find(|known| *known == name)?;
         let load = match name {
             "idle" => "set=0,verify=0".to_owned(),
@@ -47,7 +49,8 @@ impl Scenario {
             _ => format!("set={}M,rate=0,verify=0", memory_mib / 4),
         };
         let bandwidth = if name == WORK { LINK } else { UNLIMITED };
-        Some(Scenario { name, guest: format!("{load},hz=250"), bandwidth })
+        let all = if vcpus > 1 { format!(",vcpus={vcpus}") } else { String::new() };
+        Some(Scenario { name, guest: format!("{load},hz=250{all}"), bandwidth })
     }
 
     /// Whether the guest's own work is measured.
@@ -70,14 +73,21 @@ mod tests {
 
     #[test]
     fn every_name_is_a_scenario_and_the_load_grows_with_memory() {
+        let small = Size { memory_mib: 64, vcpus: 1 };
+        let large = Size { memory_mib: 2048, vcpus: 4 };
+        assert!(Scenario::named("idle", large).unwrap().guest.ends_with(",vcpus=4"));
+        assert!(!Scenario::named("idle", small).unwrap().guest.contains("vcpus"));
         for name in NAMES {
-            assert_eq!(Scenario::named(name, 64).unwrap().name, name);
+            assert_eq!(Scenario::named(name, small).unwrap().name, name);
         }
-        assert_eq!(Scenario::named("ilde", 64), None);
-        assert!(Scenario::named("dirty", 2048).unwrap().guest.starts_with("set=256M,"));
-        assert!(!Scenario::named("hot", 64).unwrap().described().contains("MB/s"));
+        assert_eq!(Scenario::named("ilde", small), None);
+        assert!(Scenario::named("dirty", large).unwrap().guest.starts_with("set=256M,"));
+        assert!(!Scenario::named("hot", small).unwrap().described().contains("MB/s"));
         assert!(
-            Scenario::named(WORK, 64).unwrap().described().ends_with("; sent at 1250 MB/s at most")
+            Scenario::named(WORK, small)
+                .unwrap()
+                .described()
+                .ends_with("; sent at 1250 MB/s at most")
         );
     }
 }

@@ -95,7 +95,9 @@ stream says what loopback can do. Printed are medians and spread.
 
   total        as the source's query-migrate says
   downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \
-between two timer interrupts that the guest felt, by the host's clock
+between two timer interrupts that the guest felt (its first vCPU), by the host's clock
+  off          by how much a downtime contradicts that gap: it may be less by up to the 4 ms between two \
+ticks, and not more
   throughput   the source's bytes by its total time
   memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \
 migrating (only with --beside) the resident set size, for both sides share a program here

@@ -15,6 +15,11 @@ pub enum Metric {
     /// The longest time between two of the guest's timer interrupts, the move included, by the
     /// host's real time as the guest reads it.
     Gap,
+    /// How far the source's figure of the downtime is from what the guest may have felt; that figure is in
+    /// whole milliseconds, so up to 1 of it is rounding.
+    OffSource,
+    /// How far the destination's figure is from it.
+    OffDestination,
     /// Bytes on the wire by total time.
     Throughput,
     /// The same, as a part of what one `iperf3` stream reached in the same round.
@@ -37,11 +42,13 @@ pub enum Metric {
 
 impl Metric {
     /// All, in the order of the table.
-    pub const ALL: [Metric; 13] = [
+    pub const ALL: [Metric; 15] = [
         Metric::Total,
         Metric::Downtime,
         Metric::DowntimeDestination,
         Metric::Gap,
+        Metric::OffSource,
+        Metric::OffDestination,
         Metric::Throughput,
         Metric::OfIperf,
         Metric::MemorySource,
@@ -60,6 +67,8 @@ impl Metric {
             Metric::Downtime => "downtime, source's figure, ms",
             Metric::DowntimeDestination => "downtime, destination's figure, ms",
             Metric::Gap => "longest gap the guest felt, ms",
+            Metric::OffSource => "source's figure off what the guest felt, ms",
+            Metric::OffDestination => "destination's figure off what the guest felt, ms",
             Metric::Throughput => "throughput, MiB/s",
             Metric::OfIperf => "throughput, part of iperf3's",
             Metric::MemorySource => "memory beside guest RAM, source, MiB",

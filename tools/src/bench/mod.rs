@@ -15,6 +15,7 @@ pub mod plot;
 pub mod report;
 pub mod rival;
 pub mod scenario;
+mod targets;
 pub mod vm;
 mod work;
 
@@ -358,6 +359,7 @@ impl Bench<'_> {
         let moved = move_guest(source, &mut destination, rival, order)?;
         let work = work::rate(&said).zip(before).map(|(during, before)| during / before);
         let Moved { total, downtime, gap, .. } = moved;
+        add(Metric::OffSource, moved.off(downtime));
         let throughput = moved.bytes / MIB / (total / 1e3).max(1e-3);
         add(Metric::Total, total);
         add(Metric::Downtime, downtime);
@@ -366,6 +368,7 @@ impl Bench<'_> {
         add(Metric::Gap, gap);
         if let Some(downtime) = moved.downtime_destination {
             add(Metric::DowntimeDestination, downtime);
+            add(Metric::OffDestination, moved.off(downtime));
         }
         if let Some(work) = work {
             println!("  {:8} {:10} worked at {work:.2} of its speed", scenario.name, rival.name);

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::rival::{Kind, Rival};
+use super::scenario::TICK_MS;
 use super::vm::Vm;
 use crate::error::Result;
 
@@ -26,6 +27,20 @@ pub(super) struct Moved {
     pub(super) downtime: f64,
     pub(super) downtime_destination: Option<f64>,
     pub(super) gap: f64,
+}
+
+impl Moved {
+    /// By how many ms a figure of the downtime contradicts the longest gap between two of the guest's ticks.
+    ///
+    /// The first tick after a standstill comes at once if it was due meanwhile, or when what was left of its
+    /// period is over, if the timer stood still as well. So a guest that stood still for D, and was delayed
+    /// by nothing else, sees a gap between D and D plus one period; a figure less than the gap by up to a
+    /// period is right for all that can be seen. What is more than the gap, or less than the gap without a
+    /// period, is off by the difference. Whatever else kept the guest waiting counts as well, so on a busy
+    /// machine this is too high.
+    pub(super) fn off(&self, downtime: f64) -> f64 {
+        (downtime - self.gap).max(self.gap - TICK_MS - downtime).max(0.0)
+    }
 }
 
 /// The QMP commands of a migration to this address, with so many bytes a second at most.
@@ -84,6 +99,15 @@ pub(super) fn figure(line: &str, key: &str) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_downtime_is_right_within_a_tick_below_the_gap() {
+        let moved =
+            Moved { total: 0.0, bytes: 0.0, downtime: 0.0, downtime_destination: None, gap: 10.0 };
+        for (downtime, off) in [(10.0, 0.0), (6.0, 0.0), (8.0, 0.0), (5.5, 0.5), (12.0, 2.0)] {
+            assert_eq!(moved.off(downtime), off, "{downtime}");
+        }
+    }
 
     #[test]
     fn a_figure_is_found_by_its_whole_key() {

@@ -196,7 +196,7 @@ const QEMU_MACHINE: &str = "pc-i440fx-7.2,usb=off,vmport=off,hpet=off,graphics=o
 /// Without the last word QEMU ends at once on hosts whose KVM lacks `IA32_ARCH_CAPABILITIES`.
 const QEMU_CPU: &str = "host,-arch-capabilities";
 
-fn kind_of(version: &str) -> Option<Kind> {
+pub(super) fn kind_of(version: &str) -> Option<Kind> {
     if version.starts_with("mini-vmm ") {
         Some(Kind::MiniVmm)
     } else if version.contains("QEMU") {

@@ -13,6 +13,8 @@ pub struct Scenario {
     pub bandwidth: u64,
 }
 
+/// The time between two ticks of the guest, in ms.
+pub const TICK_MS: f64 = 4.0;
 /// Bytes a second that no link reaches: no limit for anyone.
 pub const UNLIMITED: u64 = 100 << 30;
 /// Bytes a second of a link of 10 Gbit/s, as hosts have.
@@ -49,8 +51,9 @@ impl Scenario {
             _ => format!("set={}M,rate=0,verify=0", memory_mib / 4),
         };
         let bandwidth = if name == WORK { LINK } else { UNLIMITED };
+        let hz = 1e3 / TICK_MS;
         let all = if vcpus > 1 { format!(",vcpus={vcpus}") } else { String::new() };
-        Some(Scenario { name, guest: format!("{load},hz=250{all}"), bandwidth })
+        Some(Scenario { name, guest: format!("{load},hz={hz}{all}"), bandwidth })
     }
 
     /// Whether the guest's own work is measured.

@@ -229,6 +229,9 @@ struct BenchArgs {
     /// Write the results to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw throughput, downtime, and the steps of mini-vmm's pause, in files of this directory
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
     /// Show what changed since the results in a file
     #[arg(long, value_name = "OLD.json")]
     compare: Option<PathBuf>,
@@ -442,7 +445,12 @@ impl BenchArgs {
             size: bench::rival::Size { memory_mib: self.memory, vcpus: self.smp },
             iperf_seconds: 2,
         };
-        let report = bench::Report { json: self.json, compare: self.compare, check: self.check };
+        let report = bench::Report {
+            json: self.json,
+            compare: self.compare,
+            plots: self.plots,
+            check: self.check,
+        };
         bench::run(&options, &report)
     }
 }

@@ -135,14 +135,56 @@ pub struct Row {
     pub summary: Summary,
 }
 
+/// One step of a guest's standstill, of those that a mini-vmm tells.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRow {
+    /// The scenario's name.
+    pub scenario: String,
+    /// The rival's name.
+    pub rival: String,
+    /// Who says so: `source` or `destination`. What they do at the same time, both count.
+    pub side: String,
+    /// The step's name, as in the report.
+    pub step: String,
+    /// How long it took, in ms.
+    pub summary: Summary,
+}
+
 /// All single measurements of a run.
 #[derive(Debug, Default)]
-pub struct Samples(Vec<(String, String, Metric, f64)>);
+pub struct Samples {
+    figures: Vec<(String, String, Metric, f64)>,
+    /// Scenario, rival, side and step, in the order in which they were first noted.
+    steps: Vec<([String; 4], Vec<f64>)>,
+}
 
 impl Samples {
     /// Notes one.
     pub fn add(&mut self, scenario: &str, rival: &str, metric: Metric, value: f64) {
-        self.0.push((scenario.to_owned(), rival.to_owned(), metric, value));
+        self.figures.push((scenario.to_owned(), rival.to_owned(), metric, value));
+    }
+
+    /// Notes how long a step took on a side, in ms.
+    pub fn add_step(&mut self, scenario: &str, rival: &str, side: &str, step: &str, ms: f64) {
+        let key = [scenario, rival, side, step].map(str::to_owned);
+        match self.steps.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, values)) => values.push(ms),
+            None => self.steps.push((key, vec![ms])),
+        }
+    }
+
+    /// What the steps come to, in the order in which they were first noted.
+    pub fn steps(&self) -> Vec<StepRow> {
+        let row = |([scenario, rival, side, step], values): &([String; 4], Vec<f64>)| {
+            Some(StepRow {
+                scenario: scenario.clone(),
+                rival: rival.clone(),
+                side: side.clone(),
+                step: step.clone(),
+                summary: Summary::of(values)?,
+            })
+        };
+        self.steps.iter().filter_map(row).collect()
     }
 
     /// What they come to, in the order of scenarios, metrics and rivals.
@@ -154,7 +196,7 @@ impl Samples {
                     let same = |(s, r, m, v): &(String, String, Metric, f64)| {
                         (s == scenario && r == rival && *m == metric).then_some(*v)
                     };
-                    let values: Vec<f64> = self.0.iter().filter_map(same).collect();
+                    let values: Vec<f64> = self.figures.iter().filter_map(same).collect();
                     rows.extend(Summary::of(&values).map(|summary| Row {
                         scenario: (*scenario).to_owned(),
                         rival: (*rival).to_owned(),
@@ -179,6 +221,22 @@ mod tests {
         assert_eq!((odd.median, odd.min, odd.max), (2.0, 1.0, 9.0));
         assert_eq!(odd.values, [9.0, 1.0, 2.0]);
         assert_eq!(Summary::of(&[4.0, 1.0, 2.0, 8.0]).unwrap().median, 3.0);
+    }
+
+    #[test]
+    fn a_steps_rounds_are_one_row() {
+        let mut samples = Samples::default();
+        for (step, ms) in [("pause", 1.0), ("drain", 9.0), ("pause", 3.0)] {
+            samples.add_step("idle", "a", "source", step, ms);
+        }
+        samples.add_step("idle", "a", "destination", "pause", 7.0);
+        let rows = samples.steps();
+        let short: Vec<_> =
+            rows.iter().map(|r| (r.side.as_str(), r.step.as_str(), r.summary.median)).collect();
+        assert_eq!(
+            short,
+            [("source", "pause", 2.0), ("source", "drain", 9.0), ("destination", "pause", 7.0)]
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod growth;
 pub mod host;
 pub mod memory;
 mod moved;
+mod picture;
 pub mod plot;
 pub mod report;
 pub mod rival;
@@ -92,6 +93,8 @@ pub struct Report {
     pub json: Option<PathBuf>,
     /// Compare them with those.
     pub compare: Option<PathBuf>,
+    /// Draw them there.
+    pub plots: Option<PathBuf>,
     /// A missed target is an error.
     pub check: bool,
 }
@@ -109,6 +112,11 @@ pub fn run(options: &Options, report: &Report) -> Result<()> {
     }
     if let Some(path) = &report.json {
         results.save(path)?;
+    }
+    if let Some(dir) = &report.plots {
+        for path in results.draw(dir)? {
+            println!("{}", path.display());
+        }
     }
     for (scenario, cost) in results.verifying() {
         println!(
@@ -223,6 +231,7 @@ fn measure(options: &Options) -> Result<Results> {
             values: Vec::new(),
         }),
         rows: samples.rows(&names, &rival_names),
+        steps: samples.steps(),
     })
 }
 
@@ -375,6 +384,9 @@ impl Bench<'_> {
             add(Metric::Work, work);
         }
         add(Metric::MemoryDestination, destination.memory(ram)?.pss as f64 / MIB);
+        for (side, step, ms) in &moved.steps {
+            samples.add_step(scenario.name, &rival.name, side, step, *ms);
+        }
         println!(
             "  {:8} {:10} {total:7.0} ms, stood still {downtime:.0} ms, felt {gap:.0} ms; \
              {throughput:.0} MiB/s; first word after {first_word:.0} ms; memory verified",

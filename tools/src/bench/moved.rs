@@ -27,6 +27,8 @@ pub(super) struct Moved {
     pub(super) downtime: f64,
     pub(super) downtime_destination: Option<f64>,
     pub(super) gap: f64,
+    /// Side, step and its time: what a mini-vmm tells of the standstill, in order.
+    pub(super) steps: Vec<(&'static str, String, f64)>,
 }
 
 impl Moved {
@@ -68,6 +70,11 @@ pub(super) fn move_guest(
         source.ask(command, arguments)?;
     }
     let info = source.migrated(&mut |source, info| (order.meanwhile)(source, destination, info))?;
+    let mut steps = Vec::new();
+    if rival.kind == Kind::MiniVmm {
+        let report = source.ask("x-mini-vmm-status", json!({}))?["report"].take();
+        steps.extend(steps_of("source", &report));
+    }
     drop(source);
 
     let from = destination.say(b's')?;
@@ -78,6 +85,7 @@ pub(super) fn move_guest(
     let downtime_destination = match rival.kind {
         Kind::MiniVmm => {
             let report = destination.ask("x-mini-vmm-status", json!({}))?["report"].take();
+            steps.extend(steps_of("destination", &report));
             Some(number(&report["downtime-ms"]))
         }
         Kind::Qemu => None,
@@ -88,7 +96,15 @@ pub(super) fn move_guest(
         downtime: number(&info["downtime"]),
         downtime_destination,
         gap,
+        steps,
     })
+}
+
+/// The steps of the standstill in a side's report.
+fn steps_of(side: &'static str, report: &Value) -> Vec<(&'static str, String, f64)> {
+    let all = report["downtime-steps"].as_array().into_iter().flatten();
+    all.filter_map(|step| Some((side, step["step"].as_str()?.to_owned(), step["ms"].as_f64()?)))
+        .collect()
 }
 
 /// The number behind `key=` in a line of the guest.
@@ -102,11 +118,24 @@ mod tests {
 
     #[test]
     fn a_downtime_is_right_within_a_tick_below_the_gap() {
-        let moved =
-            Moved { total: 0.0, bytes: 0.0, downtime: 0.0, downtime_destination: None, gap: 10.0 };
+        let moved = Moved {
+            total: 0.0,
+            bytes: 0.0,
+            downtime: 0.0,
+            downtime_destination: None,
+            gap: 10.0,
+            steps: vec![],
+        };
         for (downtime, off) in [(10.0, 0.0), (6.0, 0.0), (8.0, 0.0), (5.5, 0.5), (12.0, 2.0)] {
             assert_eq!(moved.off(downtime), off, "{downtime}");
         }
+    }
+
+    #[test]
+    fn steps_are_read_from_a_report() {
+        let report = json!({ "downtime-steps": [{ "step": "pause", "ms": 0.5 }, { "step": 1 }] });
+        assert_eq!(steps_of("source", &report), [("source", "pause".to_owned(), 0.5)]);
+        assert!(steps_of("source", &Value::Null).is_empty());
     }
 
     #[test]

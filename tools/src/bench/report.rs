@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::figures::{Metric, Row, Summary};
+use super::figures::{Metric, Row, StepRow, Summary};
 use super::host::Machine;
 use super::rival::VERIFIED;
 use crate::error::{Doing, Error, Result};
@@ -47,6 +47,9 @@ pub struct Results {
     pub iperf3: Summary,
     /// The figures.
     pub rows: Vec<Row>,
+    /// What the mini-vmms tell of the standstill.
+    #[serde(default)]
+    pub steps: Vec<StepRow>,
 }
 
 /// The vCPUs of a run that does not say how many its guest had.
@@ -220,6 +223,7 @@ pub(super) mod tests {
                 row("theirs", Metric::Total, theirs),
                 row("ours", Metric::FirstWord, 10.0),
             ],
+            steps: vec![],
         }
     }
 

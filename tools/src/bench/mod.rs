@@ -245,8 +245,9 @@ impl Bench<'_> {
     /// The commands as a person would type them.
     fn program(&self, rival: &Rival, scenarios: &[Scenario]) -> Program {
         let (image, qmp) = (Path::new("selfcheck.elf"), Path::new("QMP"));
-        // That it compares is said on the control socket.
-        let name = rival.name.trim_end_matches(rival::VERIFIED).trim_end_matches(rival::LOCAL);
+        // How many connections there are, and that it compares, is said on the control socket.
+        let name = rival.name.split('×').next().unwrap_or_default();
+        let name = name.split(" --").next().unwrap_or_default();
         let roles = scenarios.first().map(Role::Source).into_iter().chain([Role::Destination(0)]);
         let line = |role| {
             process::line(&rival.command(self.options.size, &role, image, qmp))

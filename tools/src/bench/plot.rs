@@ -58,13 +58,7 @@ fn draw_bars(path: &Path, x: &str, digits: usize, bars: &[(String, f64)]) -> Dra
         .x_label_area_size(40)
         .y_label_area_size(NAMES)
         .build_cartesian_2d(0.0..most * FIGURES, f64::from(count)..0.0)?;
-    chart
-        .configure_mesh()
-        .x_desc(x)
-        .disable_y_mesh()
-        .disable_y_axis()
-        .light_line_style(WHITE)
-        .draw()?;
+    chart.configure_mesh().x_desc(x).disable_y_mesh().disable_y_axis().max_light_lines(0).draw()?;
     for (at, (name, figure)) in bars.iter().enumerate() {
         let middle = at as f64 + 0.5;
         let corners = [(0.0, middle - 0.35), (*figure, middle + 0.35)];

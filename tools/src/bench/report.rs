@@ -177,7 +177,7 @@ impl Results {
                 if a == 0.0 { String::new() } else { format!("{:+.0} %", (b / a - 1.0) * 100.0) };
             let _ = writeln!(
                 text,
-                "{:6} {:12} {:42} {a:10.digits$} -> {b:10.digits$} {change:>8}{clear}",
+                "{:6} {:12} {:60} {a:10.digits$} -> {b:10.digits$} {change:>8}{clear}",
                 row.scenario,
                 row.rival,
                 row.metric.title(),

@@ -95,13 +95,20 @@ stream says what loopback can do. Printed are medians and spread.
 
   total        as the source's query-migrate says
   downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \
-between two timer interrupts that the guest felt, by the host's clock
+between two timer interrupts that the guest felt (its first vCPU), by the host's clock
+  off          by how much a downtime contradicts that gap: it may be less by up to the 4 ms between two \
+ticks, and not more
   throughput   the source's bytes by its total time
-  memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps
+  memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \
+migrating (only with --beside) the resident set size, for both sides share a program here
+  own work     (in `work`) pages that the guest got done in a ms of its own time, from the order to \
+migrate until it stands still, as a part of those in the two seconds before
   first word   from exec to the guest's first byte on the serial port; QEMU's has its firmware in it
 
 Scenarios: idle, dirty (an eighth of memory rewritten at 78 MiB/s), hot (a quarter, as fast as the \
-guest can; only when asked for). In none is any page zero. A rival is a QEMU or a mini-vmm, told \
+guest can; only when asked for), work (the guest rewrites and verifies memory without rest, and the \
+migration has a link of 10 Gbit/s, 1250 MB/s: how much of its work it does meanwhile; only when asked \
+for). In none is any page zero. A rival is a QEMU or a mini-vmm, told \
 apart by what it says to --version.
 
 To be sure of a change: build both, and name the older one with --rival old=PATH.";
@@ -192,7 +199,10 @@ struct BenchArgs {
     /// The guest's memory: 512M, 2G
     #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = mebibytes)]
     memory: u64,
-    /// What the guest does: idle, dirty, hot (repeatable; idle and dirty when not given)
+    /// The guest's vCPUs, 1 to 64, all of which tick and do its work
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=64))]
+    smp: u64,
+    /// What the guest does: idle, dirty, hot, work (repeatable; idle and dirty when not given)
     #[arg(long = "scenario", value_name = "NAME")]
     scenarios: Vec<String>,
     /// Measure both with so many connections as well, 2 to 16
@@ -210,12 +220,18 @@ struct BenchArgs {
     /// Let destinations allocate the guest's memory as it comes, and not before
     #[arg(long)]
     fresh_memory: bool,
+    /// In each round of idle, look at both sides' memory in a slow move more, which counts for nothing else
+    #[arg(long)]
+    beside: bool,
     /// One more program to measure, another mini-vmm or another QEMU (repeatable)
     #[arg(long = "rival", value_name = "NAME=PATH", value_parser = bench::rival::parse)]
     rivals: Vec<(String, PathBuf)>,
     /// Write the results to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw throughput, downtime, and the steps of mini-vmm's pause, in files of this directory
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
     /// Show what changed since the results in a file
     #[arg(long, value_name = "OLD.json")]
     compare: Option<PathBuf>,
@@ -423,12 +439,18 @@ impl BenchArgs {
             verify: self.verify,
             dirty_ring: self.dirty_ring,
             local: self.local,
+            beside: self.beside,
             prealloc: !self.fresh_memory,
             rounds: self.rounds,
-            memory_mib: self.memory,
+            size: bench::rival::Size { memory_mib: self.memory, vcpus: self.smp },
             iperf_seconds: 2,
         };
-        let report = bench::Report { json: self.json, compare: self.compare, check: self.check };
+        let report = bench::Report {
+            json: self.json,
+            compare: self.compare,
+            plots: self.plots,
+            check: self.check,
+        };
         bench::run(&options, &report)
     }
 }

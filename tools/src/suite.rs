@@ -86,9 +86,10 @@ pub fn run(native_only: bool) -> Result<()> {
             verify: false,
             dirty_ring: None,
             local: false,
+            beside: false,
             prealloc: true,
             rounds: 1,
-            memory_mib: 128,
+            size: bench::rival::Size { memory_mib: 128, vcpus: 1 },
             iperf_seconds: 1,
         };
         bench::run(&options, &bench::Report::default())

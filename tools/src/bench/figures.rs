@@ -15,6 +15,11 @@ pub enum Metric {
     /// The longest time between two of the guest's timer interrupts, the move included, by the
     /// host's real time as the guest reads it.
     Gap,
+    /// How far the source's figure of the downtime is from what the guest may have felt; that figure is in
+    /// whole milliseconds, so up to 1 of it is rounding.
+    OffSource,
+    /// How far the destination's figure is from it.
+    OffDestination,
     /// Bytes on the wire by total time.
     Throughput,
     /// The same, as a part of what one `iperf3` stream reached in the same round.
@@ -23,6 +28,12 @@ pub enum Metric {
     MemorySource,
     /// The destination's, when the guest has arrived and the source has gone.
     MemoryDestination,
+    /// The source's (resident set) while its guest's memory is sent: the most of several looks.
+    MemorySourceMoving,
+    /// The destination's at the same moments.
+    MemoryDestinationMoving,
+    /// How fast the guest does its own work while its memory is sent, as a part of how fast it does it before.
+    Work,
     /// From the start of the process to the guest's first instruction; only a mini-vmm says when that is.
     FirstInstruction,
     /// From the start of the process to the guest's first word on its serial port.
@@ -31,15 +42,20 @@ pub enum Metric {
 
 impl Metric {
     /// All, in the order of the table.
-    pub const ALL: [Metric; 10] = [
+    pub const ALL: [Metric; 15] = [
         Metric::Total,
         Metric::Downtime,
         Metric::DowntimeDestination,
         Metric::Gap,
+        Metric::OffSource,
+        Metric::OffDestination,
         Metric::Throughput,
         Metric::OfIperf,
         Metric::MemorySource,
         Metric::MemoryDestination,
+        Metric::MemorySourceMoving,
+        Metric::MemoryDestinationMoving,
+        Metric::Work,
         Metric::FirstInstruction,
         Metric::FirstWord,
     ];
@@ -51,10 +67,17 @@ impl Metric {
             Metric::Downtime => "downtime, source's figure, ms",
             Metric::DowntimeDestination => "downtime, destination's figure, ms",
             Metric::Gap => "longest gap the guest felt, ms",
+            Metric::OffSource => "source's figure off what the guest felt, ms",
+            Metric::OffDestination => "destination's figure off what the guest felt, ms",
             Metric::Throughput => "throughput, MiB/s",
             Metric::OfIperf => "throughput, part of iperf3's",
             Metric::MemorySource => "memory beside guest RAM, source, MiB",
             Metric::MemoryDestination => "memory beside guest RAM, destination, MiB",
+            Metric::MemorySourceMoving => "memory beside guest RAM, source, while migrating, MiB",
+            Metric::MemoryDestinationMoving => {
+                "memory beside guest RAM, destination, while migrating, MiB"
+            }
+            Metric::Work => "guest's own work while its memory is sent, part of before",
             Metric::FirstInstruction => "exec to the guest's first instruction, ms",
             Metric::FirstWord => "exec to the guest's first word, ms",
         }
@@ -64,7 +87,7 @@ impl Metric {
     pub fn digits(self) -> usize {
         match self {
             Metric::Total | Metric::Throughput | Metric::Downtime => 0,
-            Metric::OfIperf => 2,
+            Metric::OfIperf | Metric::Work => 2,
             _ => 1,
         }
     }
@@ -112,14 +135,56 @@ pub struct Row {
     pub summary: Summary,
 }
 
+/// One step of a guest's standstill, of those that a mini-vmm tells.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRow {
+    /// The scenario's name.
+    pub scenario: String,
+    /// The rival's name.
+    pub rival: String,
+    /// Who says so: `source` or `destination`. What they do at the same time, both count.
+    pub side: String,
+    /// The step's name, as in the report.
+    pub step: String,
+    /// How long it took, in ms.
+    pub summary: Summary,
+}
+
 /// All single measurements of a run.
 #[derive(Debug, Default)]
-pub struct Samples(Vec<(String, String, Metric, f64)>);
+pub struct Samples {
+    figures: Vec<(String, String, Metric, f64)>,
+    /// Scenario, rival, side and step, in the order in which they were first noted.
+    steps: Vec<([String; 4], Vec<f64>)>,
+}
 
 impl Samples {
     /// Notes one.
     pub fn add(&mut self, scenario: &str, rival: &str, metric: Metric, value: f64) {
-        self.0.push((scenario.to_owned(), rival.to_owned(), metric, value));
+        self.figures.push((scenario.to_owned(), rival.to_owned(), metric, value));
+    }
+
+    /// Notes how long a step took on a side, in ms.
+    pub fn add_step(&mut self, scenario: &str, rival: &str, side: &str, step: &str, ms: f64) {
+        let key = [scenario, rival, side, step].map(str::to_owned);
+        match self.steps.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, values)) => values.push(ms),
+            None => self.steps.push((key, vec![ms])),
+        }
+    }
+
+    /// What the steps come to, in the order in which they were first noted.
+    pub fn steps(&self) -> Vec<StepRow> {
+        let row = |([scenario, rival, side, step], values): &([String; 4], Vec<f64>)| {
+            Some(StepRow {
+                scenario: scenario.clone(),
+                rival: rival.clone(),
+                side: side.clone(),
+                step: step.clone(),
+                summary: Summary::of(values)?,
+            })
+        };
+        self.steps.iter().filter_map(row).collect()
     }
 
     /// What they come to, in the order of scenarios, metrics and rivals.
@@ -131,7 +196,7 @@ impl Samples {
                     let same = |(s, r, m, v): &(String, String, Metric, f64)| {
                         (s == scenario && r == rival && *m == metric).then_some(*v)
                     };
-                    let values: Vec<f64> = self.0.iter().filter_map(same).collect();
+                    let values: Vec<f64> = self.figures.iter().filter_map(same).collect();
                     rows.extend(Summary::of(&values).map(|summary| Row {
                         scenario: (*scenario).to_owned(),
                         rival: (*rival).to_owned(),
@@ -156,6 +221,22 @@ mod tests {
         assert_eq!((odd.median, odd.min, odd.max), (2.0, 1.0, 9.0));
         assert_eq!(odd.values, [9.0, 1.0, 2.0]);
         assert_eq!(Summary::of(&[4.0, 1.0, 2.0, 8.0]).unwrap().median, 3.0);
+    }
+
+    #[test]
+    fn a_steps_rounds_are_one_row() {
+        let mut samples = Samples::default();
+        for (step, ms) in [("pause", 1.0), ("drain", 9.0), ("pause", 3.0)] {
+            samples.add_step("idle", "a", "source", step, ms);
+        }
+        samples.add_step("idle", "a", "destination", "pause", 7.0);
+        let rows = samples.steps();
+        let short: Vec<_> =
+            rows.iter().map(|r| (r.side.as_str(), r.step.as_str(), r.summary.median)).collect();
+        assert_eq!(
+            short,
+            [("source", "pause", 2.0), ("source", "drain", 9.0), ("destination", "pause", 7.0)]
+        );
     }
 
     #[test]

@@ -11,13 +11,14 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
+use super::OURS;
 use super::figures::Summary;
 use super::host::{self, Machine};
+use super::moved::{Order, move_guest};
 use super::plot;
-use super::rival::{Rival, Role, Way};
-use super::scenario::Scenario;
+use super::rival::{Rival, Role, Size, Way};
+use super::scenario::{Scenario, UNLIMITED};
 use super::vm::Vm;
-use super::{OURS, move_guest};
 use crate::error::{Doing, Error, Result};
 use crate::{process, setup};
 
@@ -82,23 +83,27 @@ impl Series {
 
     fn guest(self, size: u64) -> Guest {
         let idle = "set=0,verify=0,hz=250";
-        let small = Guest { memory_mib: SMALL_MIB, vcpus: 1, disks: 0, parameters: idle.into() };
+        let one = Size { memory_mib: SMALL_MIB, vcpus: 1 };
+        let small = Guest { size: one, disks: 0, parameters: idle.into() };
         match self {
-            Series::Memory => Guest { memory_mib: size, ..small },
-            Series::Vcpus => {
-                Guest { vcpus: size, parameters: format!("{idle},vcpus={size}"), ..small }
-            }
+            Series::Memory => Guest { size: Size { memory_mib: size, ..one }, ..small },
+            Series::Vcpus => Guest {
+                size: Size { vcpus: size, ..one },
+                parameters: format!("{idle},vcpus={size}"),
+                ..small
+            },
             Series::Devices => Guest { disks: size, ..small },
-            Series::Sparse => {
-                Guest { memory_mib: size, parameters: format!("{idle},fill=200M"), ..small }
-            }
+            Series::Sparse => Guest {
+                size: Size { memory_mib: size, ..one },
+                parameters: format!("{idle},fill=200M"),
+                ..small
+            },
         }
     }
 }
 
 struct Guest {
-    memory_mib: u64,
-    vcpus: u64,
+    size: Size,
     disks: u64,
     parameters: String,
 }
@@ -182,7 +187,7 @@ fn measure(options: &Options) -> Result<Growth> {
     let mut taken: Vec<(Series, u64, [Vec<f64>; 3])> = Vec::new();
     for series in &options.series {
         for size in series.sizes() {
-            let needed = series.guest(*size).memory_mib as f64 * ROOM;
+            let needed = series.guest(*size).size.memory_mib as f64 * ROOM;
             if host::available_mib() as f64 > needed {
                 taken.push((*series, *size, Default::default()));
             } else {
@@ -231,14 +236,16 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Moves a guest of this kind: total time, downtime and gap, in ms.
     fn one(&self, guest: &Guest) -> Result<[f64; 3]> {
-        let scenario = Scenario { name: "growth", guest: guest.parameters.clone() };
+        let scenario =
+            Scenario { name: "growth", guest: guest.parameters.clone(), bandwidth: UNLIMITED };
         let mut source = self.start(guest, &Role::Source(&scenario))?;
         source.line(0, "selfcheck: ready")?;
         source.connect()?;
         let port = host::free_port()?;
         let mut destination = self.start(guest, &Role::Destination(port))?;
         destination.connect()?;
-        let moved = move_guest(source, &mut destination, self.rival, port)?;
+        let order = Order { port, bandwidth: UNLIMITED, meanwhile: &mut |_, _, _| Ok(()) };
+        let moved = move_guest(source, &mut destination, self.rival, order)?;
         let downtime = moved.downtime_destination.unwrap_or_default();
         Ok([moved.total, downtime, moved.gap])
     }
@@ -250,8 +257,7 @@ impl Bench<'_> {
         };
         let qmp = self.dir.join(format!("{side}.qmp"));
         let _ = fs::remove_file(&qmp);
-        let mut command = self.rival.command(guest.memory_mib, role, self.image, &qmp);
-        command.args(["--smp", &guest.vcpus.to_string()]);
+        let mut command = self.rival.command(guest.size, role, self.image, &qmp);
         for disk in 0..guest.disks {
             let path = self.dir.join(format!("{disk}.img"));
             let made = File::create(&path).and_then(|file| file.set_len(1 << 20));

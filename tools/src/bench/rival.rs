@@ -54,6 +54,15 @@ pub struct Way {
     pub local: bool,
 }
 
+/// How large a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub vcpus: u64,
+}
+
 /// What a VM is to do.
 pub enum Role<'a> {
     /// Boot the guest.
@@ -130,8 +139,9 @@ impl Rival {
 
     /// The command that starts a VM with its serial port at standard input and output and its
     /// control socket at `qmp`. `image` is the guest's ELF file.
-    pub fn command(&self, memory_mib: u64, role: &Role<'_>, image: &Path, qmp: &Path) -> Command {
+    pub fn command(&self, size: Size, role: &Role<'_>, image: &Path, qmp: &Path) -> Command {
         let mut command = Command::new(&self.program);
+        let (memory, vcpus) = (format!("{}M", size.memory_mib), size.vcpus.to_string());
         let (qmp, image) = (qmp.display(), image.display().to_string());
         match self.kind {
             Kind::MiniVmm => {
@@ -140,7 +150,7 @@ impl Rival {
                     Role::Destination(_) => "bench-destination",
                 };
                 command.args(["run", "--name", name, "--machine", "pc-i440fx-7.2"]);
-                command.args(["--cpu", "host", "--memory", &format!("{memory_mib}M")]);
+                command.args(["--cpu", "host", "--memory", &memory, "--smp", &vcpus]);
                 command.args(["--serial", "stdio", "--qmp", &format!("unix:{qmp}")]);
                 match role {
                     Role::Source(scenario) => {
@@ -159,7 +169,7 @@ impl Rival {
             Kind::Qemu => {
                 command.args(["-machine", QEMU_MACHINE, "-accel", "kvm", "-cpu", QEMU_CPU]);
                 command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-                command.args(["-m", &format!("{memory_mib}M"), "-serial", "stdio"]);
+                command.args(["-m", &memory, "-smp", &vcpus, "-serial", "stdio"]);
                 command.args(["-qmp", &format!("unix:{qmp},server=on,wait=off")]);
                 // The same on both sides, as a QEMU wants it.
                 command.args(["-kernel", &image]);
@@ -186,7 +196,7 @@ const QEMU_MACHINE: &str = "pc-i440fx-7.2,usb=off,vmport=off,hpet=off,graphics=o
 /// Without the last word QEMU ends at once on hosts whose KVM lacks `IA32_ARCH_CAPABILITIES`.
 const QEMU_CPU: &str = "host,-arch-capabilities";
 
-fn kind_of(version: &str) -> Option<Kind> {
+pub(super) fn kind_of(version: &str) -> Option<Kind> {
     if version.starts_with("mini-vmm ") {
         Some(Kind::MiniVmm)
     } else if version.contains("QEMU") {
@@ -218,6 +228,26 @@ mod tests {
         assert_eq!(kind_of("mini-vmm 0.1.0"), Some(Kind::MiniVmm));
         assert_eq!(kind_of("QEMU emulator version 7.2.22 (Debian)"), Some(Kind::Qemu));
         assert_eq!(kind_of("busybox"), None);
+    }
+
+    #[test]
+    fn both_sides_of_every_rival_are_of_the_size_that_is_wanted() {
+        let size = Size { memory_mib: 512, vcpus: 4 };
+        let scenario = Scenario::named("idle", size).unwrap();
+        for (kind, smp) in [(Kind::MiniVmm, "--smp 4"), (Kind::Qemu, "-smp 4")] {
+            let rival = Rival {
+                name: "x".into(),
+                program: "x".into(),
+                kind,
+                version: String::new(),
+                way: Way::default(),
+            };
+            for role in [Role::Source(&scenario), Role::Destination(1)] {
+                let command = rival.command(size, &role, Path::new("image"), Path::new("qmp"));
+                let line = process::line(&command);
+                assert!(line.contains(smp) && line.contains(" 512M"), "{line}");
+            }
+        }
     }
 
     #[test]

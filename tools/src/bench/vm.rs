@@ -155,10 +155,21 @@ impl Vm {
 
     /// Sends the guest one letter; gives where its answer begins.
     pub fn say(&mut self, letter: u8) -> Result<usize> {
-        let from = self.heard.lock().unwrap_or_else(PoisonError::into_inner).text.len();
+        let from = self.heard();
         let sent = self.input.write_all(&[letter]).and_then(|()| self.input.flush());
         sent.doing(|| format!("talk to the guest of {}", self.title))?;
         Ok(from)
+    }
+
+    /// How many bytes the guest has said so far.
+    pub fn heard(&self) -> usize {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).text.len()
+    }
+
+    /// What it has said behind the first `from` bytes.
+    pub fn said(&self, from: usize) -> String {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.text.get(from..).unwrap_or_default().to_owned()
     }
 
     /// From the start of the process to the guest's first word, if it has said one.
@@ -220,16 +231,21 @@ impl Vm {
         }
     }
 
-    /// Waits until the migration is over, and gives the last answer of `query-migrate`.
-    pub fn migrated(&mut self) -> Result<Value> {
+    /// Waits until the migration is over, and gives the last answer of `query-migrate`. `look` gets each.
+    ///
+    /// A QEMU first says that it has completed, and then counts how long that took: who asks between the two
+    /// hears of no time at all.
+    pub fn migrated(&mut self, look: &mut dyn FnMut(&Vm, &Value) -> Result<()>) -> Result<Value> {
         self.until("the migration's end", |vm| {
             let info = vm.ask("query-migrate", json!({}))?;
+            look(vm, &info)?;
             match info["status"].as_str() {
-                Some("completed") => Ok(Some(info)),
+                Some("completed") if info["total-time"].as_u64() > Some(0) => Ok(Some(())),
                 Some("failed" | "cancelled") => Err(vm.trouble(&format!("no migration: {info}"))),
                 _ => Ok(None),
             }
-        })
+        })?;
+        self.ask("query-migrate", json!({}))
     }
 
     /// What it uses beside the guest's RAM of `ram` bytes.

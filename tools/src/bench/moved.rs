@@ -1,0 +1,148 @@
+//! One move of a guest, and what it came to.
+
+use serde_json::{Value, json};
+
+use super::rival::{Kind, Rival};
+use super::scenario::TICK_MS;
+use super::vm::Vm;
+use crate::error::Result;
+
+/// How long the guest may stand still, in ms: QEMU's default.
+const DOWNTIME_LIMIT: u64 = 300;
+
+/// How a guest is to be moved.
+pub(super) struct Order<'a> {
+    /// The destination listens at this port of loopback.
+    pub(super) port: u16,
+    /// The source may send so many bytes a second.
+    pub(super) bandwidth: u64,
+    /// Called every few ms with source, destination, and what the source's `query-migrate` says.
+    pub(super) meanwhile: &'a mut dyn FnMut(&Vm, &Vm, &Value) -> Result<()>,
+}
+
+/// What a move came to; times in ms.
+pub(super) struct Moved {
+    pub(super) total: f64,
+    pub(super) bytes: f64,
+    pub(super) downtime: f64,
+    pub(super) downtime_destination: Option<f64>,
+    pub(super) gap: f64,
+    /// Side, step and its time: what a mini-vmm tells of the standstill, in order.
+    pub(super) steps: Vec<(&'static str, String, f64)>,
+}
+
+impl Moved {
+    /// By how many ms a figure of the downtime contradicts the longest gap between two of the guest's ticks.
+    ///
+    /// The first tick after a standstill comes at once if it was due meanwhile, or when what was left of its
+    /// period is over, if the timer stood still as well. So a guest that stood still for D, and was delayed
+    /// by nothing else, sees a gap between D and D plus one period; a figure less than the gap by up to a
+    /// period is right for all that can be seen. What is more than the gap, or less than the gap without a
+    /// period, is off by the difference. Whatever else kept the guest waiting counts as well, so on a busy
+    /// machine this is too high.
+    pub(super) fn off(&self, downtime: f64) -> f64 {
+        (downtime - self.gap).max(self.gap - TICK_MS - downtime).max(0.0)
+    }
+}
+
+/// The QMP commands of a migration to this address, with so many bytes a second at most.
+pub(super) fn orders(uri: &str, bandwidth: u64) -> [(&'static str, Value); 2] {
+    let parameters = json!({ "max-bandwidth": bandwidth, "downtime-limit": DOWNTIME_LIMIT });
+    [("migrate-set-parameters", parameters), ("migrate", json!({ "uri": uri }))]
+}
+
+/// Moves a guest that is ready to a destination that listens, ends its source, and has it verify all of its
+/// memory. Both are connected.
+pub(super) fn move_guest(
+    mut source: Vm,
+    destination: &mut Vm,
+    rival: &Rival,
+    order: Order<'_>,
+) -> Result<Moved> {
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    // From here on the guest's longest gap counts; its answer says that it has heard.
+    source.say(b'r')?;
+    let from = source.say(b's')?;
+    source.line(from, "up_ms=")?;
+    let own = rival.several().into_iter().chain(rival.own_parameters());
+    let uri = rival.uri(&order.port.to_string());
+    for (command, arguments) in own.chain(orders(&uri, order.bandwidth)) {
+        source.ask(command, arguments)?;
+    }
+    let info = source.migrated(&mut |source, info| (order.meanwhile)(source, destination, info))?;
+    let mut steps = Vec::new();
+    if rival.kind == Kind::MiniVmm {
+        let report = source.ask("x-mini-vmm-status", json!({}))?["report"].take();
+        steps.extend(steps_of("source", &report));
+    }
+    drop(source);
+
+    let from = destination.say(b's')?;
+    let line = destination.line(from, "max_gap_us=")?;
+    let gap = figure(&line, "max_gap_us").unwrap_or_default() / 1e3;
+    let from = destination.say(b'v')?;
+    destination.line(from, "selfcheck: verified all")?;
+    let downtime_destination = match rival.kind {
+        Kind::MiniVmm => {
+            let report = destination.ask("x-mini-vmm-status", json!({}))?["report"].take();
+            steps.extend(steps_of("destination", &report));
+            Some(number(&report["downtime-ms"]))
+        }
+        Kind::Qemu => None,
+    };
+    Ok(Moved {
+        total: number(&info["total-time"]),
+        bytes: number(&info["ram"]["transferred"]),
+        downtime: number(&info["downtime"]),
+        downtime_destination,
+        gap,
+        steps,
+    })
+}
+
+/// The steps of the standstill in a side's report.
+fn steps_of(side: &'static str, report: &Value) -> Vec<(&'static str, String, f64)> {
+    let all = report["downtime-steps"].as_array().into_iter().flatten();
+    all.filter_map(|step| Some((side, step["step"].as_str()?.to_owned(), step["ms"].as_f64()?)))
+        .collect()
+}
+
+/// The number behind `key=` in a line of the guest.
+pub(super) fn figure(line: &str, key: &str) -> Option<f64> {
+    line.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_downtime_is_right_within_a_tick_below_the_gap() {
+        let moved = Moved {
+            total: 0.0,
+            bytes: 0.0,
+            downtime: 0.0,
+            downtime_destination: None,
+            gap: 10.0,
+            steps: vec![],
+        };
+        for (downtime, off) in [(10.0, 0.0), (6.0, 0.0), (8.0, 0.0), (5.5, 0.5), (12.0, 2.0)] {
+            assert_eq!(moved.off(downtime), off, "{downtime}");
+        }
+    }
+
+    #[test]
+    fn steps_are_read_from_a_report() {
+        let report = json!({ "downtime-steps": [{ "step": "pause", "ms": 0.5 }, { "step": 1 }] });
+        assert_eq!(steps_of("source", &report), [("source", "pause".to_owned(), 0.5)]);
+        assert!(steps_of("source", &Value::Null).is_empty());
+    }
+
+    #[test]
+    fn a_figure_is_found_by_its_whole_key() {
+        let line = "selfcheck: up_ms=20 gap_us=10 max_gap_us=1211 guest_gap_us=7";
+        assert_eq!(figure(line, "max_gap_us"), Some(1211.0));
+        assert_eq!(figure(line, "gap_us"), Some(10.0));
+        assert_eq!(figure(line, "gap"), None);
+    }
+}

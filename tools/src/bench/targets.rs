@@ -1,0 +1,195 @@
+//! The results against the targets.
+
+use super::figures::Metric;
+use super::report::Results;
+use super::rival::{Kind, LOCAL, kind_of};
+use super::scenario::{TICK_MS, WORK};
+
+/// An idle guest's memory goes through one connection at least so fast as this part of `iperf3`'s stream.
+const MIN_OF_IPERF: f64 = 0.85;
+/// Through several connections it takes at most this part of the best other program's time.
+const MAX_OF_BEST: f64 = 0.75;
+/// An idle guest feels a gap at most this much longer than the time between two of its ticks, in ms.
+const MAX_GAP_BEYOND_TICK_MS: f64 = 5.0;
+/// The downtime that the destination reports contradicts what an idle guest felt by at most this, in ms.
+const MAX_OFF_MS: f64 = 1.0;
+/// A guest that writes as fast as it can stands still for at most this long, in ms.
+const MAX_HOT_MS: f64 = 30.0;
+/// One whose memory itself changes hands stands still for at most this long, in ms.
+const MAX_LOCAL_MS: f64 = 10.0;
+/// A guest that is moved does at least this part of the work that it does else.
+const MIN_WORK: f64 = 0.85;
+/// VMM memory beside guest RAM may be at most this while nothing migrates, in MiB.
+const MAX_MEMORY_MIB: f64 = 8.0;
+/// ... and this on either side while the guest is moved.
+const MAX_MEMORY_MOVING_MIB: f64 = 16.0;
+/// The guest's first instruction may come at most this long after exec, in ms.
+const MAX_FIRST_INSTRUCTION_MS: f64 = 15.0;
+/// The guest's first word may come at most this long after exec, in ms.
+const MAX_FIRST_WORD_MS: f64 = 50.0;
+
+impl Results {
+    /// The targets that `ours` misses, each a sentence; all are for medians. Total time, downtime and gap may
+    /// be at most those of `theirs`.
+    pub fn missed(&self, ours: &str, theirs: &str) -> Vec<String> {
+        let mut missed = Vec::new();
+        for (scenario, _) in &self.scenarios {
+            let idle = scenario == "idle";
+            let median = |name: &str, metric| self.find(scenario, name, metric).map(|s| s.median);
+            let mut check = |name: &str, metric: Metric, most: Option<f64>| {
+                let found = median(name, metric);
+                if let Some((found, most)) = found.zip(most).filter(|(found, most)| found > most) {
+                    let (title, digits) = (metric.title(), metric.digits());
+                    let who = if name == ours { String::new() } else { format!("{name}: ") };
+                    missed.push(format!(
+                        "{scenario}: {who}{title}: {found:.digits$}, at most {most:.digits$} is wanted"
+                    ));
+                }
+            };
+            // Where the rate is limited, all take as long as the limit says.
+            if scenario != WORK {
+                for metric in [Metric::Total, Metric::Downtime, Metric::Gap] {
+                    check(ours, metric, median(theirs, metric));
+                }
+            }
+            if idle {
+                check(ours, Metric::Gap, Some(TICK_MS + MAX_GAP_BEYOND_TICK_MS));
+                check(ours, Metric::OffDestination, Some(MAX_OFF_MS));
+                let best = self.best_other(scenario).map(|best| best * MAX_OF_BEST);
+                for name in self.names().filter(|name| is_several(name, ours)) {
+                    check(name, Metric::Total, best);
+                }
+            }
+            if scenario == "hot" {
+                check(ours, Metric::Downtime, Some(MAX_HOT_MS));
+            }
+            for name in self.names().filter(|name| name.ends_with(LOCAL)) {
+                check(name, Metric::Downtime, Some(MAX_LOCAL_MS));
+            }
+            check(ours, Metric::MemorySource, Some(MAX_MEMORY_MIB));
+            check(ours, Metric::MemoryDestination, Some(MAX_MEMORY_MIB));
+            check(ours, Metric::MemorySourceMoving, Some(MAX_MEMORY_MOVING_MIB));
+            check(ours, Metric::MemoryDestinationMoving, Some(MAX_MEMORY_MOVING_MIB));
+            check(ours, Metric::FirstInstruction, Some(MAX_FIRST_INSTRUCTION_MS));
+            check(ours, Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
+            let work = median(ours, Metric::Work);
+            if scenario == WORK && work.is_none_or(|work| work < MIN_WORK) {
+                let found = work.map_or("not measured".to_owned(), |work| format!("{work:.2}"));
+                let title = Metric::Work.title();
+                missed.push(format!("{scenario}: {title}: {found}, {MIN_WORK} is wanted"));
+            }
+            // The socket's speed.
+            if let Some(found) = median(ours, Metric::OfIperf)
+                && self.prealloc
+                && idle
+                && found < MIN_OF_IPERF
+            {
+                missed.push(format!(
+                    "{scenario}: {found:.2} of what iperf3 sends, {MIN_OF_IPERF} is wanted"
+                ));
+            }
+        }
+        missed
+    }
+
+    /// The least total time of those who are no mini-vmm, whatever their connections, in ms.
+    fn best_other(&self, scenario: &str) -> Option<f64> {
+        let others = self.programs.iter().filter(|p| kind_of(&p.version) == Some(Kind::Qemu));
+        let totals = others.filter_map(|p| self.find(scenario, &p.name, Metric::Total));
+        totals.map(|total| total.median).min_by(f64::total_cmp)
+    }
+}
+
+/// Whether `name` is `ours` with several connections, and nothing else.
+fn is_several(name: &str, ours: &str) -> bool {
+    let count = name.strip_prefix(ours).and_then(|rest| rest.strip_prefix('×'));
+    count.is_some_and(|count| count.parse::<u8>().is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::figures::{Row, Summary};
+    use super::super::report::Program;
+    use super::super::report::tests::results;
+    use super::*;
+
+    /// Results of one scenario with just these figures, whatever it is called by.
+    fn with(scenario: &str, figures: &[(&str, Metric, f64)]) -> Results {
+        let mut results = results(1.0, 1.0);
+        results.scenarios[0].0 = scenario.into();
+        let row = |&(rival, metric, value): &(&str, Metric, f64)| Row {
+            scenario: scenario.into(),
+            rival: rival.into(),
+            metric,
+            summary: Summary::of(&[value]).unwrap(),
+        };
+        results.rows = figures.iter().map(row).collect();
+        for (rival, ..) in figures {
+            if results.programs.iter().all(|program| program.name != *rival) {
+                let version = if rival.starts_with("ours") { "mini-vmm 1" } else { "QEMU 1" };
+                let (name, version) = ((*rival).to_owned(), version.to_owned());
+                results.programs.push(Program { name, version, commands: vec![] });
+            }
+        }
+        results
+    }
+
+    #[test]
+    fn a_target_that_is_missed_is_named_and_one_that_is_met_is_not() {
+        assert_eq!(results(15.0, 15.0).missed("ours", "theirs"), Vec::<String>::new());
+        let missed = results(16.0, 15.0).missed("ours", "theirs");
+        assert_eq!(missed, ["idle: total, ms: 16, at most 15 is wanted"]);
+    }
+
+    #[test]
+    fn each_target_is_met_at_its_bound_and_missed_beyond_it() {
+        for (scenario, rival, metric, met, not) in [
+            ("idle", "ours", Metric::FirstWord, 50.0, 50.1),
+            ("dirty", "ours", Metric::FirstInstruction, 15.0, 15.1),
+            ("idle", "ours", Metric::MemorySource, 8.0, 8.1),
+            ("idle", "ours", Metric::MemoryDestination, 8.0, 8.1),
+            ("idle", "ours", Metric::MemorySourceMoving, 16.0, 16.1),
+            ("idle", "ours", Metric::MemoryDestinationMoving, 16.0, 16.1),
+            ("idle", "ours", Metric::OfIperf, 0.85, 0.84),
+            ("idle", "ours", Metric::Gap, 9.0, 9.1),
+            ("idle", "ours", Metric::OffDestination, 1.0, 1.1),
+            ("hot", "ours", Metric::Downtime, 30.0, 31.0),
+            ("dirty", "ours --local", Metric::Downtime, 10.0, 11.0),
+            ("work", "ours", Metric::Work, 0.85, 0.84),
+        ] {
+            for (value, count) in [(met, 0), (not, 1)] {
+                let missed = with(scenario, &[(rival, metric, value)]).missed("ours", "theirs");
+                assert_eq!(missed.len(), count, "{scenario} {metric:?}: {missed:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_target_of_another_scenario_is_not_missed() {
+        for (scenario, metric) in
+            [("dirty", Metric::Gap), ("dirty", Metric::OffDestination), ("idle", Metric::Downtime)]
+        {
+            let missed = with(scenario, &[("ours", metric, 1e3)]).missed("ours", "theirs");
+            assert!(missed.is_empty(), "{missed:?}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_told_nothing_of_its_work_misses_the_target() {
+        let missed = with("work", &[]).missed("ours", "theirs");
+        assert!(missed[0].contains("not measured"), "{missed:?}");
+    }
+
+    #[test]
+    fn several_connections_are_compared_with_the_best_program_of_others() {
+        let run = |ours: f64| {
+            let total = Metric::Total;
+            let all = [("theirs", total, 120.0), ("theirs×4", total, 100.0), ("old", total, 130.0)];
+            let own =
+                [("ours", total, 90.0), ("ours×4", total, ours), ("ours×4 --verify", total, 99.0)];
+            with("idle", &[all, own].concat()).missed("ours", "theirs")
+        };
+        assert!(run(75.0).is_empty(), "{:?}", run(75.0));
+        assert_eq!(run(76.0), ["idle: ours×4: total, ms: 76, at most 75 is wanted"]);
+    }
+}

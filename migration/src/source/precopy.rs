@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
 use crate::dirty::{DirtyBitmap, has, runs};
-use crate::estimate::HandOver;
+use crate::estimate::{HandOver, left_for_pages};
 use crate::forecast::Measured;
 use crate::guest::{PAGE_SIZE, RamBlock};
 use crate::pace::Pace;
@@ -219,7 +219,7 @@ impl Migration<'_> {
                         sent: self.sent().saturating_sub(sent),
                         dirtied: self.on_the_wire(dirtied * PAGE_SIZE),
                         forecast,
-                        downtime_limit: parameters.downtime_limit,
+                        downtime_limit: left_for_pages(parameters.downtime_limit, hand_over),
                         by_vcpu,
                     };
                     if self.slow_down(&pass, &parameters)? {

@@ -104,9 +104,10 @@ impl Feed for Trace {
         if outer.contains(&set.names) {
             return Ok(None);
         }
-        Ok(set.names.get(set.taken.len()).map(|name| {
+        let index = set.taken.len();
+        Ok(set.names.get(index).map(|name| {
             let version = split_version(name).1.unwrap_or(1);
-            Found { name, version, start: 0 }
+            Found { name, index, version, start: 0 }
         }))
     }
 }

@@ -119,7 +119,7 @@ impl<'a, S: Sink> Walker<'a, S> {
     fn deeper(&mut self) -> Result<(), Fault> {
         self.depth = self.depth.saturating_add(1);
         if self.depth > MAX_DEPTH {
-            return Err(Fault::Plain(format!("nested deeper than {MAX_DEPTH} levels")));
+            return Err(Fault::plain(format!("nested deeper than {MAX_DEPTH} levels")));
         }
         Ok(())
     }
@@ -137,8 +137,9 @@ impl<'a, S: Sink> Walker<'a, S> {
     }
 }
 
+#[cold]
 fn refused(what: &str) -> Fault {
-    Fault::Plain(format!("QEMU's format has no {what}"))
+    Fault::plain(format!("QEMU's format has no {what}"))
 }
 
 /// The given methods of a `Serializer`, refusing what they are given.
@@ -403,7 +404,7 @@ impl<S: Sink> serde::Serializer for Subsection<'_, '_, S> {
     fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<(), Fault> {
         let (name, version) = split_version(self.name);
         if name.len() > usize::from(u8::MAX) {
-            return Err(Fault::Plain("a subsection's name has at most 255 bytes".to_owned()));
+            return Err(Fault::plain("a subsection's name has at most 255 bytes".to_owned()));
         }
         self.walker.deeper()?;
         self.walker.sink.open(Group::Subsection(name, version.unwrap_or(1)));

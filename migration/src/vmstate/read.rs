@@ -297,10 +297,12 @@ impl Feed for Input<'_> {
             let ahead = ahead.map_err(|source| Fault::io(offset, source))?;
             let last = self.log.get(before..before.saturating_add(len)).unwrap_or_default();
             let same = ahead.chunks_exact(len).take_while(|next| *next == last).count();
-            let mut passed = [0; MAX_PEEK];
-            let passed = passed.get_mut(..same.saturating_mul(len)).unwrap_or_default();
-            self.fill(passed)?;
-            found = found.saturating_add(same);
+            if same > 0 {
+                let mut passed = [0; MAX_PEEK];
+                let passed = passed.get_mut(..same.saturating_mul(len)).unwrap_or_default();
+                self.fill(passed)?;
+                found = found.saturating_add(same);
+            }
             if same < several {
                 break;
             }

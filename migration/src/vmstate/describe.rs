@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::ser::walk;
+use super::ser::look;
 use super::shape::{Builder, Part, Shape};
 use super::walk::{Group, Leaf, split_version};
 use super::{SectionId, StateError, VmState};
@@ -43,7 +43,7 @@ impl Describer {
     /// those of the section.
     pub fn put<T: Serialize + ?Sized>(&mut self, name: &str, value: &T) -> Result<(), StateError> {
         self.shapes.call(name.to_owned());
-        walk(value, &mut self.shapes).map_err(|fault| fault.writing(&self.section.to_string()))
+        look(value, &mut self.shapes).map_err(|fault| fault.writing(&self.section.to_string()))
     }
 
     /// Describes `size` bytes as one field of a type that is not explained, as QEMU does with

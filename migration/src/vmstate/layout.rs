@@ -6,7 +6,6 @@ use serde::de::DeserializeOwned;
 
 use super::VmState;
 use super::de::{Feed, Found, Names, Set, walk};
-use super::ser::Sink;
 use super::shape::{Builder, Part};
 use super::walk::{Fault, Group, Leaf, split_version};
 
@@ -79,14 +78,14 @@ impl Feed for Trace {
         {
             *lowest = 1;
         }
-        self.0.leaf(leaf, bytes);
+        self.0.leaf(leaf);
         Ok(())
     }
     fn open(&mut self, group: Group) {
         self.0.open(group);
     }
     fn name(&mut self, name: &'static str) {
-        self.0.name(name);
+        self.0.call(name);
     }
     fn close(&mut self) {
         self.0.close();
@@ -96,7 +95,7 @@ impl Feed for Trace {
     }
     /// All is zero, so that all elements of an array look alike.
     fn repeats(&mut self, _: u64, times: usize) -> Result<usize, Fault> {
-        self.0.again(0, times);
+        self.0.again(times);
         Ok(times)
     }
     fn subsection(&mut self, set: &mut Set, outer: &[Names]) -> Result<Option<Found>, Fault> {
@@ -104,9 +103,10 @@ impl Feed for Trace {
         if outer.contains(&set.names) {
             return Ok(None);
         }
-        Ok(set.names.get(set.taken.len()).map(|name| {
+        let index = set.taken.len();
+        Ok(set.names.get(index).map(|name| {
             let version = split_version(name).1.unwrap_or(1);
-            Found { name, version, start: 0 }
+            Found { name, index, version, start: 0 }
         }))
     }
 }

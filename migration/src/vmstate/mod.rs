@@ -46,6 +46,7 @@ mod de;
 mod describe;
 mod error;
 mod layout;
+mod parts;
 mod read;
 mod section;
 mod ser;

@@ -79,7 +79,7 @@ impl<'a> Decoder<'a> {
     pub fn get_bytes(&mut self, n: usize) -> Result<Vec<u8>, StateError> {
         let offset = self.source.offset();
         let mut bytes = vec![0; n];
-        let io = |source| Fault::Io { offset, source }.reading(&self.section);
+        let io = |source| Fault::io(offset, source).reading(&self.section);
         self.source.read_exact(&mut bytes).map_err(io)?;
         Ok(bytes)
     }
@@ -117,7 +117,7 @@ impl<'a> Decoder<'a> {
         let mut input = Input::new(self.source);
         loop {
             match walk(&mut input, self.version, root.clone()) {
-                Err(Fault::Again) => input.rewind(),
+                Err(fault) if fault.is_again() => input.rewind(),
                 Err(fault) => return Err(fault.reading(&self.section)),
                 Ok(value) => return Ok(value),
             }
@@ -153,7 +153,21 @@ impl<'a> Input<'a> {
     }
 
     fn io(&self, source: io::Error) -> Fault {
-        Fault::Io { offset: self.offset(), source }
+        Fault::io(self.offset(), source)
+    }
+
+    /// The next bytes of a leaf. How many is known where this is compiled, which spares what it takes to move
+    /// any number of them, in all but the first of what reads them.
+    fn fill_leaf<const N: usize>(&mut self, bytes: &mut [u8; N]) -> Result<(), Fault> {
+        if self.at != self.log.len() {
+            return self.fill(bytes);
+        }
+        if let Err(e) = self.source.read_exact(bytes) {
+            return Err(self.io(e));
+        }
+        self.log.extend_from_slice(bytes);
+        self.at = self.log.len();
+        Ok(())
     }
 
     fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Fault> {
@@ -252,7 +266,15 @@ fn claims(names: Names, name: &[u8]) -> bool {
 
 impl Feed for Input<'_> {
     fn leaf(&mut self, _: Leaf, bytes: &mut [u8]) -> Result<(), Fault> {
-        self.fill(bytes)
+        if let Ok(bytes) = <&mut [u8; 4]>::try_from(&mut *bytes) {
+            self.fill_leaf(bytes)
+        } else if let Ok(bytes) = <&mut [u8; 8]>::try_from(&mut *bytes) {
+            self.fill_leaf(bytes)
+        } else if let Ok(bytes) = <&mut [u8; 1]>::try_from(&mut *bytes) {
+            self.fill_leaf(bytes)
+        } else {
+            self.fill(bytes)
+        }
     }
     fn open(&mut self, _: Group) {}
     fn name(&mut self, _: &'static str) {}
@@ -272,13 +294,15 @@ impl Feed for Input<'_> {
             let several = fit.min(times.saturating_sub(found));
             let ahead = self.source.peek(several.saturating_mul(len));
             let offset = self.base.saturating_add(u64::try_from(self.at).unwrap_or(u64::MAX));
-            let ahead = ahead.map_err(|source| Fault::Io { offset, source })?;
+            let ahead = ahead.map_err(|source| Fault::io(offset, source))?;
             let last = self.log.get(before..before.saturating_add(len)).unwrap_or_default();
             let same = ahead.chunks_exact(len).take_while(|next| *next == last).count();
-            let mut passed = [0; MAX_PEEK];
-            let passed = passed.get_mut(..same.saturating_mul(len)).unwrap_or_default();
-            self.fill(passed)?;
-            found = found.saturating_add(same);
+            if same > 0 {
+                let mut passed = [0; MAX_PEEK];
+                let passed = passed.get_mut(..same.saturating_mul(len)).unwrap_or_default();
+                self.fill(passed)?;
+                found = found.saturating_add(same);
+            }
             if same < several {
                 break;
             }
@@ -299,20 +323,21 @@ impl Feed for Input<'_> {
                 continue;
             }
             let Some(name) = self.next_name(&starts)? else { return Ok(None) };
-            let known = set.names.iter().find(|known| split_version(known).0.as_bytes() == name);
-            let Some(known) = known else {
+            let mut names = set.names.iter().enumerate();
+            let known = names.find(|(_, known)| split_version(known).0.as_bytes() == name);
+            let Some((index, known)) = known else {
                 let foreign = !claims(set.names, &name);
                 if foreign || outer.iter().any(|names| claims(names, &name)) {
                     return Ok(None);
                 }
-                return Err(Fault::Plain(unknown(&name)));
+                return Err(Fault::plain(unknown(&name)));
             };
             if let Some(&(_, from, to)) = set.taken.iter().find(|(taken, ..)| taken == known) {
                 if self.passed_by.len() >= MAX_REPEATS {
-                    return Err(Fault::Plain(format!("more than {MAX_REPEATS} repetitions")));
+                    return Err(Fault::plain(format!("more than {MAX_REPEATS} repetitions")));
                 }
                 self.passed_by.push((from, to));
-                return Err(Fault::Again);
+                return Err(Fault::again());
             }
             // Type byte, length byte, name, version.
             self.skip_to(
@@ -320,7 +345,8 @@ impl Feed for Input<'_> {
             )?;
             let mut version = [0; 4];
             self.fill(&mut version)?;
-            return Ok(Some(Found { name: known, version: u32::from_be_bytes(version), start }));
+            let version = u32::from_be_bytes(version);
+            return Ok(Some(Found { name: known, index, version, start }));
         }
     }
 }

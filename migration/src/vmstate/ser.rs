@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde::ser::{Impossible, SerializeStruct, SerializeTuple, SerializeTupleStruct};
 
+use super::shape::Builder;
 use super::types::AGAIN;
 use super::walk::{Fault, Group, Leaf, MAX_DEPTH, Path, SUBSECTION, Step, split_version};
 use super::{SectionId, StateError, VmState};
@@ -21,96 +22,107 @@ pub fn to_bytes<T: VmState>(section: &SectionId, state: &T) -> Result<Vec<u8>, S
 #[derive(Debug)]
 pub struct Encoder {
     section: String,
-    out: Bytes,
+    out: Vec<u8>,
 }
 
 impl Encoder {
     /// An empty body of `section`, which only errors will name.
     pub fn new(section: &SectionId) -> Self {
-        Self { section: section.to_string(), out: Bytes(Vec::new()) }
+        Self { section: section.to_string(), out: Vec::new() }
     }
 
     /// Appends `value`. A struct of subsections may stand by itself.
     pub fn put<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), StateError> {
-        walk(value, &mut self.out).map_err(|fault| fault.writing(&self.section))
+        walk(value, Out { bytes: &mut self.out, shapes: None })
+            .map_err(|fault| fault.writing(&self.section))
     }
 
     /// Appends bytes as they are.
     pub fn put_bytes(&mut self, bytes: &[u8]) {
-        self.out.0.extend_from_slice(bytes);
+        self.out.extend_from_slice(bytes);
     }
 
     /// The body so far.
     pub fn into_bytes(self) -> Vec<u8> {
-        self.out.0
+        self.out
     }
 }
 
-/// What a walk over a value gives its parts to.
-pub(super) trait Sink {
+/// What a walk over a value gives its parts to: the bytes, and who looks at their shape, if somebody does. The
+/// bytes are written even if nobody wants but the shape, so that there is one walk over each declaration's values.
+struct Out<'a> {
+    bytes: &'a mut Vec<u8>,
+    shapes: Option<&'a mut Builder>,
+}
+
+impl Out<'_> {
     /// A leaf, with its big-endian bytes.
-    fn leaf(&mut self, leaf: Leaf, bytes: &[u8]);
-    /// What follows until [`close`](Self::close) belongs to `group`.
-    fn open(&mut self, group: Group);
-    /// The next part of a struct has this name, `@N` included.
-    fn name(&mut self, name: &'static str);
-    /// The innermost open group is complete.
-    fn close(&mut self);
-    /// How much has been taken so far, if that is counted.
-    fn position(&self) -> usize {
-        0
-    }
-    /// The last part of the innermost open group, which began at `start`, comes `times` times more.
-    fn again(&mut self, start: usize, times: usize);
-}
-
-#[derive(Debug)]
-struct Bytes(Vec<u8>);
-
-impl Sink for Bytes {
-    fn position(&self) -> usize {
-        self.0.len()
-    }
-    fn again(&mut self, start: usize, times: usize) {
-        let Some(len) = self.0.len().checked_sub(start) else { return };
-        self.0.reserve(len.saturating_mul(times));
-        for _ in 0..times {
-            self.0.extend_from_within(start..start.saturating_add(len));
+    fn leaf<const N: usize>(&mut self, leaf: Leaf, bytes: [u8; N]) {
+        self.bytes.extend_from_slice(&bytes);
+        if let Some(shapes) = &mut self.shapes {
+            shapes.leaf(leaf);
         }
     }
-    fn leaf(&mut self, _: Leaf, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
+    /// What follows until [`close`](Self::close) belongs to `group`.
     fn open(&mut self, group: Group) {
         if let Group::Subsection(name, version) = group {
             // The walk has seen to it that the length fits.
             let length = u8::try_from(name.len()).unwrap_or(u8::MAX);
-            self.0.extend_from_slice(&[SUBSECTION, length]);
-            self.0.extend_from_slice(name.as_bytes());
-            self.0.extend_from_slice(&version.to_be_bytes());
+            self.bytes.extend_from_slice(&[SUBSECTION, length]);
+            self.bytes.extend_from_slice(name.as_bytes());
+            self.bytes.extend_from_slice(&version.to_be_bytes());
+        }
+        if let Some(shapes) = &mut self.shapes {
+            shapes.open(group);
         }
     }
-    fn name(&mut self, _: &'static str) {}
-    fn close(&mut self) {}
+    /// The next part of a struct has this name, `@N` included.
+    fn name(&mut self, name: &'static str) {
+        if let Some(shapes) = &mut self.shapes {
+            shapes.call(name);
+        }
+    }
+    /// The innermost open group is complete.
+    fn close(&mut self) {
+        if let Some(shapes) = &mut self.shapes {
+            shapes.close();
+        }
+    }
+    /// The last part of the innermost open group, which began at `start`, comes `times` times more.
+    fn again(&mut self, start: usize, times: usize) {
+        if let Some(shapes) = &mut self.shapes {
+            shapes.again(times);
+        }
+        let Some(len) = self.bytes.len().checked_sub(start) else { return };
+        self.bytes.reserve(len.saturating_mul(times));
+        for _ in 0..times {
+            self.bytes.extend_from_within(start..start.saturating_add(len));
+        }
+    }
+}
+
+/// The shape of `value`, added to `shapes`.
+pub(super) fn look<T: Serialize + ?Sized>(value: &T, shapes: &mut Builder) -> Result<(), Fault> {
+    walk(value, Out { bytes: &mut Vec::new(), shapes: Some(shapes) })
 }
 
 /// Walks over `value`.
-pub(super) fn walk<T: Serialize + ?Sized>(value: &T, sink: &mut impl Sink) -> Result<(), Fault> {
+fn walk<T: Serialize + ?Sized>(value: &T, sink: Out<'_>) -> Result<(), Fault> {
     let mut walker = Walker { sink, path: Path::default(), depth: 0, last: 0 };
     value.serialize(&mut walker).map_err(|fault| fault.at(&walker.path, 0))
 }
 
-/// One for each kind of sink: the guest stands still while tens of thousands of values are written.
-struct Walker<'a, S> {
-    sink: &'a mut S,
+/// This code is made anew for each declaration.
+struct Walker<'a> {
+    sink: Out<'a>,
     path: Path,
     depth: usize,
     /// Where the last element of an array began.
     last: usize,
 }
 
-impl<'a, S: Sink> Walker<'a, S> {
-    fn open(&mut self, group: Group) -> Result<Parts<'_, 'a, S>, Fault> {
+impl<'a> Walker<'a> {
+    fn open(&mut self, group: Group) -> Result<Parts<'_, 'a>, Fault> {
         self.deeper()?;
         self.sink.open(group);
         Ok(Parts { walker: self, group, index: 0 })
@@ -119,7 +131,7 @@ impl<'a, S: Sink> Walker<'a, S> {
     fn deeper(&mut self) -> Result<(), Fault> {
         self.depth = self.depth.saturating_add(1);
         if self.depth > MAX_DEPTH {
-            return Err(Fault::Plain(format!("nested deeper than {MAX_DEPTH} levels")));
+            return Err(Fault::plain(format!("nested deeper than {MAX_DEPTH} levels")));
         }
         Ok(())
     }
@@ -131,14 +143,21 @@ impl<'a, S: Sink> Walker<'a, S> {
     /// One part of the group that is open.
     fn part<T: Serialize + ?Sized>(&mut self, step: Step, value: &T) -> Result<(), Fault> {
         self.path.push(step);
-        value.serialize(&mut *self).map_err(|fault| fault.at(&self.path, 0))?;
+        value.serialize(&mut *self).map_err(|fault| self.placed(fault))?;
         self.path.pop();
         Ok(())
     }
+
+    /// `fault` with its place.
+    #[cold]
+    fn placed(&self, fault: Fault) -> Fault {
+        fault.at(&self.path, 0)
+    }
 }
 
+#[cold]
 fn refused(what: &str) -> Fault {
-    Fault::Plain(format!("QEMU's format has no {what}"))
+    Fault::plain(format!("QEMU's format has no {what}"))
 }
 
 /// The given methods of a `Serializer`, refusing what they are given.
@@ -203,21 +222,21 @@ macro_rules! refuse_always {
 macro_rules! leaves {
     ($($method:ident($type:ty) => $leaf:ident;)*) => {
         $(fn $method(self, v: $type) -> Result<(), Fault> {
-            self.sink.leaf(Leaf::$leaf, &v.to_be_bytes());
+            self.sink.leaf(Leaf::$leaf, v.to_be_bytes());
             Ok(())
         })*
     };
 }
 
-impl<'w, 'a, S: Sink> serde::Serializer for &'w mut Walker<'a, S> {
+impl<'w, 'a> serde::Serializer for &'w mut Walker<'a> {
     type Ok = ();
     type Error = Fault;
     type SerializeSeq = Impossible<(), Fault>;
-    type SerializeTuple = Parts<'w, 'a, S>;
-    type SerializeTupleStruct = Parts<'w, 'a, S>;
+    type SerializeTuple = Parts<'w, 'a>;
+    type SerializeTupleStruct = Parts<'w, 'a>;
     type SerializeTupleVariant = Impossible<(), Fault>;
     type SerializeMap = Impossible<(), Fault>;
-    type SerializeStruct = Parts<'w, 'a, S>;
+    type SerializeStruct = Parts<'w, 'a>;
     type SerializeStructVariant = Impossible<(), Fault>;
 
     fn is_human_readable(&self) -> bool {
@@ -236,7 +255,7 @@ impl<'w, 'a, S: Sink> serde::Serializer for &'w mut Walker<'a, S> {
     }
 
     fn serialize_bool(self, v: bool) -> Result<(), Fault> {
-        self.sink.leaf(Leaf::Bool, &[u8::from(v)]);
+        self.sink.leaf(Leaf::Bool, [u8::from(v)]);
         Ok(())
     }
     fn serialize_unit(self) -> Result<(), Fault> {
@@ -300,17 +319,17 @@ impl<'w, 'a, S: Sink> serde::Serializer for &'w mut Walker<'a, S> {
 }
 
 /// The parts of a group, one after the other.
-struct Parts<'w, 'a, S> {
-    walker: &'w mut Walker<'a, S>,
+struct Parts<'w, 'a> {
+    walker: &'w mut Walker<'a>,
     group: Group,
     index: usize,
 }
 
-impl<S: Sink> Parts<'_, '_, S> {
+impl Parts<'_, '_> {
     fn element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
         let step = self.group.step(self.index);
         self.index = self.index.saturating_add(1);
-        let start = self.walker.sink.position();
+        let start = self.walker.sink.bytes.len();
         self.walker.part(step, value)?;
         self.walker.last = start;
         Ok(())
@@ -323,7 +342,7 @@ impl<S: Sink> Parts<'_, '_, S> {
     }
 }
 
-impl<S: Sink> SerializeTuple for Parts<'_, '_, S> {
+impl SerializeTuple for Parts<'_, '_> {
     type Ok = ();
     type Error = Fault;
     fn serialize_element<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
@@ -334,7 +353,7 @@ impl<S: Sink> SerializeTuple for Parts<'_, '_, S> {
     }
 }
 
-impl<S: Sink> SerializeTupleStruct for Parts<'_, '_, S> {
+impl SerializeTupleStruct for Parts<'_, '_> {
     type Ok = ();
     type Error = Fault;
     fn serialize_field<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Fault> {
@@ -345,7 +364,7 @@ impl<S: Sink> SerializeTupleStruct for Parts<'_, '_, S> {
     }
 }
 
-impl<S: Sink> SerializeStruct for Parts<'_, '_, S> {
+impl SerializeStruct for Parts<'_, '_> {
     type Ok = ();
     type Error = Fault;
     fn serialize_field<T: Serialize + ?Sized>(
@@ -357,7 +376,7 @@ impl<S: Sink> SerializeStruct for Parts<'_, '_, S> {
             self.walker.path.push(Step::Field(name));
             value
                 .serialize(Subsection { walker: self.walker, name })
-                .map_err(|fault| fault.at(&self.walker.path, 0))?;
+                .map_err(|fault| self.walker.placed(fault))?;
             self.walker.path.pop();
             Ok(())
         } else {
@@ -378,12 +397,12 @@ impl<S: Sink> SerializeStruct for Parts<'_, '_, S> {
 }
 
 /// The field of a struct of subsections: an `Option`, and nothing when it is `None`.
-struct Subsection<'w, 'a, S> {
-    walker: &'w mut Walker<'a, S>,
+struct Subsection<'w, 'a> {
+    walker: &'w mut Walker<'a>,
     name: &'static str,
 }
 
-impl<S: Sink> serde::Serializer for Subsection<'_, '_, S> {
+impl serde::Serializer for Subsection<'_, '_> {
     type Ok = ();
     type Error = Fault;
     type SerializeSeq = Impossible<(), Fault>;
@@ -403,7 +422,7 @@ impl<S: Sink> serde::Serializer for Subsection<'_, '_, S> {
     fn serialize_some<T: Serialize + ?Sized>(self, value: &T) -> Result<(), Fault> {
         let (name, version) = split_version(self.name);
         if name.len() > usize::from(u8::MAX) {
-            return Err(Fault::Plain("a subsection's name has at most 255 bytes".to_owned()));
+            return Err(Fault::plain("a subsection's name has at most 255 bytes".to_owned()));
         }
         self.walker.deeper()?;
         self.walker.sink.open(Group::Subsection(name, version.unwrap_or(1)));

@@ -3,7 +3,6 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use super::ser::Sink;
 use super::walk::{Group, Leaf};
 
 /// What something looks like on the wire.
@@ -140,24 +139,26 @@ impl Builder {
         }
         self.open.into_iter().next().map_or_else(Vec::new, |frame| frame.parts)
     }
-}
 
-impl Sink for Builder {
-    fn leaf(&mut self, leaf: Leaf, _: &[u8]) {
+    /// Adds a leaf.
+    pub(super) fn leaf(&mut self, leaf: Leaf) {
         self.add(Shape::Leaf(leaf));
     }
-    fn open(&mut self, group: Group) {
+
+    /// What follows until [`close`](Self::close) belongs to `group`.
+    pub(super) fn open(&mut self, group: Group) {
         self.open.push(Frame::new(group));
     }
-    fn name(&mut self, name: &'static str) {
-        self.call(name);
-    }
-    fn close(&mut self) {
+
+    /// The innermost open group is complete.
+    pub(super) fn close(&mut self) {
         if let Some(frame) = self.open.pop() {
             self.add(Shape::Group(frame.group, frame.parts));
         }
     }
-    fn again(&mut self, _: usize, times: usize) {
+
+    /// The last part of the innermost open group comes `times` times more.
+    pub(super) fn again(&mut self, times: usize) {
         let frame = self.open.last_mut();
         if let Some(last) = frame.and_then(|frame| frame.parts.last_mut()) {
             last.times = last.times.saturating_add(u64::try_from(times).unwrap_or(u64::MAX));

@@ -36,24 +36,25 @@ impl<const N: usize> Serialize for Pad<N> {
 
 impl<'de, const N: usize> Deserialize<'de> for Pad<N> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct V<const N: usize>;
-        impl<'de, const N: usize> Visitor<'de> for V<N> {
-            type Value = Pad<N>;
+        struct V(usize);
+        impl<'de> Visitor<'de> for V {
+            type Value = ();
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{N} unused bytes")
+                write!(f, "{} unused bytes", self.0)
             }
-            fn visit_newtype_struct<D: Deserializer<'de>>(self, d: D) -> Result<Pad<N>, D::Error> {
-                FixedVec::<u8, N>::deserialize(d).map(|_| Pad)
+            fn visit_newtype_struct<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
+                let bytes = Elementwise::<u8, Told<u8>>(self.0, PhantomData);
+                d.deserialize_tuple_struct(FIXED, self.0, bytes).map(drop)
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Pad<N>, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
                 while seq.next_element::<u8>()?.is_some() {}
-                Ok(Pad)
+                Ok(())
             }
         }
         if d.is_human_readable() {
             return d.deserialize_ignored_any(IgnoredAny).map(|_| Pad);
         }
-        d.deserialize_newtype_struct(PAD, V)
+        d.deserialize_newtype_struct(PAD, V(N)).map(|()| Pad)
     }
 }
 
@@ -182,41 +183,44 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Told<T> {
     }
 }
 
-/// Reads the elements of a [`FixedVec`], each as an `E`.
-struct Elementwise<T, E, const N: usize>(PhantomData<(T, E)>);
+/// Reads the elements of a [`FixedVec`], each as an `E`. How many there are is not part of the type, lest there be
+/// one of these for each length.
+struct Elementwise<T, E>(usize, PhantomData<(T, E)>);
 
-impl<'de, T, E, const N: usize> Visitor<'de> for Elementwise<T, E, N>
+impl<'de, T, E> Visitor<'de> for Elementwise<T, E>
 where
     T: Clone,
     E: Deserialize<'de> + Into<Told<T>>,
 {
-    type Value = FixedVec<T, N>;
+    type Value = Vec<T>;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{N} elements")
+        write!(f, "{} elements", self.0)
     }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-        let mut v: Vec<T> = Vec::with_capacity(N);
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+        let mut v: Vec<T> = Vec::with_capacity(self.0);
         while let Some(told) = seq.next_element::<E>()? {
             let (element, times) = match told.into() {
                 Told::One(element) => (Some(element), 1),
                 Told::Same(times) => (v.last().cloned(), times),
             };
             let len = v.len().saturating_add(times);
-            if len > N {
-                return Err(A::Error::custom(format!("more than {N} elements")));
+            if len > self.0 {
+                return Err(A::Error::custom(format!("more than {} elements", self.0)));
             }
             v.resize(len, element.ok_or_else(|| A::Error::custom("nothing to be the same as"))?);
         }
-        FixedVec::try_from(v).map_err(|n| A::Error::invalid_length(n, &self))
+        if v.len() == self.0 { Ok(v) } else { Err(A::Error::invalid_length(v.len(), &self)) }
     }
 }
 
 impl<'de, T: Deserialize<'de> + Clone, const N: usize> Deserialize<'de> for FixedVec<T, N> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        if d.is_human_readable() {
-            return d.deserialize_tuple(N, Elementwise::<T, T, N>(PhantomData));
-        }
-        d.deserialize_tuple_struct(FIXED, N, Elementwise::<T, Told<T>, N>(PhantomData))
+        let elements = if d.is_human_readable() {
+            d.deserialize_tuple(N, Elementwise::<T, T>(N, PhantomData))
+        } else {
+            d.deserialize_tuple_struct(FIXED, N, Elementwise::<T, Told<T>>(N, PhantomData))
+        };
+        elements.map(Self)
     }
 }
 

@@ -103,6 +103,10 @@ impl Group {
 
 /// `name@N` as its name and `N`.
 pub(super) fn split_version(name: &str) -> (&str, Option<u32>) {
+    // Most names have none, and each name in the way of a value is asked.
+    if !name.as_bytes().last().is_some_and(u8::is_ascii_digit) {
+        return (name, None);
+    }
     match name.rsplit_once('@') {
         Some((bare, version)) => match version.parse() {
             Ok(version) => (bare, Some(version)),
@@ -113,9 +117,8 @@ pub(super) fn split_version(name: &str) -> (&str, Option<u32>) {
 }
 
 /// One step from a value to one of its parts.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
-    Root(String),
     Field(&'static str),
     Index(usize),
     Hidden,
@@ -123,28 +126,30 @@ pub(super) enum Step {
 
 /// Where a walk stands.
 #[derive(Debug, Default)]
-pub(super) struct Path(Vec<Step>);
+pub(super) struct Path {
+    root: String,
+    steps: Vec<Step>,
+}
 
 impl Path {
     pub(super) fn rooted(root: String) -> Self {
-        Self(vec![Step::Root(root)])
+        Self { root, steps: Vec::new() }
     }
     pub(super) fn push(&mut self, step: Step) {
-        self.0.push(step);
+        self.steps.push(step);
     }
     pub(super) fn pop(&mut self) {
-        self.0.pop();
+        self.steps.pop();
     }
 }
 
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut any = false;
-        for step in &self.0 {
+        f.write_str(&self.root)?;
+        let mut any = !self.root.is_empty();
+        for step in &self.steps {
             let dot = if any { "." } else { "" };
             match step {
-                Step::Root(name) if name.is_empty() => continue,
-                Step::Root(name) => write!(f, "{dot}{name}")?,
                 Step::Field(name) => write!(f, "{dot}{}", split_version(name).0)?,
                 Step::Index(index) => write!(f, "[{index}]")?,
                 Step::Hidden => continue,
@@ -155,9 +160,12 @@ impl fmt::Display for Path {
     }
 }
 
-/// What stopped a walk.
+/// What stopped a walk. Boxed, since every value on the way is passed along beside the room for one.
 #[derive(Debug)]
-pub(super) enum Fault {
+pub(super) struct Fault(Box<Problem>);
+
+#[derive(Debug)]
+enum Problem {
     /// A problem whose place is not known yet.
     Plain(String),
     /// A problem at a place.
@@ -171,29 +179,60 @@ pub(super) enum Fault {
 }
 
 impl Fault {
+    /// A problem whose place is not known yet.
+    #[cold]
+    pub(super) fn plain(problem: String) -> Self {
+        Self(Box::new(Problem::Plain(problem)))
+    }
+
+    /// The source failed.
+    #[cold]
+    pub(super) fn io(offset: u64, source: io::Error) -> Self {
+        Self(Box::new(Problem::Io { offset, source }))
+    }
+
+    /// A subsection is newer than this side knows.
+    #[cold]
+    pub(super) fn version(subsection: &'static str, found: u32, max: u32) -> Self {
+        Self(Box::new(Problem::Version { subsection, found, max }))
+    }
+
+    /// A subsection came again.
+    #[cold]
+    pub(super) fn again() -> Self {
+        Self(Box::new(Problem::Again))
+    }
+
+    /// Whether the walk starts over because a subsection came again.
+    pub(super) fn is_again(&self) -> bool {
+        matches!(*self.0, Problem::Again)
+    }
+
     /// The fault with its place, unless it has one already.
     pub(super) fn at(self, path: &Path, offset: u64) -> Self {
-        match self {
-            Fault::Plain(problem) => Fault::Placed { path: path.to_string(), offset, problem },
-            placed => placed,
+        match *self.0 {
+            Problem::Plain(problem) => {
+                Self(Box::new(Problem::Placed { path: path.to_string(), offset, problem }))
+            }
+            placed => Self(Box::new(placed)),
         }
     }
 
     /// The fault as a reader's error.
     pub(super) fn reading(self, section: &str) -> StateError {
         let section = section.to_owned();
-        match self {
-            Fault::Placed { path, offset, problem } => {
+        match *self.0 {
+            Problem::Placed { path, offset, problem } => {
                 StateError::Malformed { section, path, offset, problem }
             }
-            Fault::Io { offset, source } => StateError::Io { section, offset, source },
-            Fault::Version { subsection, found, max } => StateError::Version {
+            Problem::Io { offset, source } => StateError::Io { section, offset, source },
+            Problem::Version { subsection, found, max } => StateError::Version {
                 section: format!("{section}, subsection {subsection}"),
                 found,
                 min: 0,
                 max,
             },
-            other @ (Fault::Plain(_) | Fault::Again) => StateError::Malformed {
+            other @ (Problem::Plain(_) | Problem::Again) => StateError::Malformed {
                 section,
                 path: String::new(),
                 offset: 0,
@@ -205,8 +244,8 @@ impl Fault {
     /// The fault as a writer's error.
     pub(super) fn writing(self, section: &str) -> StateError {
         let section = section.to_owned();
-        match self {
-            Fault::Placed { path, problem, .. } => {
+        match *self.0 {
+            Problem::Placed { path, problem, .. } => {
                 StateError::Unwritable { section, path, problem }
             }
             other => {
@@ -218,14 +257,20 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Plain(problem) => f.write_str(problem),
-            Fault::Placed { path, problem, .. } => write!(f, "{path}: {problem}"),
-            Fault::Io { source, .. } => write!(f, "{source}"),
-            Fault::Version { subsection, found, max } => {
+            Problem::Plain(problem) => f.write_str(problem),
+            Problem::Placed { path, problem, .. } => write!(f, "{path}: {problem}"),
+            Problem::Io { source, .. } => write!(f, "{source}"),
+            Problem::Version { subsection, found, max } => {
                 write!(f, "{subsection}: version {found} is not supported, at most {max}")
             }
-            Fault::Again => f.write_str("a subsection came twice"),
+            Problem::Again => f.write_str("a subsection came twice"),
         }
     }
 }
@@ -233,13 +278,28 @@ impl fmt::Display for Fault {
 impl std::error::Error for Fault {}
 
 impl serde::ser::Error for Fault {
+    #[cold]
     fn custom<T: fmt::Display>(msg: T) -> Self {
-        Fault::Plain(msg.to_string())
+        Fault::plain(msg.to_string())
     }
 }
 
+/// Beside `custom`, what derived code calls for each field, lest the making of a message stands in each place.
 impl serde::de::Error for Fault {
+    #[cold]
     fn custom<T: fmt::Display>(msg: T) -> Self {
-        Fault::Plain(msg.to_string())
+        Fault::plain(msg.to_string())
+    }
+    #[cold]
+    fn invalid_length(len: usize, expected: &dyn serde::de::Expected) -> Self {
+        Fault::plain(format!("invalid length {len}, expected {expected}"))
+    }
+    #[cold]
+    fn missing_field(field: &'static str) -> Self {
+        Fault::plain(format!("missing field `{field}`"))
+    }
+    #[cold]
+    fn duplicate_field(field: &'static str) -> Self {
+        Fault::plain(format!("duplicate field `{field}`"))
     }
 }

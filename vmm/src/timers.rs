@@ -32,14 +32,22 @@ impl TimerBell {
     /// Says whether the machine runs: deadlines of one that does not wait until it does.
     pub fn set_running(&self, running: bool) {
         self.running.store(running, Ordering::Release);
-        self.deadline_changed();
+        self.ring();
+    }
+
+    fn ring(&self) {
+        // Full only if it has been rung 2^64 times: it is heard either way.
+        let _ = self.changed.write(1);
     }
 }
 
 impl TimerHost for TimerBell {
     fn deadline_changed(&self) {
-        // Full only if it has been rung 2^64 times: it is heard either way.
-        let _ = self.changed.write(1);
+        // While the machine stands still nothing expires, and what changed is looked at when it begins to run:
+        // each device that is loaded would wake the I/O thread, and the guest waits for that.
+        if self.running.load(Ordering::Acquire) {
+            self.ring();
+        }
     }
 }
 

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use migration::vmstate::{
-    Audience, ByteSource, Decoder, Describer, Description, Encoder, FieldError, FixedVec,
-    LayoutDigest, Pad, Section, SectionId, StateError, check_version,
+    Audience, ByteSource, Decoder, Describer, Description, Encoder, FieldError, LayoutDigest, Pad,
+    Section, SectionId, StateError, Tailed, check_version,
 };
 
 use super::core::status;
@@ -63,12 +63,19 @@ struct ModernQueueState {
     used: [u32; 2],
 }
 
+impl From<ModernQueue> for ModernQueueState {
+    fn from(queue: ModernQueue) -> Self {
+        let ModernQueue { size, enabled, desc, avail, used } = queue;
+        Self { num: size, pad: Pad, enabled, desc, avail, used }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct ModernState {
     dfselect: u32,
     gfselect: u32,
     guest_features: [u32; 2],
-    vqs: FixedVec<ModernQueueState, QUEUES>,
+    vqs: Tailed<ModernQueueState, QUEUES>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,9 +96,9 @@ struct Subsections {
     #[serde(rename = "virtio/64bit_features")]
     features: Option<u64>,
     #[serde(rename = "virtio/virtqueues")]
-    rings: Option<FixedVec<RingState, QUEUES>>,
+    rings: Option<Tailed<RingState, QUEUES>>,
     #[serde(rename = "virtio/ringsize")]
-    default_sizes: Option<FixedVec<u32, QUEUES>>,
+    default_sizes: Option<Tailed<u32, QUEUES>>,
     #[serde(rename = "virtio/broken")]
     broken: Option<bool>,
     #[serde(rename = "virtio/extra_state")]
@@ -310,12 +317,13 @@ impl VirtioPci {
         to.put(&u32::try_from(config.len()).unwrap_or(0))?;
         to.put_bytes(&config);
         to.put(&u32::try_from(self.core.len()).unwrap_or(0))?;
-        let mut rings = FixedVec::<RingState, QUEUES>::default();
-        let mut default_sizes = FixedVec::<u32, QUEUES>::default();
+        let (mut rings, mut default_sizes) = (Vec::new(), Vec::new());
         let mut resized = false;
         for index in 0..self.core.len() {
             let Some(queue) = self.core.queue(index) else { continue };
             let RingAddresses { desc, avail, used } = queue.addresses();
+            rings.push(RingState { avail, used });
+            default_sizes.push(u32::from(queue.default_size()));
             to.put(&QueueState {
                 num: queue.size().into(),
                 desc,
@@ -324,18 +332,14 @@ impl VirtioPci {
             if has_msix {
                 to.put(&queue.vector)?;
             }
-            if let (Some(ring), Some(size)) = (rings.get_mut(index), default_sizes.get_mut(index)) {
-                *ring = RingState { avail, used };
-                *size = queue.default_size().into();
-            }
             resized |= queue.size() != queue.default_size();
         }
         self.device.save_part(to, audience)?;
         let modern = self.generation != Generation::Legacy;
         to.put(&Subsections {
             features: Some(accepted),
-            rings: modern.then_some(rings),
-            default_sizes: resized.then_some(default_sizes),
+            rings: modern.then(|| Tailed::new(rings, RingState::default())),
+            default_sizes: resized.then(|| Tailed::new(default_sizes, 0)),
             broken: self.core.is_broken().then_some(true),
             extra: Some(ExtraState {
                 subsections: PciSubsections { modern: modern.then(|| self.modern_state()) },
@@ -350,17 +354,10 @@ impl VirtioPci {
             dfselect: self.device_feature_select,
             gfselect: self.driver_feature_select,
             guest_features: self.driver_features,
-            vqs: FixedVec::from_fn(|index| {
-                let queue = self.modern.get(index).copied().unwrap_or_default();
-                ModernQueueState {
-                    num: queue.size,
-                    pad: Pad,
-                    enabled: queue.enabled,
-                    desc: queue.desc,
-                    avail: queue.avail,
-                    used: queue.used,
-                }
-            }),
+            vqs: Tailed::new(
+                self.modern.iter().copied().map(ModernQueueState::from),
+                ModernQueueState::from(ModernQueue::default()),
+            ),
         }
     }
 

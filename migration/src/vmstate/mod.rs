@@ -5,7 +5,7 @@
 //!
 //! - integers are big-endian, `bool` is one byte, structs and tuples are their parts one after
 //!   the other; nothing carries a length of its own;
-//! - an array longer than serde's 32 elements is a [`FixedVec`]; bytes that mean nothing are a
+//! - an array longer than serde's 32 elements is a [`FixedVec`], or a [`Tailed`] if most of it is the same; bytes that mean nothing are a
 //!   [`Pad`]; a deadline is a [`Timer`]; a count followed by that many elements is a [`Counted`];
 //! - a field that exists only from section version `N` on is named `name@N`
 //!   (`#[serde(rename = "xcr0@12", default)]`). A struct inside a section goes by the version of
@@ -51,6 +51,7 @@ mod read;
 mod section;
 mod ser;
 mod shape;
+mod tailed;
 mod types;
 mod walk;
 mod words;
@@ -62,6 +63,7 @@ pub use layout::{LayoutDigest, layout, layout_digest};
 pub use read::{Decoder, SliceSource, check_version, from_source};
 pub use section::{Audience, ByteSource, Description, Migratable, Section, SectionId, VmState};
 pub use ser::{Encoder, to_bytes};
+pub use tailed::Tailed;
 pub use types::{Counted, FixedVec, Pad, Str8, Timer};
 pub use walk::SUBSECTION;
 pub use words::{Form, Word, Words};

@@ -142,7 +142,7 @@ impl<T: Serialize + PartialEq, const N: usize> Serialize for FixedVec<T, N> {
 }
 
 /// The element before so many times more.
-struct Again(u32);
+pub(super) struct Again(pub(super) u32);
 
 impl Serialize for Again {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
@@ -151,7 +151,7 @@ impl Serialize for Again {
 }
 
 /// What a [`FixedVec`] is read as.
-enum Told<T> {
+pub(super) enum Told<T> {
     /// An element.
     One(T),
     /// So many of the next elements are the same as the one before.

@@ -26,6 +26,24 @@ struct Lists {
     lists: FixedVec<Counted<u8, u16, 9>, 40>,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Tail {
+    queues: Tailed<Queue, 1024>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Long {
+    queues: FixedVec<Queue, 1024>,
+}
+
+impl VmState for Tail {
+    const VERSION: u32 = 1;
+}
+
+impl VmState for Long {
+    const VERSION: u32 = 1;
+}
+
 impl VmState for Queues {
     const VERSION: u32 = 1;
 }
@@ -70,6 +88,22 @@ proptest! {
     }
 
     #[test]
+    fn what_holds_its_tail_once_is_the_same_on_the_wire(numbers in stretches(1024), keep in 0..1024_usize) {
+        let numbers: Vec<u16> = numbers.into_iter().take(keep).collect();
+        let short = Tail { queues: Tailed::new(numbers.iter().map(|n| queue(*n)), queue(1)) };
+        let long = |i: usize| queue(numbers.get(i).copied().unwrap_or(1));
+        let long = Long { queues: FixedVec::from_fn(long) };
+        let written = write("alike", &short);
+        prop_assert_eq!(&written, &write("alike", &long));
+        prop_assert_eq!(&patient::<Tail>(&written).unwrap(), &short);
+        prop_assert!(short.queues.iter().eq(long.queues.iter()));
+        // Where all elements are told one by one, it is held as shortly.
+        let json = serde_json::to_value(&short).unwrap();
+        prop_assert_eq!(&json, &serde_json::to_value(&long).unwrap());
+        prop_assert_eq!(serde_json::from_value::<Tail>(json).unwrap(), short);
+    }
+
+    #[test]
     fn lists_of_any_length_come_back(lengths in prop::collection::vec(0..9_usize, 40)) {
         // An empty list is a zero, and what follows one looks like another.
         let state = Lists { lists: FixedVec::from_fn(|i| vec![0; lengths[i]].into()) };
@@ -97,4 +131,17 @@ fn padding_that_differs_makes_no_difference() {
         bytes[at * 12 + 2] = at as u8;
     }
     assert_eq!(read::<Queues>("alike", 1, &bytes).unwrap(), Queues::default());
+}
+
+#[test]
+fn a_tail_that_is_cut_or_too_long_is_refused() {
+    let state = Tail { queues: Tailed::new([queue(3)], queue(0)) };
+    let bytes = write("alike", &state);
+    assert!(read::<Tail>("alike", 1, &bytes[..1000 * 12]).is_err());
+    assert_eq!((state.queues.get(0), state.queues.get(1)), (Some(&queue(3)), Some(&queue(0))));
+    assert_eq!((state.queues.get(1023), state.queues.get(1024)), (Some(&queue(0)), None));
+    let list = |n: usize| serde_json::json!({ "queues": vec![queue(0); n] });
+    for n in [0, 1023, 1025] {
+        assert!(serde_json::from_value::<Tail>(list(n)).is_err(), "{n} elements");
+    }
 }

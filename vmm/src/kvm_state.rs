@@ -1,8 +1,8 @@
 //! The state that KVM holds, as sections: vCPUs, interrupt controllers, PIT and clocks.
 //!
 //! ```text
-//! leaving    vCPUs and devices stand still → snapshot(): everything is read once, the vCPUs each in
-//!            its own thread → every section writes its part of it
+//! leaving    vCPUs and devices stand still → snapshot(): everything is read once, the vCPUs by several
+//!            threads → every section writes its part of it
 //! arriving   every section decodes and checks its part → apply() keeps it → install(): everything
 //!            is given to KVM → start_clocks(): kvmclock and TSCs, right before the vCPUs run
 //! ```

@@ -43,13 +43,30 @@ impl Rate {
         self.time += time;
         self.bytes += bytes;
         while let Some(&(time, bytes)) = self.samples.front() {
-            if self.time - time < RATE_WINDOW {
+            // The last that has any bytes says more than nothing.
+            if self.time - time < RATE_WINDOW || self.bytes == bytes {
                 break;
             }
             self.samples.pop_front();
             self.time -= time;
             self.bytes -= bytes;
         }
+    }
+
+    /// Corrects the rate after a pass that sent `bytes` in the time `sending`, all of which the other side has
+    /// taken in `settling` later; `before` it was that. A pass that is short, or of which the sockets have
+    /// swallowed much, seemed to be sent faster than it was. In another the sockets were full, and what was
+    /// measured at its end is right.
+    pub fn of_pass(&mut self, before: Rate, sending: Duration, settling: Duration, bytes: u64) {
+        let whole = sending.saturating_add(settling);
+        let short = whole < RATE_WINDOW;
+        if bytes == 0 || !(short || settling > whole / 4) {
+            return;
+        }
+        *self = if short { before } else { Rate::default() };
+        // Such that what is measured after it counts as always.
+        let part = RATE_WINDOW.as_secs_f64() / whole.as_secs_f64().max(RATE_WINDOW.as_secs_f64());
+        self.add(whole.min(RATE_WINDOW), (bytes as f64 * part) as u64);
     }
 
     /// Bytes per second; `None` before anything was sent.
@@ -144,6 +161,42 @@ mod tests {
         }
         assert_eq!(rate.bytes_per_s(), Some(5e6));
         assert_eq!(rate.time_for(1_000_000), Some(200 * MS));
+    }
+
+    #[test]
+    fn what_sockets_swallow_is_sent_when_the_other_side_has_it() {
+        let steady = |rate: &mut Rate| (0..20).for_each(|_| rate.add(100 * MS, 1_000_000));
+        let mut rate = Rate::default();
+        steady(&mut rate);
+        // A short pass of 2 MB, gone in a millisecond, which has arrived 199 ms later.
+        let before = rate.clone();
+        rate.add(MS, 2_000_000);
+        rate.of_pass(before, MS, 199 * MS, 2_000_000);
+        assert_eq!(rate.bytes_per_s(), Some(1e7));
+        // The same of a slow link's first pass.
+        let mut slow = Rate::default();
+        slow.add(MS, 2_000_000);
+        slow.of_pass(Rate::default(), MS, 3999 * MS, 2_000_000);
+        assert_eq!(slow.bytes_per_s(), Some(5e5));
+        // ... which is forgotten as soon as anything else.
+        steady(&mut slow);
+        assert_eq!(slow.bytes_per_s(), Some(1e7));
+        // A long one is right as it was measured.
+        let before = rate.clone();
+        steady(&mut rate);
+        rate.of_pass(before.clone(), 2000 * MS, 500 * MS, 20_000_000);
+        assert_eq!(rate.bytes_per_s(), Some(1e7));
+        // One that had nothing to send says nothing.
+        rate.of_pass(before, MS, MS, 0);
+        assert_eq!(rate.bytes_per_s(), Some(1e7));
+    }
+
+    #[test]
+    fn time_alone_makes_nobody_forget_the_rate() {
+        let mut rate = Rate::default();
+        rate.add(100 * MS, 1_000_000);
+        rate.add(3000 * MS, 0);
+        assert!(rate.bytes_per_s().is_some());
     }
 
     #[test]

@@ -209,7 +209,8 @@ impl MigrationStats {
     pub(crate) fn expected_course(&self, course: Option<(Duration, Duration)>) {
         let mut s = self.lock();
         let elapsed = s.started.map(|t| t.elapsed()).unwrap_or_default();
-        let expected = course.map(|(left, downtime)| Expected { total: elapsed + left, downtime });
+        let expected = course
+            .map(|(left, downtime)| Expected { total: elapsed.saturating_add(left), downtime });
         s.expected_total = expected.map(|expected| expected.total);
         if s.passes == 1 {
             s.first_forecast = expected;

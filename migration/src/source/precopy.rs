@@ -161,16 +161,18 @@ impl Migration<'_> {
                 self.control.enter(Phase::Active);
             }
             let (begin, sent) = (Instant::now(), self.sent());
-            let before = passes.remaining();
+            let (before, rate_before) = (passes.remaining(), passes.rate.clone());
             self.vm.flush_ahead();
             let end = self.send_pass(&mut passes, PartType::Part)?;
             passes.first = false;
             if end == PassEnd::Whole {
+                let (sending, bytes) = (begin.elapsed(), self.sent().saturating_sub(sent));
                 self.settle()?;
-                // What was still on its way had not been sent as fast as it seemed.
-                let behind = passes.sample_since.elapsed().saturating_sub(self.round_trip);
-                passes.rate.add(behind, 0);
-                passes.sample_since = Instant::now();
+                let settling =
+                    begin.elapsed().saturating_sub(sending.saturating_add(self.round_trip));
+                passes.rate.of_pass(rate_before, sending, settling, bytes);
+                // What comes next is not measured from the middle of this one.
+                (passes.sample_since, passes.sample_sent) = (Instant::now(), self.sent());
             }
             let left = passes.dirty.count();
             self.fetch(&mut passes)?;
@@ -187,7 +189,9 @@ impl Migration<'_> {
             let forecast = passes.rate.time_for(self.on_the_wire(remaining));
             let hand_over = passes.hand_over.at(passes.rate.bytes_per_s());
             self.control.stats().remaining(remaining);
-            self.control.stats().expected_downtime(forecast.map(|pages| pages + hand_over));
+            self.control
+                .stats()
+                .expected_downtime(forecast.map(|pages| pages.saturating_add(hand_over)));
             if end == PassEnd::Whole {
                 passes.note(time, self.on_the_wire(dirtied * PAGE_SIZE));
                 let course = self.course(&passes, before, parameters.downtime_limit);
@@ -320,10 +324,15 @@ impl Migration<'_> {
         if self.out.is_one_way() {
             return Ok(());
         }
+        let begin = Instant::now();
         self.out.command(&Command::Ping(SETTLE_PING));
         self.send("a ping after RAM")?;
         match self.await_message("it was taking in RAM", false)? {
-            Message::Pong(_) => Ok(()),
+            Message::Pong(_) => {
+                // The first answer of all also took what it takes to accept a connection.
+                self.round_trip = self.round_trip.min(begin.elapsed());
+                Ok(())
+            }
             other => Err(SourceError::Unexpected { found: other.name(), expected: "pong" }),
         }
     }

@@ -5,8 +5,8 @@
 //!
 //! - integers are big-endian, `bool` is one byte, structs and tuples are their parts one after
 //!   the other; nothing carries a length of its own;
-//! - an array longer than serde's 32 elements is a [`FixedVec`], or a [`Tailed`] if most of it is the same; bytes that mean nothing are a
-//!   [`Pad`]; a deadline is a [`Timer`]; a count followed by that many elements is a [`Counted`];
+//! - an array longer than serde's 32 elements is a [`FixedVec`], or a [`Tailed`] if most of it is the
+//!   same; bytes that mean nothing are a [`Pad`]; a deadline is a [`Timer`]; a count followed by that many elements is a [`Counted`];
 //! - a field that exists only from section version `N` on is named `name@N`
 //!   (`#[serde(rename = "xcr0@12", default)]`). A struct inside a section goes by the version of
 //!   the section or subsection that it is in;

@@ -245,9 +245,9 @@ impl Machine {
 
     /// A guest's watchdogs would take the time for a hang (Linux, api.rst, KVM_KVMCLOCK_CTRL).
     fn tell_guests_they_stood_still(&self) {
-        for vcpu in &self.vcpus {
+        for vcpu in self.vcpus.iter().filter_map(|vcpu| vcpu.paused().ok()) {
             // A guest that does not use kvmclock has nothing to be told (EINVAL).
-            let _ = vcpu.handle().kvmclock_ctrl();
+            let _ = vcpu.kvmclock_ctrl();
         }
     }
 

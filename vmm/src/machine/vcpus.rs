@@ -1,5 +1,6 @@
 //! The same for every vCPU, while all of them stand still.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use arch::clock::ClockBase;
@@ -10,7 +11,7 @@ use arch::vcpu_state::VcpuState;
 use kvm_ioctls::VcpuFd;
 
 use super::{Machine, MachineError};
-use crate::vcpu::{Vcpu, VcpuError};
+use crate::vcpu::VcpuError;
 
 impl Machine {
     /// All vCPUs' states.
@@ -55,7 +56,7 @@ impl Machine {
     }
 
     /// Does for every vCPU, which must be paused, the job that is made for its index; gives the answers in the
-    /// vCPUs' order. The vCPUs are shared out to as many threads as there are processors, this one among them:
+    /// vCPUs' order. The vCPUs are shared out to no more threads than there are processors, this one among them:
     /// a thread that is woken for some microseconds of work and finds no processor costs more than it brings.
     pub(super) fn on_all<T, E, J>(
         &self,
@@ -67,19 +68,29 @@ impl Machine {
         J: FnOnce(&VcpuFd) -> Result<T, E> + Send + 'static,
     {
         let each = self.vcpus.len().div_ceil(self.processors).max(1);
-        let mut shares = self.vcpus.chunks(each).map(|vcpus| -> (&Vcpu, Share<T, E>) {
-            let work = vcpus.iter().map(|vcpu| (vcpu.handle().clone(), job(vcpu.index())));
-            let work: Vec<(Arc<VcpuFd>, J)> = work.collect();
-            (&vcpus[0], Box::new(move || work.into_iter().map(|(fd, job)| job(&fd)).collect()))
-        });
+        let mut shares = Vec::new();
+        for vcpus in self.vcpus.chunks(each) {
+            let mut work: Vec<(Arc<VcpuFd>, J)> = Vec::new();
+            for vcpu in vcpus {
+                work.push((vcpu.paused()?.clone(), job(vcpu.index())));
+            }
+            let share: Share<T, E> =
+                Box::new(move || work.into_iter().map(|(fd, job)| job(&fd)).collect());
+            shares.push((&vcpus[0], share));
+        }
+        let mut shares = shares.into_iter();
         let mine = shares.next();
-        // All are started before the first is waited for.
+        // All are started before the first is waited for ...
         let others: Vec<_> =
             shares.map(|(vcpu, share)| (vcpu.index(), vcpu.start_job(move |_| share()))).collect();
-        let mut answers = mine.map_or(Ok(Vec::new()), |(_, share)| share()).map_err(E::into)?;
-        for (index, share) in others {
-            let share = share.recv().map_err(|_| VcpuError::Stopped(index))?;
-            answers.extend(share.map_err(E::into)?);
+        let mine = catch_unwind(AssertUnwindSafe(|| mine.map(|(_, share)| share())));
+        // ... and all have ended before anyone hears of an error, and lets vCPUs run that they still work on.
+        let others: Vec<_> =
+            others.into_iter().map(|(index, answer)| (index, answer.recv())).collect();
+        let mine = mine.unwrap_or_else(|panic| resume_unwind(panic));
+        let mut answers = mine.unwrap_or(Ok(Vec::new())).map_err(E::into)?;
+        for (index, answer) in others {
+            answers.extend(answer.map_err(|_| VcpuError::Stopped(index))?.map_err(E::into)?);
         }
         Ok(answers)
     }

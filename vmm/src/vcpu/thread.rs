@@ -33,6 +33,9 @@ pub enum VcpuError {
         /// How long it was waited for.
         deadline: Duration,
     },
+    /// It runs, and what was to be done is for one that stands still.
+    #[error("vCPU {0} runs, and should stand still")]
+    Running(u32),
     /// Its thread has ended.
     #[error("vCPU {0} has stopped")]
     Stopped(u32),
@@ -114,10 +117,13 @@ impl Vcpu {
         Ok(Self { index, handle: Arc::new(handle), shared, thread: Some(thread) })
     }
 
-    /// The vCPU for threads other than its own. The kernel lets one caller at a time have it, so while it runs
-    /// a call would wait for its next exit, perhaps for ever: only for one that is paused.
-    pub fn handle(&self) -> &Arc<VcpuFd> {
-        &self.handle
+    /// The vCPU for threads other than its own, while it is paused, and only then: the kernel lets one caller
+    /// at a time have it, and a call would wait for the next exit of one that runs, perhaps for ever.
+    pub fn paused(&self) -> Result<&Arc<VcpuFd>, VcpuError> {
+        match self.shared.lock().is {
+            Is::Running => Err(VcpuError::Running(self.index)),
+            Is::Paused | Is::Stopped => Ok(&self.handle),
+        }
     }
 
     /// Its number, from 0.

@@ -97,6 +97,11 @@ proptest! {
         prop_assert_eq!(&written, &write("alike", &long));
         prop_assert_eq!(&patient::<Tail>(&written).unwrap(), &short);
         prop_assert!(short.queues.iter().eq(long.queues.iter()));
+        let shape = |digest: LayoutDigest| digest.finish();
+        prop_assert_eq!(
+            shape(LayoutDigest::new(1, 1).part::<Tail>("queues")),
+            shape(LayoutDigest::new(1, 1).part::<Long>("queues"))
+        );
         // Where all elements are told one by one, it is held as shortly.
         let json = serde_json::to_value(&short).unwrap();
         prop_assert_eq!(&json, &serde_json::to_value(&long).unwrap());

@@ -67,14 +67,21 @@ impl QemuArgs {
         self
     }
 
+    /// The command, for a test that looks after it itself.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(&self.args);
+        command
+    }
+
     /// Starts it with its guest's serial port at a socket, and returns when its control socket
     /// answers.
     pub fn start(&self) -> Qemu {
         let dir = TempDir::with_prefix("mini-vmm-qemu-").expect("a temporary directory");
         let path = |name: &str| dir.path().join(name).display().to_string();
         let log = File::create(dir.path().join("log")).expect("a file");
-        let child = Command::new("qemu-system-x86_64")
-            .args(&self.args)
+        let child = self
+            .command()
             .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
             .args(["-serial", &format!("unix:{},server=on,wait=off", path("serial"))])
             .stdin(Stdio::null())

@@ -84,7 +84,7 @@ impl Series {
     fn guest(self, size: u64) -> Guest {
         let idle = "set=0,verify=0,hz=250";
         let one = Size { memory_mib: SMALL_MIB, vcpus: 1 };
-        let small = Guest { size: one, disks: 0, parameters: idle.into() };
+        let small = Guest { size: one, disks: 0, parameters: idle.into(), prealloc: true };
         match self {
             Series::Memory => Guest { size: Size { memory_mib: size, ..one }, ..small },
             Series::Vcpus => Guest {
@@ -96,6 +96,7 @@ impl Series {
             Series::Sparse => Guest {
                 size: Size { memory_mib: size, ..one },
                 parameters: format!("{idle},fill=200M"),
+                prealloc: false,
                 ..small
             },
         }
@@ -106,6 +107,9 @@ struct Guest {
     size: Size,
     disks: u64,
     parameters: String,
+    /// Whether its destination allocates all memory at its start. One that does has memory to look at where
+    /// the guest never had any.
+    prealloc: bool,
 }
 
 /// What one size came to, in ms.
@@ -179,6 +183,7 @@ pub fn run(options: &Options) -> Result<()> {
 
 fn measure(options: &Options) -> Result<Growth> {
     let rival = Rival::new(OURS, &options.program, Way { prealloc: true, ..Way::default() })?;
+    let fresh = Rival::new(OURS, &options.program, Way::default())?;
     let dir = TempDir::with_prefix("mini-vmm-growth-")
         .doing(|| "create a temporary directory".to_owned())?;
     let image = dir.path().join("selfcheck.elf");
@@ -195,7 +200,7 @@ fn measure(options: &Options) -> Result<Growth> {
             }
         }
     }
-    let bench = Bench { rival: &rival, dir: dir.path(), image: &image };
+    let bench = Bench { rival: &rival, fresh: &fresh, dir: dir.path(), image: &image };
     println!("not counted");
     bench.one(&Series::Vcpus.guest(1))?;
     for round in 0..options.rounds.max(1) {
@@ -229,6 +234,8 @@ fn measure(options: &Options) -> Result<Growth> {
 
 struct Bench<'a> {
     rival: &'a Rival,
+    /// The same, whose destinations do not allocate ahead.
+    fresh: &'a Rival,
     dir: &'a Path,
     image: &'a Path,
 }
@@ -245,9 +252,13 @@ impl Bench<'_> {
         let mut destination = self.start(guest, &Role::Destination(port))?;
         destination.connect()?;
         let order = Order { port, bandwidth: UNLIMITED, meanwhile: &mut |_, _, _| Ok(()) };
-        let moved = move_guest(source, &mut destination, self.rival, order)?;
+        let moved = move_guest(source, &mut destination, self.rival(guest), order)?;
         let downtime = moved.downtime_destination.unwrap_or_default();
         Ok([moved.total, downtime, moved.gap])
+    }
+
+    fn rival(&self, guest: &Guest) -> &Rival {
+        if guest.prealloc { self.rival } else { self.fresh }
     }
 
     fn start(&self, guest: &Guest, role: &Role<'_>) -> Result<Vm> {
@@ -257,7 +268,7 @@ impl Bench<'_> {
         };
         let qmp = self.dir.join(format!("{side}.qmp"));
         let _ = fs::remove_file(&qmp);
-        let mut command = self.rival.command(guest.size, role, self.image, &qmp);
+        let mut command = self.rival(guest).command(guest.size, role, self.image, &qmp);
         for disk in 0..guest.disks {
             let path = self.dir.join(format!("{disk}.img"));
             let made = File::create(&path).and_then(|file| file.set_len(1 << 20));

@@ -11,7 +11,8 @@ const MIN_OF_IPERF: f64 = 0.85;
 const MAX_OF_BEST: f64 = 0.75;
 /// An idle guest feels a gap at most this much longer than the time between two of its ticks, in ms.
 const MAX_GAP_BEYOND_TICK_MS: f64 = 5.0;
-/// The downtime that the destination reports contradicts what an idle guest felt by at most this, in ms.
+/// The downtime that the source reports, which is what an operator reads, contradicts what an idle guest felt by at
+/// most this, in ms. The destination does not see its beginning.
 const MAX_OFF_MS: f64 = 1.0;
 /// A guest that writes as fast as it can stands still for at most this long, in ms.
 const MAX_HOT_MS: f64 = 30.0;
@@ -54,7 +55,7 @@ impl Results {
             }
             if idle {
                 check(ours, Metric::Gap, Some(TICK_MS + MAX_GAP_BEYOND_TICK_MS));
-                check(ours, Metric::OffDestination, Some(MAX_OFF_MS));
+                check(ours, Metric::OffSource, Some(MAX_OFF_MS));
                 let best = self.best_other(scenario).map(|best| best * MAX_OF_BEST);
                 for name in self.names().filter(|name| is_several(name, ours)) {
                     check(name, Metric::Total, best);
@@ -152,7 +153,7 @@ mod tests {
             ("idle", "ours", Metric::MemoryDestinationMoving, 16.0, 16.1),
             ("idle", "ours", Metric::OfIperf, 0.85, 0.84),
             ("idle", "ours", Metric::Gap, 9.0, 9.1),
-            ("idle", "ours", Metric::OffDestination, 1.0, 1.1),
+            ("idle", "ours", Metric::OffSource, 1.0, 1.1),
             ("hot", "ours", Metric::Downtime, 30.0, 31.0),
             ("dirty", "ours --local", Metric::Downtime, 10.0, 11.0),
             ("work", "ours", Metric::Work, 0.85, 0.84),
@@ -167,7 +168,7 @@ mod tests {
     #[test]
     fn a_target_of_another_scenario_is_not_missed() {
         for (scenario, metric) in
-            [("dirty", Metric::Gap), ("dirty", Metric::OffDestination), ("idle", Metric::Downtime)]
+            [("dirty", Metric::Gap), ("dirty", Metric::OffSource), ("idle", Metric::Downtime)]
         {
             let missed = with(scenario, &[("ours", metric, 1e3)]).missed("ours", "theirs");
             assert!(missed.is_empty(), "{missed:?}");

@@ -92,6 +92,9 @@ where
         let mut same: usize = 0;
         while let Some(told) = seq.next_element::<E>()? {
             match told.into() {
+                Told::Same(_) if held.is_empty() => {
+                    return Err(A::Error::custom("nothing to be the same as"));
+                }
                 Told::Same(times) => same = same.saturating_add(times),
                 Told::One(element) => {
                     if let Some(last) = held.last().cloned() {
@@ -106,9 +109,6 @@ where
             }
         }
         let len = held.len().saturating_add(same);
-        if held.is_empty() && same > 0 {
-            return Err(A::Error::custom("nothing to be the same as"));
-        }
         if len == self.0 { Ok(held) } else { Err(A::Error::invalid_length(len, &self)) }
     }
 }
@@ -118,11 +118,19 @@ where
     T: Deserialize<'de> + Clone + PartialEq,
 {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let elements = if d.is_human_readable() {
-            d.deserialize_tuple(N, Shortening::<T, T>(N, PhantomData))
-        } else {
-            d.deserialize_tuple_struct(FIXED, N, Shortening::<T, Told<T>>(N, PhantomData))
-        };
-        elements.map(Self::shortened)
+        shortened::<T, D>(N, d).map(Self::shortened)
     }
+}
+
+/// Reads `len` elements of an array; those at its end that are said to be the same as the last are left out. How
+/// many there are is not part of the type, lest there be one of these for each length.
+pub(super) fn shortened<'de, T, D>(len: usize, d: D) -> Result<Vec<T>, D::Error>
+where
+    T: Deserialize<'de> + Clone,
+    D: Deserializer<'de>,
+{
+    if d.is_human_readable() {
+        return d.deserialize_tuple(len, Shortening::<T, T>(len, PhantomData));
+    }
+    d.deserialize_tuple_struct(FIXED, len, Shortening::<T, Told<T>>(len, PhantomData))
 }

@@ -18,6 +18,8 @@ pub(crate) const PAD: &str = "@pad";
 pub(crate) const TIMER: &str = "@timer";
 /// The serde name by which the format recognises a [`Counted`].
 pub(crate) const COUNTED: &str = "@counted";
+use super::tailed::shortened;
+
 /// The serde name by which the format recognises a [`FixedVec`] that is read, element by element or so many at
 /// once as have the same bytes.
 pub(crate) const FIXED: &str = "@fixed";
@@ -43,8 +45,7 @@ impl<'de, const N: usize> Deserialize<'de> for Pad<N> {
                 write!(f, "{} unused bytes", self.0)
             }
             fn visit_newtype_struct<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
-                let bytes = Elementwise::<u8, Told<u8>>(self.0, PhantomData);
-                d.deserialize_tuple_struct(FIXED, self.0, bytes).map(drop)
+                shortened::<u8, D>(self.0, d).map(drop)
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
                 while seq.next_element::<u8>()?.is_some() {}
@@ -183,44 +184,13 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Told<T> {
     }
 }
 
-/// Reads the elements of a [`FixedVec`], each as an `E`. How many there are is not part of the type, lest there be
-/// one of these for each length.
-struct Elementwise<T, E>(usize, PhantomData<(T, E)>);
-
-impl<'de, T, E> Visitor<'de> for Elementwise<T, E>
-where
-    T: Clone,
-    E: Deserialize<'de> + Into<Told<T>>,
-{
-    type Value = Vec<T>;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} elements", self.0)
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
-        let mut v: Vec<T> = Vec::with_capacity(self.0);
-        while let Some(told) = seq.next_element::<E>()? {
-            let (element, times) = match told.into() {
-                Told::One(element) => (Some(element), 1),
-                Told::Same(times) => (v.last().cloned(), times),
-            };
-            let len = v.len().saturating_add(times);
-            if len > self.0 {
-                return Err(A::Error::custom(format!("more than {} elements", self.0)));
-            }
-            v.resize(len, element.ok_or_else(|| A::Error::custom("nothing to be the same as"))?);
-        }
-        if v.len() == self.0 { Ok(v) } else { Err(A::Error::invalid_length(v.len(), &self)) }
-    }
-}
-
 impl<'de, T: Deserialize<'de> + Clone, const N: usize> Deserialize<'de> for FixedVec<T, N> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let elements = if d.is_human_readable() {
-            d.deserialize_tuple(N, Elementwise::<T, T>(N, PhantomData))
-        } else {
-            d.deserialize_tuple_struct(FIXED, N, Elementwise::<T, Told<T>>(N, PhantomData))
-        };
-        elements.map(Self)
+        let mut elements = shortened::<T, D>(N, d)?;
+        if let Some(last) = elements.last().cloned() {
+            elements.resize(N, last);
+        }
+        Ok(Self(elements))
     }
 }
 

@@ -356,7 +356,7 @@ pub trait SourceVm: Machine {
 pub trait DestinationVm: Machine {
     /// Compares what the source's [`Machine::details`] says with this machine; every difference
     /// that would make the migration fail or the guest misbehave is one problem.
-    fn check_details(&self, source: &serde_json::Value) -> Vec<Problem>;
+    fn check_details(&mut self, source: &serde_json::Value) -> Vec<Problem>;
 
     /// The VM comes now: does what need not wait for its state, so that the guest need not wait for it.
     fn expect(&mut self) -> Result<(), VmError> {

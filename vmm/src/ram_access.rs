@@ -34,8 +34,8 @@ fn out_of_range(offset: u64, len: u64) -> io::Error {
 }
 
 /// The blocks behind the first, if `block` is one of them; kept while a pointer to them is used.
-fn roms(ram: &Ram, block: usize) -> RomList {
-    if block == 0 { RomList::default() } else { ram.roms().list() }
+fn roms(ram: &Ram, block: usize) -> Option<RomList> {
+    (block != 0).then(|| ram.roms().list())
 }
 
 impl Ram {
@@ -45,13 +45,13 @@ impl Ram {
     /// `roms`, which are the blocks from 1 on.
     fn stretches(
         &self,
-        roms: &RomList,
+        roms: Option<&RomList>,
         block: usize,
         offset: u64,
         len: u64,
         mut f: impl FnMut(*mut u8, usize),
     ) -> io::Result<()> {
-        let rom = block.checked_sub(1).map(|index| roms.get(index));
+        let rom = block.checked_sub(1).map(|index| roms.and_then(|roms| roms.get(index)));
         let size = match rom {
             None => self.size(),
             Some(rom) => rom.map_or(0, |rom| rom.size()),
@@ -112,7 +112,9 @@ impl GuestRam for Ram {
             match *part {
                 IoPart::Bytes(bytes) => iov.push(iovec(bytes.as_ptr().cast_mut(), bytes.len())),
                 IoPart::Ram { block, offset, len } => {
-                    self.stretches(&roms, block, offset, len as u64, |p, n| iov.push(iovec(p, n)))?
+                    self.stretches(Some(&roms), block, offset, len as u64, |p, n| {
+                        iov.push(iovec(p, n))
+                    })?
                 }
             }
         }
@@ -144,7 +146,7 @@ impl GuestRam for Ram {
             match part {
                 ReadPart::Bytes(bytes) => iov.push(iovec(bytes.as_mut_ptr(), bytes.len())),
                 ReadPart::Ram { block, offset, len } => {
-                    self.stretches(&roms, *block, *offset, *len as u64, |p, n| {
+                    self.stretches(Some(&roms), *block, *offset, *len as u64, |p, n| {
                         iov.push(iovec(p, n));
                     })?
                 }
@@ -167,7 +169,7 @@ impl GuestRam for Ram {
 
     fn copy_in(&self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut done = 0;
-        self.stretches(&roms(self, block), block, offset, bytes.len() as u64, |p, n| {
+        self.stretches(roms(self, block).as_ref(), block, offset, bytes.len() as u64, |p, n| {
             // SAFETY: the stretch is writable memory of `n` bytes, `bytes` has at least `done + n`
             // (the stretches add up to its length), and the two do not overlap.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr().add(done), p, n) };
@@ -184,7 +186,7 @@ impl GuestRam for Ram {
         }
         let mut done = 0;
         let to = buf.as_mut_ptr();
-        self.stretches(&roms(self, block), block, offset, buf.len() as u64, |p, n| {
+        self.stretches(roms(self, block).as_ref(), block, offset, buf.len() as u64, |p, n| {
             // SAFETY: as in `copy_in`, the other way round.
             unsafe { ptr::copy_nonoverlapping(p, to.add(done), n) };
             done += n;
@@ -210,7 +212,7 @@ impl GuestRam for Ram {
                         .is_some_and(|absent| has(absent, (at - stretch.start) / PAGE_SIZE))
                         || self.is_zero(block, at));
                 if !skip {
-                    self.stretches(&roms(self, block), block, at, n, |p, n| {
+                    self.stretches(roms(self, block).as_ref(), block, at, n, |p, n| {
                         // SAFETY: the stretch is writable memory of `n` bytes.
                         unsafe { ptr::write_bytes(p, byte, n) }
                     })?;
@@ -231,7 +233,7 @@ impl GuestRam for Ram {
         }
         let mut stretch = None;
         let mut several = false;
-        let found = self.stretches(&roms(self, block), block, offset, len, |p, _| {
+        let found = self.stretches(roms(self, block).as_ref(), block, offset, len, |p, _| {
             several = stretch.replace(p as u64).is_some();
         });
         // Over the PCI hole the two stretches are asked for one after the other by whoever goes on.
@@ -242,7 +244,7 @@ impl GuestRam for Ram {
     }
 
     fn populate(&self, block: usize, offset: u64, len: u64) {
-        let asked = self.stretches(&roms(self, block), block, offset, len, |p, n| {
+        let asked = self.stretches(roms(self, block).as_ref(), block, offset, len, |p, n| {
             // SAFETY: the stretch lies inside one of this RAM's mappings; populating it changes no
             // content. Linux before 5.14 does not know it and refuses.
             let done = unsafe { libc::madvise(p.cast(), n, libc::MADV_POPULATE_WRITE) };
@@ -260,7 +262,7 @@ impl GuestRam for Ram {
             return false;
         }
         let mut zero = true;
-        let whole = self.stretches(&roms(self, block), block, offset, PAGE_SIZE, |p, n| {
+        let whole = self.stretches(roms(self, block).as_ref(), block, offset, PAGE_SIZE, |p, n| {
             // SAFETY: the stretch lies inside one of this RAM's mappings, and is a whole page.
             zero &= unsafe { zero::is_zero(p, n) };
         });

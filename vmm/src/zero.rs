@@ -2,14 +2,18 @@
 //! out once.
 
 use std::arch::x86_64::{
-    __m256i, __m512i, _mm256_or_si256, _mm256_setzero_si256, _mm256_testz_si256, _mm512_or_si512,
-    _mm512_setzero_si512, _mm512_test_epi64_mask,
+    __m256i, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_or_si256, _mm256_setzero_si256,
+    _mm256_testz_si256, _mm512_or_si512, _mm512_setzero_si512, _mm512_test_epi64_mask,
 };
 use std::ptr;
 use std::sync::OnceLock;
 
 /// Bytes between two looks at what has been found: most pages that are not zero differ in the first few.
 const STEP: usize = 256;
+
+/// How far ahead of what is looked at the processor is asked to fetch, in bytes: pages are looked at one after
+/// the other, and the first bytes of nearly each are not in its caches.
+const AHEAD: usize = 8 * 4096;
 
 /// Looks at `len` bytes, a multiple of [`STEP`], from an address that is aligned to [`STEP`] on.
 type Look = unsafe fn(*const u8, usize) -> bool;
@@ -23,6 +27,11 @@ pub(crate) unsafe fn is_zero(from: *const u8, len: usize) -> bool {
     static LOOK: OnceLock<Look> = OnceLock::new();
     debug_assert!((from as usize).is_multiple_of(STEP) && len.is_multiple_of(STEP));
     let look = LOOK.get_or_init(|| looks().last().copied().unwrap_or(words));
+    let ahead = from.wrapping_add(AHEAD);
+    for line in (0..STEP).step_by(64) {
+        // SAFETY: a hint, which touches nothing, whatever the address is.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast()) };
+    }
     // SAFETY: the caller vouches for the memory, and `looks` for the processor.
     unsafe { look(from, len) }
 }

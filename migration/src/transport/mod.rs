@@ -26,9 +26,10 @@ pub use sink::{Settled, Sink};
 pub use stream_error::StreamError;
 pub use supply::Supply;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -196,6 +197,9 @@ impl Connection {
             setsockopt(&stream, sockopt::KeepAlive, &true)?;
             setsockopt(&stream, sockopt::TcpKeepIdle, &KEEPALIVE_S)?;
             setsockopt(&stream, sockopt::TcpKeepInterval, &KEEPALIVE_S)?;
+            if same_host(stream.local_addr()?.ip(), peer.ip()) {
+                without_pacing(&stream);
+            }
             Ok(())
         };
         match set_up() {
@@ -294,7 +298,57 @@ impl Write for &Connection {
     }
 }
 
+/// Whether nothing lies between the two ends of a connection but one kernel.
+fn same_host(here: IpAddr, there: IpAddr) -> bool {
+    here == there || there.to_canonical().is_loopback()
+}
+
+/// Between two processes of one host there is no network to be fair to, and no queue to keep short: what
+/// paces its sending, as BBR does, leaves half of what the processors could copy. Reno is in every kernel,
+/// and anybody may choose it.
+fn without_pacing(stream: &TcpStream) {
+    if let Err(error) = setsockopt(stream, sockopt::TcpCongestion, &OsString::from("reno")) {
+        tracing::debug!(%error, "the host's own congestion control is kept");
+    }
+}
+
 /// Whether an error says that the peer stood still for the whole timeout.
 pub fn is_stall(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn inside_a_host_nothing_is_paced() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let plain = TcpStream::connect(to).unwrap();
+        let usual = setsockopt(&plain, sockopt::TcpCongestion, &OsString::from("cubic"))
+            .map_or_else(|_| OsString::from("reno"), |()| OsString::from("cubic"));
+        assert_eq!(nix::sys::socket::getsockopt(&plain, sockopt::TcpCongestion).unwrap(), usual);
+        let here = Connection::from_tcp(plain, to).unwrap();
+        let found = nix::sys::socket::getsockopt(&here, sockopt::TcpCongestion).unwrap();
+        assert_eq!(found, "reno");
+    }
+
+    #[test]
+    fn a_host_is_told_from_a_network() {
+        for (here, there, same) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.1", "127.0.0.2", true),
+            ("192.0.2.1", "192.0.2.1", true),
+            ("192.0.2.1", "192.0.2.2", false),
+            ("::1", "::1", true),
+            ("::ffff:127.0.0.1", "::ffff:127.0.0.1", true),
+            ("2001:db8::1", "2001:db8::2", false),
+        ] {
+            let found = same_host(here.parse().unwrap(), there.parse().unwrap());
+            assert_eq!(found, same, "{here} to {there}");
+        }
+    }
 }

@@ -16,6 +16,7 @@ use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::local::{self, LedgerPage};
+use super::trial::Trial;
 use super::{details, disks, fit};
 use crate::announce::Rounds;
 use crate::control::RunState;
@@ -32,16 +33,18 @@ pub(super) struct Arriving<'a> {
     listener: Option<&'a Listener>,
     /// Whose the memory is, which came as a descriptor.
     ledger: Option<LedgerPage>,
+    /// Shows what KVM would refuse.
+    trial: Trial,
     /// All that could fail has been done.
     ready: bool,
 }
 
 impl<'a> Arriving<'a> {
     /// For a source that has connected to `listener`, or what comes from elsewhere.
-    pub(super) fn new(vm: Arc<Vm>, listener: Option<&'a Listener>) -> Self {
+    pub(super) fn new(vm: Arc<Vm>, listener: Option<&'a Listener>, trial: Trial) -> Self {
         vm.kvm_state.forget();
         vm.machine.ram.roms().clear();
-        Self { vm, listener, ledger: None, ready: false }
+        Self { vm, listener, ledger: None, trial, ready: false }
     }
 }
 
@@ -91,8 +94,8 @@ impl Arriving<'_> {
 }
 
 impl DestinationVm for Arriving<'_> {
-    fn check_details(&self, source: &Value) -> Vec<Problem> {
-        fit::compare(&self.vm, source)
+    fn check_details(&mut self, source: &Value) -> Vec<Problem> {
+        fit::compare(&self.vm, &mut self.trial, source)
     }
 
     fn expect(&mut self) -> Result<(), VmError> {

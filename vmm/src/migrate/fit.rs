@@ -13,7 +13,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::details::{Details, Device};
-use super::trial;
+use super::trial::Trial;
 use crate::vm::Vm;
 
 const SAME_DEVICES: &str = "start the destination with the same devices at the same addr=";
@@ -26,7 +26,7 @@ const OVERHEAD: u64 = 32 << 20;
 
 /// Everything about `source` that does not fit this machine. When nothing does not, the guest's
 /// processor is noted, to be shown again.
-pub(super) fn compare(vm: &Vm, source: &Value) -> Vec<Problem> {
+pub(super) fn compare(vm: &Vm, trial: &mut Trial, source: &Value) -> Vec<Problem> {
     let source = match serde_json::from_value::<Details>(source.clone()) {
         Ok(source) => source,
         Err(e) => {
@@ -48,7 +48,7 @@ pub(super) fn compare(vm: &Vm, source: &Value) -> Vec<Problem> {
     problems.extend(machine.host_cpu.lacks(&source.cpu).into_iter().map(processor));
     problems.extend(machine.host.lacks(&theirs).into_iter().map(processor));
     problems.extend(kvm(&machine.host, &source));
-    problems.extend(trial::run(vm, &source));
+    problems.extend(trial.run(vm, &source));
     problems.extend(crate::memory::available().and_then(|free| memory(free, machine.ram.size())));
     problems.extend(machine.board.try_backends().into_iter().map(|(name, t)| back_end(&name, t)));
     if problems.iter().all(|problem| !problem.fatal) {

@@ -16,6 +16,7 @@ use migration::transport::{Address, Listener, TransportError};
 use super::arriving::Arriving;
 use super::leaving::Leaving;
 use super::settle::{Asker, Whom};
+use super::trial::Trial;
 use super::way::{WayError, WayIn, WayOut};
 use super::{MigrationDesk, Tell};
 use crate::config::{MigrationUri, SocketUri};
@@ -235,6 +236,8 @@ impl Vm {
         mut control: Arc<Control>,
     ) -> Result<(), IncomingError> {
         loop {
+            let mut trial = Trial::default();
+            trial.prepare(self);
             let connection = loop {
                 if self.migration.lock().closing {
                     return Ok(());
@@ -246,7 +249,7 @@ impl Vm {
                 }
             };
             let peer = connection.peer().to_string();
-            let mut arriving = Arriving::new(self.clone(), Some(&listener));
+            let mut arriving = Arriving::new(self.clone(), Some(&listener), trial);
             match destination::run(&mut arriving, connection, &control) {
                 Ok(_) => {
                     drop(arriving);
@@ -344,7 +347,7 @@ impl Vm {
 
     /// Takes the VM that comes this way; there is no other to wait for.
     fn receive_only(self: &Arc<Self>, way: WayIn, control: &Control) -> Result<(), IncomingError> {
-        let mut arriving = Arriving::new(self.clone(), None);
+        let mut arriving = Arriving::new(self.clone(), None, Trial::default());
         let result = match way {
             WayIn::Supply(supply) => destination::restore(&mut arriving, supply, control),
             WayIn::Connection(connection) => destination::run(&mut arriving, connection, control),

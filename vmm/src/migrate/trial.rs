@@ -1,7 +1,11 @@
 //! The source's vCPUs, tried out on a spare one in a VM of its own: what this host's KVM would
 //! refuse when it is too late is known before a page has come.
+//!
+//! A VM takes KVM milliseconds to make and more to end, so a destination that waits makes it before the source
+//! comes, and ends it beside what follows.
 
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use arch::host::KvmHost;
 use arch::msr;
@@ -15,18 +19,62 @@ use crate::machine::MachineError;
 use crate::memory::Ram;
 use crate::vm::Vm;
 
-/// Everything that KVM refuses of the source's vCPUs.
-pub(super) fn run(vm: &Vm, source: &Details) -> Vec<Problem> {
-    if source.vcpus.is_empty() {
-        return Vec::new();
+/// The spare vCPU, before, while and after it is tried on.
+#[derive(Default)]
+pub(super) struct Trial {
+    spare: Option<Result<Spare, MachineError>>,
+    /// Ends the one that was used.
+    ending: Option<JoinHandle<()>>,
+}
+
+impl Trial {
+    /// Makes the spare vCPU, if there is none.
+    pub(super) fn prepare(&mut self, vm: &Vm) {
+        self.spare.get_or_insert_with(|| Spare::new(vm));
     }
-    let spare = match Spare::new(vm) {
-        Ok(spare) => spare,
-        Err(e) => {
-            let why = crate::error_chain(&e);
-            return vec![Problem::new(kind::TRIAL, "a spare vCPU", why, "vCPUs to try out", "")];
+
+    /// Everything that KVM refuses of the source's vCPUs.
+    pub(super) fn run(&mut self, vm: &Vm, source: &Details) -> Vec<Problem> {
+        if source.vcpus.is_empty() {
+            return Vec::new();
         }
-    };
+        match self.spare.take().unwrap_or_else(|| Spare::new(vm)) {
+            Ok(spare) => {
+                let problems = try_on(&spare, vm, source);
+                self.end(spare);
+                problems
+            }
+            Err(e) => {
+                let why = crate::error_chain(&e);
+                vec![Problem::new(kind::TRIAL, "a spare vCPU", why, "vCPUs to try out", "")]
+            }
+        }
+    }
+
+    fn end(&mut self, spare: Spare) {
+        self.join();
+        let thread = thread::Builder::new().name("spare-vcpu".into()).spawn(|| drop(spare));
+        match thread {
+            Ok(thread) => self.ending = Some(thread),
+            // It has been ended here then.
+            Err(error) => tracing::debug!(%error, "no thread to end the spare vCPU"),
+        }
+    }
+
+    fn join(&mut self) {
+        if let Some(Err(_)) = self.ending.take().map(JoinHandle::join) {
+            tracing::error!("ending the spare vCPU panicked");
+        }
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn try_on(spare: &Spare, vm: &Vm, source: &Details) -> Vec<Problem> {
     let count = vm.config().smp;
     // Another number of vCPUs is a problem that is named elsewhere.
     let vcpus = source.vcpus.iter().filter(|vcpu| vcpu.index < count).take(count as usize);

@@ -419,7 +419,7 @@ impl DestinationVm for FakeVm {
         self.world.note("the destination expects it");
         Ok(())
     }
-    fn check_details(&self, source: &serde_json::Value) -> Vec<Problem> {
+    fn check_details(&mut self, source: &serde_json::Value) -> Vec<Problem> {
         if *source == self.details {
             return Vec::new();
         }

@@ -91,7 +91,8 @@ Measures mini-vmm (the release build) against Debian's QEMU, and others, in one 
 
 Each round, each scenario: each rival boots the self-checking guest and migrates it over loopback to \
 a second process of its own; then the guest verifies all of its memory. In each round one iperf3 \
-stream says what loopback can do. Printed are medians and spread.
+stream says what loopback can do, and one with -C reno, as mini-vmm asks for inside a host, what it can \
+do where the host's congestion control paces its streams. Printed are medians and spread.
 
   total        as the source's query-migrate says
   downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \

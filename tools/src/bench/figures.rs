@@ -24,6 +24,8 @@ pub enum Metric {
     Throughput,
     /// The same, as a part of what one `iperf3` stream reached in the same round.
     OfIperf,
+    /// As a part of that of one which is not paced, whatever the host's congestion control is.
+    OfUnpaced,
     /// The source's memory beside guest RAM (proportional set size), its guest idle.
     MemorySource,
     /// The destination's, when the guest has arrived and the source has gone.
@@ -42,7 +44,7 @@ pub enum Metric {
 
 impl Metric {
     /// All, in the order of the table.
-    pub const ALL: [Metric; 15] = [
+    pub const ALL: [Metric; 16] = [
         Metric::Total,
         Metric::Downtime,
         Metric::DowntimeDestination,
@@ -51,6 +53,7 @@ impl Metric {
         Metric::OffDestination,
         Metric::Throughput,
         Metric::OfIperf,
+        Metric::OfUnpaced,
         Metric::MemorySource,
         Metric::MemoryDestination,
         Metric::MemorySourceMoving,
@@ -71,6 +74,7 @@ impl Metric {
             Metric::OffDestination => "destination's figure off what the guest felt, ms",
             Metric::Throughput => "throughput, MiB/s",
             Metric::OfIperf => "throughput, part of iperf3's",
+            Metric::OfUnpaced => "throughput, part of iperf3's with -C reno",
             Metric::MemorySource => "memory beside guest RAM, source, MiB",
             Metric::MemoryDestination => "memory beside guest RAM, destination, MiB",
             Metric::MemorySourceMoving => "memory beside guest RAM, source, while migrating, MiB",
@@ -87,7 +91,7 @@ impl Metric {
     pub fn digits(self) -> usize {
         match self {
             Metric::Total | Metric::Throughput | Metric::Downtime => 0,
-            Metric::OfIperf | Metric::Work => 2,
+            Metric::OfIperf | Metric::OfUnpaced | Metric::Work => 2,
             _ => 1,
         }
     }

@@ -80,8 +80,25 @@ impl Drop for Ended {
     }
 }
 
+/// What one stream over loopback reached in a round, in MiB/s.
+#[derive(Debug, Clone, Copy)]
+pub struct Stream {
+    /// `iperf3` as it is.
+    pub plain: f64,
+    /// `iperf3 -C reno`: as mini-vmm inside a host, not paced, as a host's own congestion control may be.
+    pub unpaced: f64,
+}
+
+impl Stream {
+    /// Both, for `seconds` each.
+    pub fn measured(seconds: u32) -> Result<Self> {
+        let plain = iperf3(seconds, &[])? / super::MIB;
+        Ok(Self { plain, unpaced: iperf3(seconds, &["-C", "reno"])? / super::MIB })
+    }
+}
+
 /// Bytes per second of one `iperf3` stream over loopback in `seconds`.
-pub fn iperf3(seconds: u32) -> Result<f64> {
+fn iperf3(seconds: u32, more: &[&str]) -> Result<f64> {
     let port = free_port()?.to_string();
     let mut server = Command::new("iperf3");
     server.args(["--server", "--one-off", "--bind", "127.0.0.1", "--port", &port]);
@@ -91,7 +108,7 @@ pub fn iperf3(seconds: u32) -> Result<f64> {
     loop {
         let mut client = Command::new("iperf3");
         client.args(["--client", "127.0.0.1", "--port", &port, "--json"]);
-        client.args(["--time", &seconds.to_string()]);
+        client.args(["--time", &seconds.to_string()]).args(more);
         let said = match process::output(&mut client) {
             Ok(said) => said,
             Err(Error::Failed { output, .. }) => output,

@@ -31,7 +31,7 @@ use tempfile::TempDir;
 use crate::error::{Doing, Error, Result};
 use crate::{process, setup};
 use figures::{Metric, Samples, Summary};
-use host::Machine;
+use host::{Machine, Stream};
 use moved::{Moved, Order, move_guest, orders};
 use report::{Program, Results};
 use rival::{Rival, Role, Size, Way};
@@ -55,6 +55,8 @@ const SLOW_SECONDS: u64 = 2;
 /// How often it is looked at, evenly over the move.
 const LOOKS: u64 = 4;
 const MIB: f64 = (1 << 20) as f64;
+/// For a move that does not count.
+const NO_LIMIT: Stream = Stream { plain: f64::INFINITY, unpaced: f64::INFINITY };
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -191,12 +193,13 @@ fn measure(options: &Options) -> Result<Results> {
     // four times the total time of those who get it next. So a first move is not counted.
     if let (Some(rival), Some(scenario)) = (rivals.first(), scenarios.first()) {
         println!("not counted");
-        bench.one(rival, scenario, f64::INFINITY, &mut Samples::default())?;
+        bench.one(rival, scenario, NO_LIMIT, &mut Samples::default())?;
     }
     for round in 0..options.rounds.max(1) {
         println!("round {} of {}", round + 1, options.rounds.max(1));
-        let limit = host::iperf3(options.iperf_seconds)? / MIB;
-        println!("  iperf3              {limit:7.0} MiB/s");
+        let limit = Stream::measured(options.iperf_seconds)?;
+        println!("  iperf3              {:7.0} MiB/s", limit.plain);
+        println!("  iperf3 -C reno      {:7.0} MiB/s", limit.unpaced);
         limits.push(limit);
         for scenario in &scenarios {
             let mut order: Vec<&Rival> = rivals.iter().collect();
@@ -224,15 +227,16 @@ fn measure(options: &Options) -> Result<Results> {
             .iter()
             .map(|(c, a)| format!("{c} {a}"))
             .collect(),
-        iperf3: Summary::of(&limits).unwrap_or(Summary {
-            median: 0.0,
-            min: 0.0,
-            max: 0.0,
-            values: Vec::new(),
-        }),
+        iperf3: of_all(&limits, |limit| limit.plain),
+        iperf3_unpaced: Some(of_all(&limits, |limit| limit.unpaced)),
         rows: samples.rows(&names, &rival_names),
         steps: samples.steps(),
     })
+}
+
+fn of_all(limits: &[Stream], figure: impl Fn(&Stream) -> f64) -> Summary {
+    let values: Vec<f64> = limits.iter().map(figure).collect();
+    Summary::of(&values).unwrap_or(Summary { median: 0.0, min: 0.0, max: 0.0, values })
 }
 
 struct Bench<'a> {
@@ -336,7 +340,7 @@ impl Bench<'_> {
         &self,
         rival: &Rival,
         scenario: &Scenario,
-        limit: f64,
+        limit: Stream,
         samples: &mut Samples,
     ) -> Result<()> {
         let ram = self.options.size.memory_mib << 20;
@@ -374,7 +378,8 @@ impl Bench<'_> {
         add(Metric::Total, total);
         add(Metric::Downtime, downtime);
         add(Metric::Throughput, throughput);
-        add(Metric::OfIperf, throughput / limit);
+        add(Metric::OfIperf, throughput / limit.plain);
+        add(Metric::OfUnpaced, throughput / limit.unpaced);
         add(Metric::Gap, gap);
         if let Some(downtime) = moved.downtime_destination {
             add(Metric::DowntimeDestination, downtime);

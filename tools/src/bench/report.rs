@@ -45,6 +45,9 @@ pub struct Results {
     pub migration: Vec<String>,
     /// One `iperf3` stream on loopback, in MiB/s.
     pub iperf3: Summary,
+    /// The same of one that is not paced.
+    #[serde(default)]
+    pub iperf3_unpaced: Option<Summary>,
     /// The figures.
     pub rows: Vec<Row>,
     /// What the mini-vmms tell of the standstill.
@@ -120,6 +123,10 @@ impl Results {
             "iperf3, one stream over loopback: {} MiB/s\n",
             spread(&self.iperf3, Metric::Throughput.digits())
         );
+        if let Some(unpaced) = &self.iperf3_unpaced {
+            let found = spread(unpaced, Metric::Throughput.digits());
+            let _ = writeln!(text, "iperf3 -C reno, the same: {found} MiB/s");
+        }
         for (scenario, guest) in &self.scenarios {
             let _ = write!(text, "\n{scenario} ({guest})\n\n| |");
             self.names().for_each(|name| text.extend([" ", name, " |"]));
@@ -218,6 +225,7 @@ pub(super) mod tests {
             programs: vec![program("ours", "mini-vmm 1"), program("theirs", "QEMU 1")],
             migration: vec![],
             iperf3: Summary::of(&[100.0]).unwrap(),
+            iperf3_unpaced: Summary::of(&[200.0]),
             rows: vec![
                 row("ours", Metric::Total, total),
                 row("theirs", Metric::Total, theirs),

@@ -138,6 +138,14 @@ pub trait GuestRam: Send + Sync {
         None
     }
 
+    /// How many pages from `offset` on, one after the other and within `len` bytes (both whole pages), the host has
+    /// no memory for: what [`absent`](Self::absent) says, in one step for memory that was never used. 0 also
+    /// where that is not known.
+    fn absent_ahead(&self, block: usize, offset: u64, len: u64) -> u64 {
+        let _ = (block, offset, len);
+        0
+    }
+
     /// Whether the page at `offset` is all zero. May be raced by the guest: a page that changes
     /// afterwards is dirty and comes again.
     fn is_zero(&self, block: usize, offset: u64) -> bool;

@@ -85,6 +85,7 @@ impl RamTracker {
 impl DirtyTracker for RamTracker {
     fn start(&mut self) -> Result<(), VmError> {
         let failed = |e| VmError::with("cannot start to log the pages that the guest writes", e);
+        self.log.protect_at_once(self.ram.is_sparse()).map_err(failed)?;
         self.log.set_logging(true).map_err(failed)?;
         if self.log.has_rings() {
             let emptier = Emptier::start(self.log.clone()).map_err(|e| {

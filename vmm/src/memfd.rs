@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -153,6 +153,24 @@ impl Memfd {
             at = data.end.max(at.checked_add(PAGE_SIZE)?);
         }
         Some(bits)
+    }
+
+    /// How many of the `pages` pages from byte `offset` on, one after the other, have no memory; 0 also where the
+    /// host doesn't tell.
+    pub(crate) fn absent_ahead(&self, offset: u64, pages: u64) -> u64 {
+        match self.data_from(offset) {
+            Ok(data) => (data.start.saturating_sub(offset) / PAGE_SIZE).min(pages),
+            Err(error) => {
+                tracing::debug!(%error, "looking for data in shared memory");
+                0
+            }
+        }
+    }
+
+    /// Bytes that have memory, if the host tells.
+    pub(crate) fn allocated(&self) -> Option<u64> {
+        // In units of 512 bytes, whatever the block size is (stat(2)).
+        Some(self.file.metadata().ok()?.blocks().saturating_mul(512))
     }
 
     /// The first stretch of data that ends behind `at`; it may begin before. Empty and behind the end if

@@ -197,6 +197,12 @@ impl GuestRam for Ram {
         let end = offset.checked_add(len).ok_or_else(|| out_of_range(offset, len))?;
         let mut at = offset;
         while at < end {
+            if byte == 0 && at.is_multiple_of(PAGE_SIZE) && end.is_multiple_of(PAGE_SIZE) {
+                at += self.absent_ahead(block, at, end - at) * PAGE_SIZE;
+                if at >= end {
+                    break;
+                }
+            }
             let stretch = at..(at / FILL + 1).saturating_mul(FILL).min(end);
             // A page that was never touched reads as zero. Writing zero would allocate it, and even a
             // look would make the host map something there.
@@ -243,6 +249,25 @@ impl GuestRam for Ram {
         pagemap::absent(stretch?, len / PAGE_SIZE)
     }
 
+    fn absent_ahead(&self, block: usize, offset: u64, len: u64) -> u64 {
+        if block == 0
+            && let Some(memory) = self.shared()
+        {
+            let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
+            return if inside { memory.absent_ahead(offset, len / PAGE_SIZE) } else { 0 };
+        }
+        let (mut ahead, mut whole) = (0, true);
+        let asked = self.stretches(roms(self, block).as_ref(), block, offset, len, |p, n| {
+            if whole {
+                let pages = n as u64 / PAGE_SIZE;
+                let found = pagemap::absent_ahead(p as u64, pages);
+                ahead += found;
+                whole = found == pages;
+            }
+        });
+        if asked.is_ok() { ahead } else { 0 }
+    }
+
     fn populate(&self, block: usize, offset: u64, len: u64) {
         let asked = self.stretches(roms(self, block).as_ref(), block, offset, len, |p, n| {
             // SAFETY: the stretch lies inside one of this RAM's mappings; populating it changes no
@@ -267,6 +292,24 @@ impl GuestRam for Ram {
             zero &= unsafe { zero::is_zero(p, n) };
         });
         whole.is_ok() && zero
+    }
+}
+
+impl Ram {
+    /// Whether the host has memory for no more than a quarter of it, as far as that is quickly found out.
+    pub(crate) fn is_sparse(&self) -> bool {
+        let most = self.size() / PAGE_SIZE / 4;
+        if let Some(memory) = self.shared() {
+            return memory.allocated().is_some_and(|bytes| bytes / PAGE_SIZE <= most);
+        }
+        let mut present = Some(0);
+        let asked = self.stretches(None, 0, 0, self.size(), |p, n| {
+            present = present.and_then(|before: u64| {
+                let left = most.saturating_sub(before);
+                Some(before + pagemap::present(p as u64, n as u64 / PAGE_SIZE, left)?)
+            });
+        });
+        asked.is_ok() && present.is_some()
     }
 }
 

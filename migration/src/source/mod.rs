@@ -14,6 +14,7 @@
 //! without anybody to ask: no return path, no thread, one pass after the other. [`preflight`] goes as
 //! far as the verdict, and measures how the rest would go.
 
+mod absent;
 mod ask;
 mod channels;
 mod doubt;
@@ -22,6 +23,7 @@ mod greet;
 mod inbox;
 mod local;
 mod out;
+mod pass;
 mod precopy;
 mod preflight;
 mod rehearse;

@@ -144,7 +144,7 @@ impl<'a> Out<'a> {
         let kind = if zero { ZERO } else { PAGE };
         self.pages += 1;
         *(if zero { &mut self.moved.zero_pages } else { &mut self.moved.normal_pages }) += 1;
-        if !self.is_next_of_run(block, offset, kind) {
+        if !self.is_next_of_run(block, offset, kind, 1) {
             let named = (self.block != Some(block)).then_some(name);
             self.block = Some(block);
             let runs = self.runs;
@@ -172,6 +172,28 @@ impl<'a> Out<'a> {
         }
     }
 
+    /// Adds `count` zero pages that follow each other.
+    pub(super) fn zero_pages(&mut self, block: usize, name: &str, offset: u64, count: u64) {
+        if count == 0 {
+            return;
+        }
+        self.page(block, name, offset, true);
+        let next = offset + PAGE_SIZE;
+        match u32::try_from(count - 1) {
+            Ok(rest) if self.is_next_of_run(block, next, ZERO, rest) => {
+                self.pages += count - 1;
+                self.moved.zero_pages += count - 1;
+            }
+            // Whoever reads it takes them one by one.
+            _ => (1..count).for_each(|n| self.page(block, name, offset + n * PAGE_SIZE, true)),
+        }
+    }
+
+    /// How many of these pages, from the first on, the host has no memory for.
+    pub(super) fn absent_ahead(&self, block: usize, pages: Range<u64>) -> u64 {
+        self.ram.absent_ahead(block, pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE)
+    }
+
     /// Which of these pages the host has no memory for; none where it doesn't say.
     pub(super) fn absent(&self, block: usize, pages: Range<u64>) -> Option<Vec<u64>> {
         self.ram.absent(block, pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE)
@@ -182,13 +204,13 @@ impl<'a> Out<'a> {
         self.ram.is_zero(block, offset)
     }
 
-    /// Adds a page to the run that it continues, if it does; what comes next begins another
+    /// Adds pages to the run that they continue, if they do; what comes next begins another
     /// otherwise.
-    fn is_next_of_run(&mut self, block: usize, offset: u64, kind: u64) -> bool {
+    fn is_next_of_run(&mut self, block: usize, offset: u64, kind: u64, pages: u32) -> bool {
         let next = self.run.as_mut().filter(|r| (r.block, r.next, r.kind) == (block, offset, kind));
         let Some(run) = next else { return false };
-        run.pages += 1;
-        run.next += PAGE_SIZE;
+        run.pages += pages;
+        run.next += u64::from(pages) * PAGE_SIZE;
         let end = run.count_at + size_of::<u32>();
         if let Some(count) = self.bytes.get_mut(run.count_at..end) {
             count.copy_from_slice(&run.pages.to_be_bytes());

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::{Migration, SourceError};
 use crate::converge::{Decision, Progress, Rate, decide};
-use crate::dirty::{DirtyBitmap, has, runs};
+use crate::dirty::DirtyBitmap;
 use crate::estimate::{HandOver, left_for_pages};
 use crate::forecast::Measured;
 use crate::guest::{PAGE_SIZE, RamBlock};
@@ -28,39 +28,32 @@ use crate::wire::return_path::Message;
 use crate::wire::section::{self, PartType, SectionHeader};
 
 use super::out::RAM_SECTION_ID;
+use super::pass::PassEnd;
 
-/// Pages whose bits are cleared at once: a huge page's worth.
-const CHUNK_PAGES: u64 = 512;
 /// The value of the ping that follows each pass; any will do but the one that asks who is there.
 const SETTLE_PING: u32 = 1;
-/// Bytes after which a PART section is ended and the next one begun.
-const PART_BYTES: u64 = 64 << 20;
-/// The same where pages have connections of their own, all of which stop at a section's end.
-const CHANNELS_PART_BYTES: u64 = 1 << 30;
-/// ... and how long such a section takes at most.
-const PART_TIME: Duration = Duration::from_secs(1);
 /// What a connection is taken to carry before anything is known of it, in bytes per second.
 const UNKNOWN_RATE: u64 = 1 << 20;
 /// Passes of which is kept what the guest wrote.
 const POINTS: usize = 8;
 /// How often the rate is measured within a pass.
-const SAMPLE: Duration = Duration::from_millis(100);
+pub(super) const SAMPLE: Duration = Duration::from_millis(100);
 
 /// What is left of RAM, and how fast it goes.
 pub(super) struct Passes {
-    blocks: Vec<RamBlock>,
-    dirty: DirtyBitmap,
+    pub(super) blocks: Vec<RamBlock>,
+    pub(super) dirty: DirtyBitmap,
     /// No page has been sent before.
-    first: bool,
+    pub(super) first: bool,
     rate: Rate,
     started: Instant,
     sample_since: Instant,
     sample_sent: u64,
     sample_pages: u64,
-    pages: u64,
+    pub(super) pages: u64,
     pace: Pace,
     /// Bytes per second that are allowed; 0 is no limit.
-    limit: u64,
+    pub(super) limit: u64,
     /// What was left after the last pass fitted the downtime limit.
     fits: bool,
     /// That was so once, and after another pass it was not.
@@ -71,23 +64,6 @@ pub(super) struct Passes {
     hand_over: HandOver,
     /// How long passes took, ascending, and how many bytes' worth of different pages the guest wrote meanwhile.
     written: Vec<(Duration, u64)>,
-}
-
-/// The section of RAM that is being sent.
-struct Part {
-    kind: PartType,
-    /// What had been sent when it began.
-    sent: u64,
-    began: Instant,
-}
-
-/// Why a pass ended.
-#[derive(PartialEq, Eq)]
-enum PassEnd {
-    /// Every page that was dirty has been sent.
-    Whole,
-    /// Time was over; what was not sent is still marked.
-    TimeOver,
 }
 
 impl Passes {
@@ -131,7 +107,7 @@ impl Passes {
 
     /// Bytes of pages that a connection is given at once: where little is allowed or little gets through,
     /// little, so that all of them end a section within a few seconds.
-    fn piece(&self) -> u64 {
+    pub(super) fn piece(&self) -> u64 {
         let rate = self.rate.bytes_per_s().map_or(UNKNOWN_RATE, |rate| rate as u64);
         let rate = if self.limit > 0 { rate.min(self.limit) } else { rate };
         rate / 10
@@ -355,116 +331,8 @@ impl Migration<'_> {
         }
     }
 
-    fn send_pass(&mut self, passes: &mut Passes, kind: PartType) -> Result<PassEnd, SourceError> {
-        let running = kind == PartType::Part;
-        if running && passes.dirty.count() == 0 {
-            return Ok(PassEnd::Whole);
-        }
-        let mut part = Part { kind, sent: self.sent(), began: Instant::now() };
-        self.out.begin_ram(kind);
-        for block in 0..passes.blocks.len() {
-            let pages = passes.dirty.pages(block);
-            for first in (0..pages).step_by(CHUNK_PAGES as usize) {
-                let end = pages.min(first + CHUNK_PAGES);
-                let Some(bits) = passes.dirty.take(block, first..end) else { continue };
-                if running && let Some(tracker) = &mut self.tracker {
-                    tracker
-                        .clear(block, first, &bits)
-                        .map_err(SourceError::vm("clearing the dirty log"))?;
-                }
-                // Pages for other connections.
-                let mut chunk = Vec::new();
-                // Only the first pass comes to pages that nobody has written to.
-                let absent = if passes.first { self.out.absent(block, first..end) } else { None };
-                for page in runs(first, &bits).flatten() {
-                    let name = passes.blocks.get(block).map_or("", |b| b.name.as_str());
-                    let zero = absent.as_ref().is_some_and(|absent| has(absent, page - first));
-                    let offset = page * PAGE_SIZE;
-                    passes.pages += 1;
-                    let zero = zero || self.out.is_zero(block, offset);
-                    let limit = if running { passes.limit } else { 0 };
-                    if self.channels.is_some() && !zero {
-                        chunk.push(offset);
-                        if running && chunk.len() as u64 * PAGE_SIZE >= passes.piece() {
-                            self.submit(block, std::mem::take(&mut chunk))?;
-                            self.sample(passes, SAMPLE);
-                            self.pace(passes);
-                            self.renew(&mut part)?;
-                        }
-                        continue;
-                    }
-                    self.out.page(block, name, offset, zero);
-                    if self.out.is_full(limit) {
-                        self.send("RAM")?;
-                        self.check()?;
-                        if running {
-                            self.sample(passes, SAMPLE);
-                            self.pace(passes);
-                        }
-                    }
-                }
-                self.submit(block, chunk)?;
-                if !running {
-                    continue;
-                }
-                self.sample(passes, SAMPLE);
-                self.pace(passes);
-                if self.time_is_over(passes)? {
-                    self.end_ram()?;
-                    self.send("RAM")?;
-                    return Ok(PassEnd::TimeOver);
-                }
-                self.renew(&mut part)?;
-            }
-        }
-        self.end_ram()?;
-        self.send("RAM")?;
-        self.check()?;
-        if running {
-            self.sample(passes, Duration::ZERO);
-        }
-        Ok(PassEnd::Whole)
-    }
-
-    /// Gives a chunk's pages to the connections that they go through.
-    fn submit(&mut self, block: usize, chunk: Vec<u64>) -> Result<(), SourceError> {
-        let Some(channels) = self.channels.as_mut().filter(|_| !chunk.is_empty()) else {
-            return Ok(());
-        };
-        let done = channels.submit(block, chunk, self.control);
-        done.map_err(|e| self.write_failed(e))?;
-        self.check()
-    }
-
-    /// Ends the section of RAM and begins the next, if it has become long. Where pages go through other
-    /// connections that is also a matter of time, as whoever reads this one must not take us for dead.
-    fn renew(&mut self, part: &mut Part) -> Result<(), SourceError> {
-        let several = self.channels.is_some();
-        let most = if several { CHANNELS_PART_BYTES } else { PART_BYTES };
-        let time = (self.parameters.stall_timeout / 8).min(PART_TIME);
-        let silent = several && part.began.elapsed() > time;
-        if silent || self.sent().saturating_sub(part.sent) > most {
-            self.end_ram()?;
-            if silent {
-                self.send("RAM")?;
-            }
-            self.out.begin_ram(part.kind);
-            (part.sent, part.began) = (self.sent(), Instant::now());
-        }
-        Ok(())
-    }
-
-    /// Ends a section of RAM here and on the other connections.
-    fn end_ram(&mut self) -> Result<(), SourceError> {
-        if let Some(channels) = &mut self.channels {
-            channels.sync(self.control).map_err(|e| self.write_failed(e))?;
-        }
-        self.out.end_ram();
-        Ok(())
-    }
-
     /// Bytes that have gone out, on whichever connection, or are about to.
-    fn sent(&self) -> u64 {
+    pub(super) fn sent(&self) -> u64 {
         self.out.sent + self.channels.as_ref().map_or(0, |channels| channels.sent())
     }
 
@@ -475,7 +343,7 @@ impl Migration<'_> {
     }
 
     /// Measures the rate, if `least` has passed since it was last measured.
-    fn sample(&self, passes: &mut Passes, least: Duration) {
+    pub(super) fn sample(&self, passes: &mut Passes, least: Duration) {
         let elapsed = passes.sample_since.elapsed();
         if elapsed < least || elapsed.is_zero() {
             return;
@@ -493,7 +361,7 @@ impl Migration<'_> {
     }
 
     /// Waits as long as the bandwidth limit asks for. The limit may change meanwhile.
-    fn pace(&self, passes: &mut Passes) {
+    pub(super) fn pace(&self, passes: &mut Passes) {
         loop {
             passes.limit = self.control.max_bandwidth();
             let ahead = passes.pace.ahead(Instant::now(), self.sent(), passes.limit);
@@ -509,7 +377,7 @@ impl Migration<'_> {
     }
 
     /// Whether the time is over and the switch-over is to be forced.
-    fn time_is_over(&self, passes: &Passes) -> Result<bool, SourceError> {
+    pub(super) fn time_is_over(&self, passes: &Passes) -> Result<bool, SourceError> {
         let (timeout, on_timeout) = self.control.timeout();
         let Some(timeout) = timeout else { return Ok(false) };
         if passes.started.elapsed() < timeout {

@@ -18,7 +18,7 @@ use migration::wire::section::{self, PartType, SectionHeader};
 use migration::wire::zstd::{Compressor, MAX_COMPRESSED};
 
 /// A connection of the source's and so many beside it; the destination has the other ends.
-fn links(count: usize, destination: &mut FakeVm) -> (Links, Connection) {
+pub(crate) fn links(count: usize, destination: &mut FakeVm) -> (Links, Connection) {
     let (main, there) = pair();
     let mut pages = Vec::new();
     for _ in 0..count {

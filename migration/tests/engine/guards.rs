@@ -38,6 +38,29 @@ fn pages_are_written_a_mebibyte_at_a_time_and_looked_at_once() {
 }
 
 #[test]
+fn memory_that_was_never_used_costs_no_look_and_hardly_a_byte() {
+    // 280 MiB, so that it takes more than one leap.
+    const MANY: u64 = 280 << 8;
+    let (_, destination, world) = two_vms(MANY);
+    let source = FakeVm::new("source", &world, MANY);
+    for page in (0..1000).chain(MANY - 10..MANY) {
+        source.ram.write(0, page * PAGE_SIZE, &[1]);
+    }
+    *source.ram.unused.lock().unwrap() = 1000..MANY - 10;
+    let there = control();
+    let ended = migrate(source, destination, tcp_pair(), (there.clone(), control()));
+    assert_moved(&ended);
+    let calls = &ended.source.ram.calls;
+    // Beside those pages, the rest of the chunk in which the next leap begins or ends.
+    let looks = count(&calls.looks);
+    let report = there.report();
+    assert!(looks < 1000 + 10 + 3 * 512, "{looks} looks");
+    // What is written page by page has a header each; 17 bytes are one.
+    assert!(report.transferred_bytes < 1600 << 12, "{} bytes", report.transferred_bytes);
+    assert!(report.normal_pages + report.zero_pages >= MANY + 3);
+}
+
+#[test]
 fn pages_are_read_straight_into_memory() {
     let (_, destination) = moved();
     let copied = count(&destination.calls.copied);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::channels::links;
 use crate::common::*;
 use migration::control::Control;
 use migration::guest::PAGE_SIZE;
@@ -67,6 +68,26 @@ fn a_write_between_fetching_and_clearing_the_log_is_not_lost() {
     assert_eq!(control.report().passes, 4);
     let at = 7 * PAGE_SIZE as usize + 50;
     assert_eq!(&ended.destination.ram.contents()[0][at..at + 10], b"in between");
+}
+
+#[test]
+fn a_page_that_is_used_just_after_it_was_found_unused_is_not_lost() {
+    const MANY: u64 = 20_000;
+    for channels in [0, 3] {
+        for page in [1024, 1025, 7000, MANY - 11] {
+            let (_, mut destination, world) = two_vms(MANY);
+            let source = FakeVm::new("source", &world, MANY);
+            source.ram.write(0, 0, b"in use");
+            source.ram.write(0, (MANY - 1) * PAGE_SIZE, b"in use");
+            *source.ram.unused.lock().unwrap() = 700..MANY - 10;
+            *source.ram.first_use.lock().unwrap() = Some(page);
+            let connections = links(channels, &mut destination);
+            let ended = migrate(source, destination, connections, (control(), control()));
+            assert_moved(&ended);
+            let at = (page * PAGE_SIZE) as usize;
+            assert_eq!(&ended.destination.ram.contents()[0][at..at + 4], b"used", "page {page}");
+        }
+    }
 }
 
 #[test]

@@ -96,6 +96,26 @@ fn the_log_and_the_rings_find_the_same_pages() {
 }
 
 #[test]
+fn a_log_that_protects_at_once_begins_with_nothing_and_finds_the_same() {
+    let mut tiny = Tiny::new(None);
+    for _ in 0..2 {
+        for at_once in [true, false] {
+            tiny.log.protect_at_once(at_once).unwrap();
+            tiny.log.set_logging(true).unwrap();
+            let first = tiny.fetch();
+            assert!(first.is_empty() || !at_once, "{} pages", first.len());
+            for round in 1..=2 {
+                tiny.run();
+                assert_eq!(tiny.fetch(), PAGES.collect(), "{at_once}, round {round}");
+                assert_eq!(tiny.fetch(), BTreeSet::new(), "{at_once}, round {round}");
+            }
+            tiny.log.set_logging(false).unwrap();
+            tiny.run();
+        }
+    }
+}
+
+#[test]
 fn a_ring_that_fills_up_lets_its_vcpu_go_on_and_nothing_is_lost() {
     let mut tiny = Tiny::new(Some(1024));
     // Few enough for KVM's reserve, also where each write is an entry.

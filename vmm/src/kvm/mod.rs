@@ -184,9 +184,13 @@ pub fn enable_manual_dirty_log(vm: &VmFd) -> Result<(bool, bool), KvmError> {
     if flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE as i32 == 0 {
         return Ok((false, false));
     }
-    let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
-    cap.args[0] = flags as u64;
-    vm.enable_cap(&cap)
-        .map_err(|e| KvmError::ioctl("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)", e))?;
+    set_manual_dirty_log(vm, flags as u32)?;
     Ok((true, flags & KVM_DIRTY_LOG_INITIALLY_SET as i32 != 0))
+}
+
+/// Chooses among what is offered of manual protection; counts when logging begins.
+fn set_manual_dirty_log(vm: &VmFd, flags: u32) -> Result<(), KvmError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+    cap.args[0] = flags.into();
+    vm.enable_cap(&cap).map_err(|e| KvmError::ioctl("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)", e))
 }

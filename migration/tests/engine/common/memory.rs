@@ -1,6 +1,7 @@
 //! Memory in vectors, with a dirty log as KVM keeps one, or a ring.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -38,6 +39,10 @@ pub(crate) struct FakeRam {
     pub(crate) panics: AtomicBool,
     /// It can't be read.
     pub(crate) unreadable: AtomicBool,
+    /// Pages of the first block that the host has no memory for.
+    pub(crate) unused: Mutex<Range<u64>>,
+    /// One of them that the guest writes as soon as somebody has heard that nothing is there.
+    pub(crate) first_use: Mutex<Option<u64>>,
 }
 
 impl FakeRam {
@@ -62,6 +67,8 @@ impl FakeRam {
             found: AtomicU64::new(0),
             panics: AtomicBool::new(false),
             unreadable: AtomicBool::new(false),
+            unused: Mutex::new(0..0),
+            first_use: Mutex::new(None),
         })
     }
 
@@ -201,6 +208,22 @@ impl GuestRam for FakeRam {
     }
 
     fn populate(&self, _block: usize, _offset: u64, _len: u64) {}
+
+    fn absent_ahead(&self, block: usize, offset: u64, len: u64) -> u64 {
+        let (first, end) = (offset / PAGE_SIZE, (offset + len) / PAGE_SIZE);
+        let mut unused = self.unused.lock().unwrap();
+        if block != 0 || !unused.contains(&first) {
+            return 0;
+        }
+        let ahead = unused.end.min(end) - first;
+        if let Some(page) =
+            self.first_use.lock().unwrap().take_if(|page| (first..first + ahead).contains(page))
+        {
+            unused.end = page;
+            self.write(0, page * PAGE_SIZE, b"used");
+        }
+        ahead
+    }
 
     fn is_zero(&self, block: usize, offset: u64) -> bool {
         self.calls.looks.fetch_add(1, Ordering::Relaxed);

@@ -564,7 +564,10 @@ impl Device for VirtioPci {
     fn resume(&mut self) {
         self.core.set_paused(false);
         self.device.unquiesce();
-        self.kick_all();
+        // Nothing is taken from the queues of a device without a driver, and each ring wakes a thread.
+        if self.core.is_live() {
+            self.kick_all();
+        }
     }
 }
 

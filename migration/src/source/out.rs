@@ -29,6 +29,7 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 enum Part {
     Bytes(Range<usize>),
     Ram { block: usize, offset: u64, len: usize },
+    Owned(Vec<u8>),
 }
 
 /// A record of many pages, at the end of what has been collected.
@@ -120,6 +121,13 @@ impl<'a> Out<'a> {
             Some(Part::Bytes(range)) => range.end = end,
             _ => self.parts.push(Part::Bytes(start..end)),
         }
+    }
+
+    /// Adds bytes that are there already.
+    pub(super) fn give(&mut self, bytes: Vec<u8>) {
+        self.run = None;
+        self.len += bytes.len();
+        self.parts.push(Part::Owned(bytes));
     }
 
     pub(super) fn command(&mut self, command: &Command) {
@@ -242,6 +250,7 @@ impl<'a> Out<'a> {
                 Part::Ram { block, offset, len } => {
                     IoPart::Ram { block: *block, offset: *offset, len: *len }
                 }
+                Part::Owned(bytes) => IoPart::Bytes(bytes),
             })
             .collect();
         let begin = Instant::now();

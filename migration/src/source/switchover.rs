@@ -161,7 +161,7 @@ impl Migration<'_> {
     fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
         let stats = self.control.stats();
         stats.step(Step::VcpuState);
-        let saved = self.save_sections(peer)?;
+        let mut saved = self.save_sections(peer)?;
 
         stats.step(Step::LastPages);
         // The log goes on: to stop it takes KVM a grace period for each slot, and the guest waits.
@@ -169,12 +169,10 @@ impl Migration<'_> {
         let digests = self.digests(peer, &saved)?;
 
         stats.step(Step::Devices);
-        for (header, body) in &saved.sections {
-            self.out.put(|out| {
-                section::write_header(out, PartType::Full, header);
-                out.extend_from_slice(body);
-                section::write_footer(out, header.id);
-            });
+        for (header, body) in std::mem::take(&mut saved.sections) {
+            self.out.put(|out| section::write_header(out, PartType::Full, &header));
+            self.out.give(body);
+            self.out.put(|out| section::write_footer(out, header.id));
         }
         let description = if peer == Peer::MiniVmm {
             if let Some(digests) = digests {

@@ -94,9 +94,13 @@ impl Out<'_> {
             shapes.again(times);
         }
         let Some(len) = self.bytes.len().checked_sub(start) else { return };
-        self.bytes.reserve(len.saturating_mul(times));
-        for _ in 0..times {
-            self.bytes.extend_from_within(start..start.saturating_add(len));
+        let mut left = len.saturating_mul(times);
+        self.bytes.reserve(left);
+        // What is there already is copied, so that it doubles each time.
+        while left > 0 {
+            let have = self.bytes.len().saturating_sub(start).min(left);
+            self.bytes.extend_from_within(start..start.saturating_add(have));
+            left = left.saturating_sub(have);
         }
     }
 }

@@ -99,6 +99,7 @@ impl DestinationVm for Arriving<'_> {
     }
 
     fn expect(&mut self) -> Result<(), VmError> {
+        crate::heap::warm(self.vm.machine.board.devices.len());
         self.vm
             .kvm_state
             .show_promised(&self.vm.machine)

@@ -114,6 +114,7 @@ impl SourceVm for Leaving {
 
     fn dirty_tracker(&mut self) -> Result<Box<dyn DirtyTracker>, VmError> {
         let machine = &self.vm.machine;
+        crate::heap::warm(machine.board.devices.len());
         Ok(Box::new(RamTracker::new(machine.ram.clone(), machine.dirty_log.clone())))
     }
 

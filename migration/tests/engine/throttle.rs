@@ -35,7 +35,7 @@ fn a_guest_that_writes_too_fast_rests_more_and_more_until_it_fits() {
     // No more than that of the time it stood still.
     assert_eq!(steps[steps.len() - 2..], ["pause", "throttle 0"]);
     let report = control.report();
-    assert!(report.throttle_percent >= 50 && report.passes > 4, "{report:?}");
+    assert!(report.throttle_percent >= 50 && report.passes > 2, "{report:?}");
     assert_eq!(control.info().cpu_throttle_percentage, None);
 }
 

@@ -2,13 +2,17 @@
 //! (`resources/selfcheck/README.md` has its commands and its lines).
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 use crate::serial::SerialLine;
 use crate::vm::{Vm, VmArgs, channels};
+use crate::wait;
+
+/// After how long a guest that does not answer is asked again for the first time.
+const FIRST_WAIT: Duration = Duration::from_millis(20);
 
 /// A VM with the self-checking guest, or one that waits for it, and its serial line.
 pub struct Guest {
@@ -59,8 +63,23 @@ impl Guest {
 
     /// Returns when the guest answers to commands, which it does once its memory is filled.
     pub fn wait_ready(&mut self) {
-        // Its "ready" may have been said before anybody listened, so it is asked.
-        self.ask(b"s", "up_ms=", 120);
+        // Its "ready" may have been said before anybody listened, so it is asked. A question that comes before
+        // it has set its serial port up is lost, one that comes later waits there until it is ready: so it
+        // is asked again, but not often, since each is answered.
+        let (line, start) = (&self.line, Instant::now());
+        let (from, mut next) = (line.text().len(), Duration::ZERO);
+        wait::until(
+            "the guest to be ready",
+            120,
+            || {
+                if start.elapsed() >= next {
+                    line.send(b"s");
+                    next = 2 * next + FIRST_WAIT;
+                }
+                line.line_from(from, "its answer", |line| answers(line, "up_ms="))
+            },
+            || line.tail(),
+        );
     }
 
     /// Sends a command, and gives the first line behind it that contains `answer`. Any `FAIL` of
@@ -68,10 +87,7 @@ impl Guest {
     pub fn ask(&mut self, command: &[u8], answer: &str, seconds: u32) -> String {
         let from = self.line.text().len();
         self.line.send(command);
-        self.line.wait_line_from(from, answer, seconds, |line| {
-            assert!(!line.contains("FAIL"), "the guest found a difference: {line}");
-            line.contains(answer).then(|| line.to_string())
-        })
+        self.line.wait_line_from(from, answer, seconds, |line| answers(line, answer))
     }
 
     /// The guest verifies every page that it holds and its own program, its interrupts go on
@@ -144,6 +160,12 @@ impl Guest {
         assert_eq!(there.vm.wait_exit(20), 0, "{}", there.vm.stderr());
         there.nothing_is_left();
     }
+}
+
+/// The line, if it contains `answer`.
+fn answers(line: &str, answer: &str) -> Option<String> {
+    assert!(!line.contains("FAIL"), "the guest found a difference: {line}");
+    line.contains(answer).then(|| line.to_owned())
 }
 
 /// The number behind `key=` in one of the guest's lines.

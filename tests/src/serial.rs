@@ -48,8 +48,8 @@ impl SerialLine {
     }
 
     /// Sends bytes to the guest.
-    pub fn send(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).expect("the guest's serial line takes input");
+    pub fn send(&self, bytes: &[u8]) {
+        (&self.stream).write_all(bytes).expect("the guest's serial line takes input");
     }
 
     /// Waits for a whole line behind byte `from` of the text that `found` likes. A line that is
@@ -61,29 +61,33 @@ impl SerialLine {
         seconds: u32,
         mut found: impl FnMut(&str) -> Option<T>,
     ) -> T {
-        wait::until(
-            what,
-            seconds,
-            || {
-                // Asked first: what came before the end is read below.
-                let closed = self.closed.load(Ordering::Acquire);
-                let text = self.text();
-                let new = text.get(from..).unwrap_or_default();
-                let whole = new.rfind('\n').map_or("", |end| &new[..end]);
-                let line = whole.lines().find_map(|line| found(line.trim_end()));
-                assert!(
-                    line.is_some() || !closed,
-                    "the guest's line was closed while {what} was waited for\n{}",
-                    self.tail()
-                );
-                line
-            },
-            || self.tail(),
-        )
+        wait::until(what, seconds, || self.line_from(from, what, &mut found), || self.tail())
+    }
+
+    /// The first whole line behind byte `from` that `found` likes, if it has come. A line that is closed
+    /// before is a failure of the test, which waits for `what`.
+    pub fn line_from<T>(
+        &self,
+        from: usize,
+        what: &str,
+        found: impl FnMut(&str) -> Option<T>,
+    ) -> Option<T> {
+        // Asked first: what came before the end is read below.
+        let closed = self.closed.load(Ordering::Acquire);
+        let text = self.text();
+        let new = text.get(from..).unwrap_or_default();
+        let whole = new.rfind('\n').map_or("", |end| &new[..end]);
+        let line = whole.lines().map(str::trim_end).find_map(found);
+        assert!(
+            line.is_some() || !closed,
+            "the guest's line was closed while {what} was waited for\n{}",
+            self.tail()
+        );
+        line
     }
 
     /// The last lines, for an error.
-    fn tail(&self) -> String {
+    pub fn tail(&self) -> String {
         let text = self.text();
         let tail: Vec<_> = text.lines().rev().take(40).collect();
         tail.into_iter().rev().collect::<Vec<_>>().join("\n")

@@ -126,7 +126,7 @@ fn exchange_with_a_qemu(compression: &str) {
     let out = command.args(["--channels", "3"]).args(compress).output().expect("it starts");
     assert!(out.status.success(), "{}\n{}", String::from_utf8_lossy(&out.stderr), qemu.log());
     assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
-    let mut line = SerialLine::attach(&qemu.path("serial"));
+    let line = SerialLine::attach(&qemu.path("serial"));
     let from = line.text().len();
     line.send(b"v");
     line.wait_line_from(from, "verified all pages=", 120, |line| {

@@ -95,7 +95,7 @@ fn a_signal_ends_a_vm_that_is_still_being_built() {
 #[test]
 fn a_page_that_is_corrupted_is_found_and_named() {
     // Without this, all that the guest says of itself elsewhere would prove nothing.
-    let mut guest = Guest::ready("64M", 1, "set=1M,verify=20000");
+    let guest = Guest::ready("64M", 1, "set=1M,verify=20000");
     guest.line.send(b"x");
     let page = guest.line.wait_line_from(0, "the corrupted page", 20, |line| {
         line.split_once("corrupted page=").map(|(_, page)| page.to_string())

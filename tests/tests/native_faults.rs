@@ -43,6 +43,7 @@ fn a_guest_under_disk_load_moves_and_both_sides_compare_equal() {
     let params = "fill=8M,set=2M,rate=4000,disk=100";
     let mut guest = Guest::boot_with("32M", 1, params, &disk);
     guest.wait_ready();
+    witness.wait_for_more_than(20);
     for _ in 0..10 {
         let mut there = Guest::incoming_with("32M", 1, &disk);
         guest.migrate_to(&there, true);

@@ -133,6 +133,7 @@ fn a_disk_that_cannot_be_flushed_keeps_the_guest_where_its_data_is() {
     let disk = BrokenDisk::new(dir.path());
     let witness = Witness::new(&image.path);
     let mut here = over(&disk, &image);
+    witness.wait_for_more_than(10);
     disk.set(true);
     let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     let words = ["could not be flushed", "Input/output error"];
@@ -154,6 +155,7 @@ fn a_disk_that_fails_after_the_last_flush_holds_no_guest_back() {
     let disk = BrokenDisk::new(dir.path());
     let witness = Witness::new(&image.path);
     let mut here = over(&disk, &image);
+    witness.wait_for_more_than(10);
     let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     // The destination is ready, and the source does not know it yet.
     let relay = held_up(&here, &there, Direction::Back, "prepared");
@@ -273,6 +275,7 @@ fn a_destination_without_memory_half_way_dies_and_the_guest_does_not() {
     let params = "fill=96M,set=2M,rate=4000,disk=100";
     let mut here = Guest::boot_with(MEMORY, 1, params, &image.argument());
     here.wait_ready();
+    witness.wait_for_more_than(10);
     let group = MemoryGroup::new();
     let mut there = Guest::incoming_with(MEMORY, 1, &image.argument());
     // The first bytes of RAM are late, so that the destination has agreed by then.

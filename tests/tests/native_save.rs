@@ -171,8 +171,8 @@ fn a_qemu_takes_what_was_saved_and_what_it_saves_comes_back() {
         .arg("-incoming")
         .arg(format!("exec:cat {}", path.display()))
         .start();
-    let mut line = SerialLine::attach(&there.path("serial"));
-    let mut ask = |command: &[u8], answer: &str| {
+    let line = SerialLine::attach(&there.path("serial"));
+    let ask = |command: &[u8], answer: &str| {
         let from = line.text().len();
         line.send(command);
         line.wait_line_from(from, answer, 120, |line| {

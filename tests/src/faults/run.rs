@@ -117,7 +117,7 @@ impl Trial {
         let began = Instant::now();
         let dir = tempfile::TempDir::with_prefix("mini-vmm-fault-").expect("a directory");
         let image = Disk::inside(dir.path(), 4 << 20);
-        let witness = Some(Witness::new(&image.path));
+        let witness = Witness::new(&image.path);
         let disk = image.argument();
         let Variant { smp, rate, .. } = variant;
         let params = format!("fill=8M,set=2M,rate={rate},verify=4000,every=100,disk=100");
@@ -129,6 +129,8 @@ impl Trial {
         let stall = json!({ "x-stall-timeout": late });
         there.vm.qmp().execute("migrate-set-parameters", stall).expect("parameters");
         here.wait_ready();
+        // There is a log before there is a migration.
+        witness.wait_for_more_than(0);
         let relay = Relay::new(&there.vm.migrate_uri(), fault, pids);
         Self {
             variant,
@@ -138,7 +140,7 @@ impl Trial {
             relay,
             pids,
             image,
-            witness,
+            witness: Some(witness),
             began,
             doubted: false,
             thawed: false,

@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::guest::number;
+use crate::wait;
 
 /// Bytes of a record.
 const SECTOR: usize = 512;
@@ -96,6 +97,16 @@ impl Witness {
     /// How many records it has seen so far.
     pub fn seen(&self) -> u64 {
         self.count.load(Ordering::Acquire)
+    }
+
+    /// Returns when it has seen more than `count` records.
+    pub fn wait_for_more_than(&self, count: u64) {
+        wait::until(
+            "records on the disk",
+            60,
+            || (self.seen() > count).then_some(()),
+            || format!("{} of them", self.seen()),
+        );
     }
 
     /// What was seen: every record was written once, by a guest that went on from the one before. Gives

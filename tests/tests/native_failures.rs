@@ -16,9 +16,11 @@ use system_tests::wait;
 
 const MEMORY: &str = "64M";
 
-/// A guest that rewrites a quarter of its memory as fast as it can.
+/// What a guest does that rewrites 16 MiB as fast as it can.
+const BUSY: &str = "set=16M,rate=0,verify=20000";
+
 fn busy() -> Guest {
-    Guest::ready(MEMORY, 1, "set=16M,rate=0,verify=20000")
+    Guest::ready(MEMORY, 1, BUSY)
 }
 
 /// Starts a migration that takes 8 s at least, and returns when RAM travels.
@@ -134,7 +136,9 @@ const SHUT: &[u8] = b"\0\x01\0\x04\0\0\0\0";
 #[test]
 fn a_stream_that_is_cut_before_the_hand_over_leaves_the_guest_here() {
     use Direction::{Back, There};
-    let mut here = busy();
+    // The guest looks at all of it after each of them.
+    const MEMORY: &str = "32M";
+    let mut here = Guest::ready(MEMORY, 1, BUSY);
     for (place, direction, harm, destination_waits_on) in [
         ("before the first byte", There, Harm::CutAt(0), true),
         ("in the header", There, Harm::CutAt(6), true),
@@ -162,7 +166,7 @@ fn a_stream_that_is_cut_before_the_hand_over_leaves_the_guest_here() {
         }
         there.nothing_is_left();
     }
-    without_limits(here);
+    here.moves_after_all(MEMORY, 1, "");
 }
 
 /// The guest stands still at the source, which says that it does not know, and will not let it go
@@ -187,7 +191,10 @@ fn a_cut_in_the_order_to_run_leaves_a_doubt_and_no_guest_that_runs() {
     let mut there = Guest::incoming(MEMORY, 1);
     let harm = Harm::CutBehind(COMMIT, 0);
     let proxy = Proxy::new(&there.vm.migrate_uri(), Direction::There, harm);
-    let mut qmp = here.begin(&proxy.uri(), &json!({}));
+    // For so long the destination waits for a source that may yet give the order.
+    let short = json!({ "x-stall-timeout": 5000 });
+    there.vm.qmp().execute("migrate-set-parameters", short.clone()).expect("parameters");
+    let mut qmp = here.begin(&proxy.uri(), &short);
     in_doubt(&here, &mut qmp);
     // It has not heard the whole order, so it must not run the guest.
     assert_eq!(there.vm.wait_exit(60), 1, "{}", there.vm.stderr());

@@ -7,6 +7,7 @@ use system_tests::qmp::Qmp;
 use system_tests::vm::{Vm, VmArgs};
 use system_tests::wait;
 
+const MEMORY: &str = "64M";
 const BUSY: &str = "set=32M,rate=0,spread=1,verify=20000";
 /// The longest: a KVM that interprets writes an entry for each instruction that writes, and many of them before
 /// it looks whether the ring is full.
@@ -21,15 +22,15 @@ fn ready(memory: &str, smp: u32, params: &str, more: &str) -> Guest {
 #[test]
 fn a_busy_guest_moves_again_and_again_and_both_sides_compare_equal() {
     for (smp, channels) in [(1, "1"), (2, "4"), (4, "1")] {
-        let mut here = ready("128M", smp, &format!("vcpus={smp},{BUSY}"), RING);
+        let mut here = ready(MEMORY, smp, &format!("vcpus={smp},{BUSY}"), RING);
         for _ in 0..3 {
-            let mut there = Guest::incoming_with("128M", smp, RING);
+            let mut there = Guest::incoming_with(MEMORY, smp, RING);
             let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
             let out = command.args(["--verify", "--channels", channels, "--json"]).output();
             let out = out.expect("mini-vmm migrate starts");
             assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
             let said: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
-            assert_eq!(said["report"]["verified-ram-bytes"].as_u64(), Some(128 << 20), "{said}");
+            assert_eq!(said["report"]["verified-ram-bytes"].as_u64(), Some(64 << 20), "{said}");
             assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
             here.nothing_is_left();
             there.is_whole();
@@ -40,9 +41,9 @@ fn a_busy_guest_moves_again_and_again_and_both_sides_compare_equal() {
 
 #[test]
 fn after_a_cancel_a_full_ring_holds_nobody_up_and_the_next_attempt_is_whole() {
-    let mut here = ready("128M", 2, &format!("vcpus=2,{BUSY}"), RING);
+    let mut here = ready(MEMORY, 2, &format!("vcpus=2,{BUSY}"), RING);
     for _ in 0..2 {
-        let there = Guest::incoming_with("128M", 2, "");
+        let there = Guest::incoming_with(MEMORY, 2, "");
         let mut qmp = here.begin(&there.vm.migrate_uri(), &json!({ "max-bandwidth": 16 << 20 }));
         wait::until(
             "a second pass",
@@ -60,10 +61,10 @@ fn after_a_cancel_a_full_ring_holds_nobody_up_and_the_next_attempt_is_whole() {
     let fast = json!({ "max-bandwidth": 0 });
     here.vm.qmp().execute("migrate-set-parameters", fast).expect("parameters");
     // To one that keeps a log, and from there to one with another ring.
-    let mut there = Guest::incoming("128M", 2);
+    let mut there = Guest::incoming(MEMORY, 2);
     here.migrate_to(&there, true);
     there.is_whole();
-    there.moves_after_all("128M", 2, "--dirty-ring=32768");
+    there.moves_after_all(MEMORY, 2, "--dirty-ring=32768");
 }
 
 #[test]

@@ -85,8 +85,13 @@ impl RamTracker {
 impl DirtyTracker for RamTracker {
     fn start(&mut self) -> Result<(), VmError> {
         let failed = |e| VmError::with("cannot start to log the pages that the guest writes", e);
+        // What an earlier end has left on would go on as it began, whatever is chosen now.
+        self.log.set_logging(false).map_err(failed)?;
         self.log.protect_at_once(self.ram.is_sparse()).map_err(failed)?;
-        self.log.set_logging(true).map_err(failed)?;
+        self.log.set_logging(true).map_err(|e| {
+            self.stop();
+            failed(e)
+        })?;
         if self.log.has_rings() {
             let emptier = Emptier::start(self.log.clone()).map_err(|e| {
                 self.stop();

@@ -191,6 +191,9 @@ impl Memfd {
             Err(Errno::ENXIO) => return Ok(self.len..self.len),
             Err(error) => return Err(error.into()),
         };
+        if start == present.start && !present.is_empty() {
+            return Ok(present.clone());
+        }
         *present = start..match seek(start, Whence::SeekHole) {
             Ok(end) => end,
             // It was given back in between.

@@ -137,7 +137,9 @@ pub(crate) fn present(address: u64, pages: u64, most: u64) -> Option<u64> {
     let (mut at, mut count) = (address, 0);
     for _ in 0..CALLS {
         let mut found = [Region::default(); REGIONS];
-        let (n, stopped) = scan(at, end, 0, &mut found).ok()?;
+        // No more than are needed: the kernel holds the lock of this process' mappings meanwhile.
+        let enough = (most - count).saturating_add(1);
+        let (n, stopped) = scan(at, end, enough, &mut found).ok()?;
         let found = found.get(..n)?.iter();
         count +=
             found.map(|region| region.end.saturating_sub(region.start) / PAGE_SIZE).sum::<u64>();

@@ -198,7 +198,11 @@ impl<'a> Out<'a> {
     }
 
     /// How many of these pages, from the first on, the host has no memory for.
+    /// None where each of them would be a record: they would go out in one burst.
     pub(super) fn absent_ahead(&self, block: usize, pages: Range<u64>) -> u64 {
+        if !self.runs {
+            return 0;
+        }
         self.ram.absent_ahead(block, pages.start * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE)
     }
 

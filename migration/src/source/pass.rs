@@ -10,7 +10,7 @@ use crate::dirty::runs;
 use crate::guest::PAGE_SIZE;
 use crate::wire::section::PartType;
 
-/// Pages whose bits are cleared at once: a huge page's worth.
+/// Pages whose bits are cleared at once, where there are any: a huge page's worth.
 pub(super) const CHUNK_PAGES: u64 = 512;
 /// Bytes after which a PART section is ended and the next one begun.
 const PART_BYTES: u64 = 64 << 20;

@@ -198,7 +198,7 @@ impl Connection {
             setsockopt(&stream, sockopt::TcpKeepIdle, &KEEPALIVE_S)?;
             setsockopt(&stream, sockopt::TcpKeepInterval, &KEEPALIVE_S)?;
             if same_host(stream.local_addr()?.ip(), peer.ip()) {
-                without_pacing(&stream);
+                without_bbr(&stream);
             }
             Ok(())
         };
@@ -305,8 +305,9 @@ fn same_host(here: IpAddr, there: IpAddr) -> bool {
 
 /// Between two processes of one host there is no network to be fair to, and no queue to keep short: what
 /// paces its sending, as BBR does, leaves half of what the processors could copy. Reno is in every kernel,
-/// and anybody may choose it.
-fn without_pacing(stream: &TcpStream) {
+/// and anybody may choose it; on a connection that began with BBR it is still paced, by twice what it has found
+/// it can send.
+fn without_bbr(stream: &TcpStream) {
     if let Err(error) = setsockopt(stream, sockopt::TcpCongestion, &OsString::from("reno")) {
         tracing::debug!(%error, "the host's own congestion control is kept");
     }
@@ -324,7 +325,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn inside_a_host_nothing_is_paced() {
+    fn inside_a_host_reno_is_asked_for() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
         let plain = TcpStream::connect(to).unwrap();

@@ -180,17 +180,23 @@ impl DirtyLog {
 
     fn set_slots(&self, logging: bool) -> Result<(), KvmError> {
         let flags = if logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let mut done = Ok(());
         for slot in &self.slots {
             // SAFETY: the caller of `new` vouched for the mapping behind every slot.
-            unsafe { set_region(&self.vm, slot, flags) }?;
+            done = done.and(unsafe { set_region(&self.vm, slot, flags) });
+            // Where one can't be ended, the others can.
+            if logging && done.is_err() {
+                break;
+            }
         }
-        Ok(())
+        done
     }
 
     /// How logging begins from now on, where there is a choice. A log that begins with every page marked protects
     /// a page when it is cleared, just before it is sent for the first time. Where few pages are there it
     /// is quicker to protect those `at_once`: to clear the log takes KVM some 10 ns for a page, also for one that
-    /// was never there, and the pages that are written before they are sent are as few.
+    /// was never there, and the pages that are written before they are sent are as few. No slot may be logged when
+    /// this is asked for: KVM asks what was chosen when it begins and at each clear, and both must be told the same.
     pub fn protect_at_once(&self, at_once: bool) -> Result<(), KvmError> {
         if !self.initially_set {
             return Ok(());
@@ -211,10 +217,14 @@ impl DirtyLog {
             // What is left of an earlier time.
             rings.forget(self.places(&self.shadow()))?;
         }
-        self.set_slots(on)?;
-        self.shadow().set_logging(on)?;
-        // A vCPU may be waiting for it.
-        if on { Ok(()) } else { self.empty_rings() }
+        let done = self.set_slots(on);
+        if on {
+            done?;
+            return self.shadow().set_logging(on);
+        }
+        // As much as can be ended is; and a vCPU may be waiting for an empty ring.
+        let done = done.and(self.shadow().set_logging(on));
+        done.and(self.empty_rings())
     }
 
     /// Where a ring's entries are in the RAM block.

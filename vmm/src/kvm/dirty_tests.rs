@@ -1,12 +1,15 @@
 //! A guest of a few instructions writes to pages; the log and the rings of real KVM find the same ones.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use migration::guest::DirtyTracker;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::dirty::RamTracker;
 use crate::memory::Ram;
 
 /// Adds one to the first word of every page from 128 KiB to 960 KiB, past the window's beginning.
@@ -25,7 +28,7 @@ const PAGES: std::ops::Range<u64> = 0x20..0xf0;
 
 struct Tiny {
     vcpu: VcpuFd,
-    log: DirtyLog,
+    log: Arc<DirtyLog>,
     // Dropped last.
     ram: Ram,
 }
@@ -39,7 +42,7 @@ impl Tiny {
         let vcpu = vm.create_vcpu(0).unwrap();
         log.add_vcpu(&vcpu).unwrap();
         ram.guest().write_slice(&PROGRAM, GuestAddress(ENTRY)).unwrap();
-        Self { vcpu, log, ram }
+        Self { vcpu, log: Arc::new(log), ram }
     }
 
     /// Runs the program once, with a stop for each full ring.
@@ -112,6 +115,24 @@ fn a_log_that_protects_at_once_begins_with_nothing_and_finds_the_same() {
             tiny.log.set_logging(false).unwrap();
             tiny.run();
         }
+    }
+}
+
+#[test]
+fn a_log_that_was_left_on_begins_anew() {
+    let mut tiny = Tiny::new(None);
+    for _ in 0..2 {
+        // As a migration leaves it whose end failed: every page is marked, and huge pages are not protected.
+        tiny.log.protect_at_once(false).unwrap();
+        tiny.log.set_logging(true).unwrap();
+        tiny.run();
+        // Hardly any of this memory is there.
+        let mut tracker = RamTracker::new(tiny.ram.clone(), tiny.log.clone());
+        tracker.start().unwrap();
+        assert_eq!(tiny.fetch(), BTreeSet::new());
+        tiny.run();
+        assert_eq!(tiny.fetch(), PAGES.collect());
+        tracker.stop();
     }
 }
 

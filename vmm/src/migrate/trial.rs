@@ -38,7 +38,8 @@ impl Trial {
         if source.vcpus.is_empty() {
             return Vec::new();
         }
-        match self.spare.take().unwrap_or_else(|| Spare::new(vm)) {
+        // What could not be had while nobody came may be there now.
+        match self.spare.take().and_then(Result::ok).map_or_else(|| Spare::new(vm), Ok) {
             Ok(spare) => {
                 let problems = try_on(&spare, vm, source);
                 self.end(spare);

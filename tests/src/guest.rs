@@ -121,6 +121,14 @@ impl Guest {
         of("rewritten") / of("up_ms") * 1000.0
     }
 
+    /// For what part of the time its first vCPU's thread has a processor, for a while. On a busy host that is less
+    /// than it would take, and never more than it is let.
+    pub fn busy(&self) -> f64 {
+        let (before, start) = (self.vm.thread_time("vcpu0"), Instant::now());
+        thread::sleep(Duration::from_millis(1500));
+        (self.vm.thread_time("vcpu0") - before).as_secs_f64() / start.elapsed().as_secs_f64()
+    }
+
     /// Moves the guest to `there` with the command, which must succeed and end this process well.
     pub fn migrate_to(&mut self, there: &Guest, verify: bool) {
         let mut command = self.vm.migrate_command(&there.vm.migrate_uri());

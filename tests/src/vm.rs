@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -240,6 +241,20 @@ impl Vm {
     /// Runs `mini-vmm COMMAND …` with this VM's runtime directory, and waits for its end.
     pub fn cli(&self, args: &[&str]) -> Output {
         command(self.dir.path()).args(args).output().expect("mini-vmm starts")
+    }
+
+    /// The processor time that the thread of this name has had.
+    pub fn thread_time(&self, name: &str) -> Duration {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
+        let mut tasks = tasks.flatten().map(|task| task.path());
+        let is_it = |path: &PathBuf| {
+            fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        };
+        let path = tasks.find(is_it).unwrap_or_else(|| panic!("no thread is called {name}"));
+        // Its first number: nanoseconds on a processor (Linux, sched-stats.rst).
+        let times = fs::read_to_string(path.join("schedstat")).expect("its times");
+        let ns = times.split_whitespace().next().and_then(|ns| ns.parse().ok());
+        Duration::from_nanos(ns.expect("its time on a processor"))
     }
 
     /// A `mini-vmm migrate URI …` command for this VM.

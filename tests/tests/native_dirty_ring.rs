@@ -127,20 +127,23 @@ fn only_the_vcpu_that_writes_rests_and_a_cancel_gives_it_its_time_back() {
     let params = "vcpus=2,writers=1,fill=8M,set=4M,rate=0,verify=100";
     let mut here = ready("64M", 2, params, RING);
     let there = Guest::incoming("64M", 2);
-    let full = here.speed();
+    let full = here.busy();
     let mut qmp = begin_throttled(&here, &there);
     let all = rests(&mut qmp, 80);
     assert_eq!(all, [80, 0]);
-    let slowed = here.speed();
-    // By much more on a host that does nothing else.
-    assert!(slowed < full * 0.75, "it rests, and rewrites {slowed} pages a second of {full}");
+    // By its processor time: on a busy host the work that it gets done says more of the others'.
+    let slowed = here.busy();
+    assert!(
+        slowed < 0.4,
+        "it rests for 80 % of the time, and runs for {slowed} of it, {full} before"
+    );
     let info = qmp.ask("query-migrate");
     let rate = |n: usize| info["x-vcpus"][n]["dirty-pages-rate"].as_u64().expect("a rate");
     assert!(rate(0) > 4 * rate(1), "{info}");
 
     qmp.ask("migrate_cancel");
     assert_eq!(qmp.wait_migrated(60)["status"], "cancelled");
-    let again = here.speed();
+    let again = here.busy();
     assert!(again > slowed * 1.25, "{full}, slowed {slowed}, then {again}");
     let after = qmp.ask("query-migrate");
     assert!(after.get("x-vcpus").is_none(), "{after}");

@@ -142,6 +142,7 @@ impl VmControl for VmHandle {
         if !blockers.is_empty() {
             return Err(ControlError::Blocked(blockers));
         }
+        self.0.migration.let_end();
         if self.0.migration.lock().is_busy() {
             return Err(ControlError::MigrationInProgress);
         }

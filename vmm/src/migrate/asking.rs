@@ -79,6 +79,7 @@ impl Vm {
         &self,
         mut parameters: Parameters,
     ) -> Result<(Arc<Control>, Asking<'_>), PreflightError> {
+        self.migration.let_end();
         let mut desk = self.migration.lock();
         if desk.is_busy() || desk.closing {
             return Err(PreflightError::Busy);

@@ -25,7 +25,8 @@ pub use recover::{DoubtInfo, RecoverError};
 pub use way::WayError;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use migration::control::{Control, Events};
 use migration::params::Parameters;
@@ -35,6 +36,9 @@ use migration::stats::{MigrationInfo, Report};
 use crate::config::SocketUri;
 use crate::control::{Event, EventBus};
 use crate::grants::Grants;
+
+/// How long a migration that has ended may take to let go of what it used, before another is refused for it.
+const LETTING_GO: Duration = Duration::from_secs(1);
 
 /// What is known of this VM's migrations: the last one or the one that runs.
 #[derive(Default)]
@@ -69,7 +73,8 @@ impl Desk {
         self.asking.is_some() || self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Notes a thread that helps to settle a doubt, and forgets those that have ended.
+    /// Notes a thread that helps to settle a doubt, or ends what a migration has used, and forgets those that have
+    /// ended.
     fn helps(&mut self, thread: JoinHandle<()>) {
         self.helpers.retain(|helper| !helper.is_finished());
         self.helpers.push(thread);
@@ -91,6 +96,21 @@ impl MigrationDesk {
     /// Nothing has migrated yet.
     pub fn new(grants: Grants) -> Self {
         Self { grants, ..Self::default() }
+    }
+
+    /// Waits until the thread of a migration that has ended has let go of what it used: whoever has seen the end may
+    /// begin another one.
+    pub(crate) fn let_end(&self) {
+        let begin = Instant::now();
+        let ends = || {
+            let desk = self.lock();
+            let phase = desk.control.as_ref().map(|control| control.stats().phase());
+            let over = matches!(phase, Some(Phase::Completed | Phase::Failed | Phase::Cancelled));
+            over && desk.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        };
+        while ends() && begin.elapsed() < LETTING_GO {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Desk> {
@@ -138,7 +158,7 @@ impl MigrationDesk {
         let more = std::mem::take(&mut self.lock().helpers);
         for helper in helpers.into_iter().chain(more) {
             if helper.join().is_err() {
-                tracing::error!("a thread that helps to settle a doubt panicked");
+                tracing::error!("a thread that was to outlive a migration panicked");
             }
         }
     }

@@ -5,7 +5,7 @@
 //! comes, and ends it beside what follows.
 
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use arch::host::KvmHost;
 use arch::msr;
@@ -19,12 +19,10 @@ use crate::machine::MachineError;
 use crate::memory::Ram;
 use crate::vm::Vm;
 
-/// The spare vCPU, before, while and after it is tried on.
+/// The spare vCPU, before it is tried on.
 #[derive(Default)]
 pub(super) struct Trial {
     spare: Option<Result<Spare, MachineError>>,
-    /// Ends the one that was used.
-    ending: Option<JoinHandle<()>>,
 }
 
 impl Trial {
@@ -42,7 +40,7 @@ impl Trial {
         match self.spare.take().and_then(Result::ok).map_or_else(|| Spare::new(vm), Ok) {
             Ok(spare) => {
                 let problems = try_on(&spare, vm, source);
-                self.end(spare);
+                end(vm, spare);
                 problems
             }
             Err(e) => {
@@ -51,27 +49,15 @@ impl Trial {
             }
         }
     }
-
-    fn end(&mut self, spare: Spare) {
-        self.join();
-        let thread = thread::Builder::new().name("spare-vcpu".into()).spawn(|| drop(spare));
-        match thread {
-            Ok(thread) => self.ending = Some(thread),
-            // It has been ended here then.
-            Err(error) => tracing::debug!(%error, "no thread to end the spare vCPU"),
-        }
-    }
-
-    fn join(&mut self) {
-        if let Some(Err(_)) = self.ending.take().map(JoinHandle::join) {
-            tracing::error!("ending the spare vCPU panicked");
-        }
-    }
 }
 
-impl Drop for Trial {
-    fn drop(&mut self) {
-        self.join();
+/// Ends it, and waits for that no sooner than when the VM does.
+fn end(vm: &Vm, spare: Spare) {
+    let thread = thread::Builder::new().name("spare-vcpu".into()).spawn(|| drop(spare));
+    match thread {
+        Ok(thread) => vm.migration.lock().helps(thread),
+        // It has been ended here then.
+        Err(error) => tracing::debug!(%error, "no thread to end the spare vCPU"),
     }
 }
 

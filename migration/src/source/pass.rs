@@ -163,7 +163,8 @@ impl Migration<'_> {
         let silent = several && part.began.elapsed() > time;
         if silent || self.sent().saturating_sub(part.sent) > most {
             self.end_ram()?;
-            if silent {
+            // The other side's connections wait for this end, and ours for them.
+            if several {
                 self.send("RAM")?;
             }
             self.out.begin_ram(part.kind);

@@ -32,7 +32,7 @@ use std::error::Error;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -371,6 +371,12 @@ pub trait DestinationVm: Machine {
         Ok(())
     }
 
+    /// How a thread that brings pages in is told, on that thread, to give way to the guests of this host, as long
+    /// as the source's guest runs and waits for nothing (`true`), and then not to any more (`false`).
+    fn give_way(&self) -> fn(bool) {
+        |_| ()
+    }
+
     /// A block comes that [`GuestRam::blocks`] does not have: a QEMU sends its firmware, option
     /// ROMs and ACPI tables as blocks of their own. `true` when this machine can keep it; from
     /// then on it is the last of its blocks, zeroed, and written to like any other.
@@ -428,8 +434,9 @@ pub trait DestinationVm: Machine {
     fn release_disks(&mut self);
 
     /// Lets the machine go on in the run state that came with it (a VM that was paused stays
-    /// paused), notes that in the ledger if there is one, and announces it on its networks. An error means that no vCPU has run.
-    fn start(&mut self) -> Result<(), VmError>;
+    /// paused), notes that in the ledger if there is one, and announces it on its networks. Gives the time
+    /// since which it does. An error means that no vCPU has run.
+    fn start(&mut self) -> Result<Instant, VmError>;
 
     /// For a verified migration: the differences between a section's body as it was received and
     /// as this machine saves it again, leaving out what changes by itself (a running TSC). Called

@@ -102,6 +102,9 @@ pub struct Manifest {
     /// What this attempt is called if its outcome is to be asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<MigrationId>,
+    /// The source listens for [`Runs`]. One of an earlier release knows no such message.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hears_runs: bool,
     /// How long after PREPARED the source will say COMMIT at the latest, in ms; 0 if it does not say.
     #[serde(default)]
     pub commit_within_ms: u64,
@@ -187,6 +190,14 @@ pub struct Prepared {
     /// Sections that were saved again and compared with what had come.
     #[serde(default)]
     pub verified_sections: u64,
+}
+
+/// The guest runs on the destination, which is [`Shut`](crate::wire::return_path::Message::Shut)'s to decide; this
+/// says since when. Comes right before that.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Runs {
+    /// How long it has been running when this was written, in µs.
+    pub since_us: u64,
 }
 
 /// Digests of what the source has sent, taken while it stands still.

@@ -241,11 +241,15 @@ impl MigrationStats {
         self.lock().stopped = Some(Instant::now());
     }
 
-    /// The guest runs again, here or there.
-    pub(crate) fn running(&self) {
+    /// The guest runs again, here or there, and has for so long; that is no longer than the last step has taken.
+    pub(crate) fn running(&self, since: Duration) {
         let mut s = self.lock();
+        let since = s.step.map_or(Duration::ZERO, |(_, began)| since.min(began.elapsed()));
         s.finish_step();
-        s.downtime = s.stopped.map(|t| t.elapsed());
+        if let Some((_, took)) = s.steps.last_mut() {
+            *took = took.saturating_sub(since);
+        }
+        s.downtime = s.stopped.map(|t| t.elapsed().saturating_sub(since));
     }
 
     /// A step of the downtime begins; the one before ends.
@@ -552,7 +556,7 @@ mod tests {
         stats.step(Step::Pause);
         stats.step(Step::LastPages);
         stats.moved(Moved { bytes: 1000, ..Moved::default() });
-        stats.running();
+        stats.running(Duration::ZERO);
         stats.become_phase(Phase::Completed);
         let json = serde_json::to_value(stats.info()).unwrap();
         assert_eq!(json["ram"]["precopy-bytes"], 4200);

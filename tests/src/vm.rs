@@ -1,5 +1,6 @@
 //! One `mini-vmm run` process.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -255,6 +256,19 @@ impl Vm {
         let times = fs::read_to_string(path.join("schedstat")).expect("its times");
         let ns = times.split_whitespace().next().and_then(|ns| ns.parse().ok());
         Duration::from_nanos(ns.expect("its time on a processor"))
+    }
+
+    /// The scheduling policy of each of its threads, by name (proc(5), the 41st field of `stat`; 0 is the usual one
+    /// and 3 SCHED_BATCH).
+    pub fn policies(&self) -> BTreeMap<String, u32> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
+        let one = |path: PathBuf| {
+            // One that has just ended has none.
+            let stat = fs::read_to_string(path.join("stat")).ok()?;
+            let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+            Some((name.to_owned(), rest.split_whitespace().nth(41 - 3)?.parse().ok()?))
+        };
+        tasks.flatten().filter_map(|task| one(task.path())).collect()
     }
 
     /// A `mini-vmm migrate URI …` command for this VM.

@@ -53,6 +53,41 @@ fn a_destination_that_dies_half_way_leaves_the_guest_and_the_next_takes_it() {
 }
 
 #[test]
+fn threads_that_bring_pages_in_give_way_to_vcpus_and_none_does_when_the_guest_runs() {
+    const SCHED_BATCH: u32 = 3;
+    let mut here = Guest::ready("256M", 1, PARAMS);
+    for (channels, name) in [(0, "migration-in"), (3, "migration-ch2")] {
+        let mut there = Guest::incoming("256M", 1);
+        let mut qmp = here.vm.qmp();
+        let several = json!({ "capability": "multifd", "state": channels > 0 });
+        qmp.execute("migrate-set-capabilities", json!({ "capabilities": [several] }))
+            .expect("a capability");
+        let slow = json!({ "multifd-channels": channels.max(1), "max-bandwidth": 32 << 20 });
+        let mut qmp = here.begin(&there.vm.migrate_uri(), &slow);
+        let policies = wait::until(
+            "pages",
+            60,
+            || {
+                let normal = qmp.ask("query-migrate")["ram"]["normal"].as_u64();
+                (normal > Some(2000)).then(|| there.vm.policies())
+            },
+            || there.vm.stderr(),
+        );
+        assert_eq!(policies.get(name), Some(&SCHED_BATCH), "{policies:?}");
+        for serving in ["vcpu0", "io"] {
+            assert_eq!(policies.get(serving), Some(&0), "{policies:?}");
+        }
+        qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 })).expect("no limit");
+        assert_eq!(qmp.wait_migrated(60)["status"], "completed");
+        there.is_whole();
+        let policies = there.vm.policies();
+        assert!(policies.values().all(|policy| *policy == 0), "{policies:?}");
+        assert_eq!(here.vm.wait_exit(20), 0, "{}", here.vm.stderr());
+        here = there;
+    }
+}
+
+#[test]
 fn what_has_one_connection_only_and_numbers_that_nobody_has_are_refused() {
     let here = Guest::ready("64M", 1, PARAMS);
     let run = |args: &[&str]| {

@@ -1,6 +1,7 @@
 //! The machine put together: configuration, board wiring, vCPU threads, lifecycle, control socket.
 
 pub mod announce;
+pub mod background;
 pub mod balloon;
 pub mod board;
 pub mod chardev;

@@ -1,6 +1,7 @@
 //! A running VM as one object: the machine, what it is doing, and who may change that.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use arch::trial::VcpuNeeds;
 use devices::device::PowerRequest;
@@ -76,15 +77,16 @@ impl Vm {
         self.life().state
     }
 
-    /// Lets the vCPUs run, and says so.
-    pub(crate) fn start_running(&self, life: &mut Life) {
-        self.machine.resume();
+    /// Lets the vCPUs run, and says so. Gives the time since which all of them do.
+    pub(crate) fn start_running(&self, life: &mut Life) -> Instant {
+        let since = self.machine.resume();
         life.state = RunState::Running;
         self.events.send(Event::Resume);
         if self.asked().is_some() {
             // Nobody could do it before.
             self.queue(MachineEvent::Guest);
         }
+        since
     }
 
     /// What the guest has asked of the machine, if that is still to be done.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::DestinationError;
 use crate::handover::Peer;
+use crate::manifest::Runs;
 use crate::transport::{Connection, StreamReader};
 use crate::wire::bounded_reason;
 use crate::wire::command::Command;
@@ -67,13 +68,17 @@ impl ReturnPath {
     }
 
     pub(super) fn send(&mut self, message: &Message) -> Result<(), DestinationError> {
+        self.send_all(std::slice::from_ref(message))
+    }
+
+    /// Sends them in one piece.
+    fn send_all(&mut self, messages: &[Message]) -> Result<(), DestinationError> {
         let mut bytes = Vec::new();
-        message.write(&mut bytes);
+        messages.iter().for_each(|message| message.write(&mut bytes));
         self.last = Instant::now();
+        let what = messages.last().map_or("", Message::name);
         let Some(mut connection) = self.connection.as_ref() else { return Ok(()) };
-        connection
-            .write_all(&bytes)
-            .map_err(|source| DestinationError::Answer { what: message.name(), source })
+        connection.write_all(&bytes).map_err(|source| DestinationError::Answer { what, source })
     }
 
     /// Answers a ping, if answers are wanted.
@@ -84,6 +89,15 @@ impl ReturnPath {
     /// Says `shut(0)`, if answers are wanted.
     pub(super) fn acknowledge(&mut self) -> Result<(), DestinationError> {
         if self.open { self.send(&Message::Shut(0)) } else { Ok(()) }
+    }
+
+    /// Says `shut(0)`, and that the guest has been running since then.
+    pub(super) fn runs(&mut self, since: Instant) -> Result<(), DestinationError> {
+        if !self.open {
+            return Ok(());
+        }
+        let since_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.send_all(&[Message::Runs(Runs { since_us }), Message::Shut(0)])
     }
 
     /// Lets a waiting mini-vmm know that this side is at work.

@@ -52,6 +52,8 @@ struct State {
     /// What has come and nobody has counted yet.
     moved: Moved,
     failed: Option<DestinationError>,
+    /// The source's guest waits for what comes.
+    hurry: bool,
     closing: bool,
 }
 
@@ -130,17 +132,28 @@ impl Channels {
         self.connections.is_empty()
     }
 
-    /// Pages may come from now on. `main` is the connection that everything else comes over.
+    /// The source's guest stands still: none of the threads gives way to anyone any more.
+    pub(super) fn hurry(&self) {
+        self.shared.lock().hurry = true;
+    }
+
+    /// Pages may come from now on, and the threads that bring them in
+    /// [give way](crate::guest::DestinationVm::give_way) to guests. `main` is the connection that everything else
+    /// comes over.
     pub(super) fn start(
         &mut self,
         ram: &Arc<dyn GuestRam>,
         main: Option<&Connection>,
+        give_way: fn(bool),
     ) -> Result<(), DestinationError> {
         self.shared.lock().synced = vec![0; self.connections.len()];
         for (index, connection) in self.connections.iter().enumerate() {
             let (shared, ram, connection) = (self.shared.clone(), ram.clone(), connection.clone());
             let main = main.cloned();
-            let work = move || shared.receive(index, &connection, ram, main);
+            let work = move || {
+                give_way(true);
+                shared.receive(index, &connection, ram, main, give_way);
+            };
             let thread = thread::Builder::new()
                 .name(format!("migration-ch{index}"))
                 .spawn(work)
@@ -219,8 +232,9 @@ impl Shared {
         connection: &Connection,
         ram: Arc<dyn GuestRam>,
         main: Option<Connection>,
+        give_way: fn(bool),
     ) {
-        let received = guarded(|| self.packets(index, connection, &*ram));
+        let received = guarded(|| self.packets(index, connection, &*ram, give_way));
         let received = received.unwrap_or_else(|source| Err(DestinationError::Panicked { source }));
         if let Err(error) = received {
             let of_connection = is_of_connection(&error);
@@ -244,6 +258,7 @@ impl Shared {
         index: usize,
         connection: &Connection,
         ram: &dyn GuestRam,
+        give_way: fn(bool),
     ) -> Result<(), DestinationError> {
         // Its timeout would count the time in which nothing is to come; the main connection waits.
         connection.set_patient().map_err(lost(index))?;
@@ -252,6 +267,7 @@ impl Shared {
         // The block of the last packet: its name, number and length.
         let mut block = (String::new(), 0, 0);
         let mut compressed = Compressed::new(index);
+        let mut hurries = false;
         loop {
             let before = reader.offset();
             let packet = Packet::read(&mut reader).map_err(|error| match error {
@@ -275,6 +291,9 @@ impl Shared {
             let moved = &mut state.moved;
             moved.bytes = moved.bytes.saturating_add(bytes);
             moved.normal_pages = moved.normal_pages.saturating_add(packet.offsets.len() as u64);
+            if state.hurry && !std::mem::replace(&mut hurries, true) {
+                give_way(false);
+            }
             if !packet.sync {
                 continue;
             }

@@ -46,7 +46,7 @@ pub use afterwards::answer;
 pub use compare::compare;
 pub use error::{DestinationError, Failure};
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::control::Control;
 use crate::fate::Fate;
@@ -98,7 +98,9 @@ fn take(
     if nobody_asks {
         arrival.begin();
     }
-    match arrival.run() {
+    let ended = arrival.run();
+    arrival.give_way(false);
+    match ended {
         Ok(()) => {
             control.enter(Phase::Completed);
             arrival.leave_word(Fate::Runs);
@@ -150,6 +152,10 @@ struct Arrival<'a> {
     adopted: bool,
     /// PREPARED has been said: the source may believe that the guest runs here.
     prepared: bool,
+    /// Since when the guest runs here.
+    runs: Option<Instant>,
+    /// Threads that bring pages in give way to guests.
+    gives_way: bool,
     /// How long COMMIT may take after that.
     agreed: Duration,
     /// How the source has left the disks.
@@ -170,6 +176,8 @@ impl<'a> Arrival<'a> {
             control,
             adopted: false,
             prepared: false,
+            runs: None,
+            gives_way: false,
             agreed: parameters.stall_timeout,
             left: serde_json::Value::Null,
             reader: StreamReader::new(input),
@@ -232,7 +240,7 @@ impl<'a> Arrival<'a> {
                 },
                 Action::Announce => {
                     // The guest runs; a source that does not hear it stays in doubt and still.
-                    if let Err(error) = self.answer.acknowledge() {
+                    if let Err(error) = self.announce() {
                         tracing::warn!(error = %error.chain(), "the source was not told");
                     }
                     return Ok(());
@@ -306,11 +314,30 @@ impl<'a> Arrival<'a> {
         self.control.begin(self.vm.ram().blocks().iter().map(|b| b.len).sum());
     }
 
+    /// Nobody waits for pages that come while the source's guest runs; from when it stands still, it does.
+    fn give_way(&mut self, way: bool) {
+        if std::mem::replace(&mut self.gives_way, way) != way {
+            (self.vm.give_way())(way);
+        }
+    }
+
+    /// Tells a mini-vmm that the guest runs, and since when: so that it need not count what came between that
+    /// and this.
+    fn announce(&mut self) -> Result<(), DestinationError> {
+        let listens = self.manifest.as_ref().is_some_and(|manifest| manifest.hears_runs);
+        match self.runs.filter(|_| listens) {
+            Some(since) => self.answer.runs(since),
+            None => self.answer.acknowledge(),
+        }
+    }
+
     /// The source's guest stands still from here on.
     fn stand_still(&mut self, step: Step) {
         let stats = self.control.stats();
         if !std::mem::replace(&mut self.stopped, true) {
             stats.stopped();
+            self.give_way(false);
+            self.channels.hurry();
         }
         if stats.current_step() != Some(step) {
             stats.step(step);

@@ -226,7 +226,8 @@ impl Arrival<'_> {
         }
         // From here on pages may be written.
         self.touched = true;
-        self.channels.start(&self.vm.ram(), self.answer.connection())?;
+        self.give_way(true);
+        self.channels.start(&self.vm.ram(), self.answer.connection(), self.vm.give_way())?;
         self.ram_records(header.id)
     }
 

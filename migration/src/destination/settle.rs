@@ -120,8 +120,9 @@ impl Arrival<'_> {
 
     pub(super) fn start(&mut self) -> Result<Event, DestinationError> {
         self.control.stats().step(Step::Running);
-        self.vm.start().map_err(|source| DestinationError::Start { source })?;
-        self.control.stats().running();
+        let since = self.vm.start().map_err(|source| DestinationError::Start { source })?;
+        self.runs = Some(since);
+        self.control.stats().running(since.elapsed());
         Ok(Event::Started)
     }
 }

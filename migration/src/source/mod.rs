@@ -185,6 +185,8 @@ struct Migration<'a> {
     agreed: Option<Duration>,
     /// When it said PREPARED.
     prepared: Option<Instant>,
+    /// Since when the guest runs there, if it says.
+    runs: Option<Instant>,
     /// Of the manifest's JSON, as it was sent.
     manifest_digest: String,
 }
@@ -213,6 +215,7 @@ impl<'a> Migration<'a> {
             round_trip: Duration::ZERO,
             agreed: None,
             prepared: None,
+            runs: None,
             manifest_digest: String::new(),
         }
     }

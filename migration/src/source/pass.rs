@@ -14,9 +14,8 @@ use crate::wire::section::PartType;
 pub(super) const CHUNK_PAGES: u64 = 512;
 /// Bytes after which a PART section is ended and the next one begun.
 const PART_BYTES: u64 = 64 << 20;
-/// The same where pages have connections of their own, all of which stop at a section's end.
-const CHANNELS_PART_BYTES: u64 = 1 << 30;
-/// ... and how long such a section takes at most.
+/// How long one takes at most where pages have connections of their own, all of which stop at its end: whoever reads
+/// this connection must not take us for dead.
 const PART_TIME: Duration = Duration::from_secs(1);
 
 /// The section of RAM that is being sent.
@@ -154,14 +153,14 @@ impl Migration<'_> {
         self.check()
     }
 
-    /// Ends the section of RAM and begins the next, if it has become long. Where pages go through other
-    /// connections that is also a matter of time, as whoever reads this one must not take us for dead.
+    /// Ends the section of RAM and begins the next, if it has become long.
     fn renew(&mut self, part: &mut Part) -> Result<(), SourceError> {
         let several = self.channels.is_some();
-        let most = if several { CHANNELS_PART_BYTES } else { PART_BYTES };
-        let time = (self.parameters.stall_timeout / 8).min(PART_TIME);
-        let silent = several && part.began.elapsed() > time;
-        if silent || self.sent().saturating_sub(part.sent) > most {
+        let is_long = match several {
+            true => part.began.elapsed() > (self.parameters.stall_timeout / 8).min(PART_TIME),
+            false => self.sent().saturating_sub(part.sent) > PART_BYTES,
+        };
+        if is_long {
             self.end_ram()?;
             // The other side's connections wait for this end, and ours for them.
             if several {

@@ -25,7 +25,7 @@ use super::{Migration, SourceError};
 use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
-use crate::manifest::{Digests, PROTOCOL_VERSIONS, SectionDigest};
+use crate::manifest::{Digests, PROTOCOL_VERSIONS, Runs, SectionDigest};
 use crate::panics::asked_of_vm;
 use crate::phase::Phase;
 use crate::stats::Step;
@@ -105,14 +105,15 @@ impl Migration<'_> {
                     let handed_over = other == Action::HandOver;
                     if handed_over {
                         // It runs there already; to let go of its memory here takes longer the more it is.
-                        self.control.stats().running();
+                        let since = self.runs.map(|since| since.elapsed());
+                        self.control.stats().running(since.unwrap_or_default());
                     }
                     finish(machine, other, self.vm, &mut trouble);
                     if let Some(objection) = &trouble.objection {
                         tracing::warn!(%objection, "the guest can't be taken back");
                     }
                     if !handed_over && machine.state() != State::InDoubt {
-                        self.control.stats().running();
+                        self.control.stats().running(Duration::ZERO);
                     }
                     return trouble;
                 }
@@ -358,6 +359,10 @@ impl Migration<'_> {
         let during = "its word that the guest runs was awaited";
         loop {
             let why = match self.inbox.next(timeout, true, None) {
+                Ok(Message::Runs(Runs { since_us })) => {
+                    self.runs = Instant::now().checked_sub(Duration::from_micros(since_us));
+                    continue;
+                }
                 Ok(message) => {
                     tracing::warn!(message = message.name(), "unexpected after the hand-over");
                     continue;

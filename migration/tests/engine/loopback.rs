@@ -1,6 +1,7 @@
 //! Two engines in one process: migrations that succeed.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::channels::links;
@@ -177,4 +178,35 @@ fn a_guest_goes_there_and_back_again() {
         (0..before[0].len()).filter(|i| before[0][*i] != after[0][*i]).collect();
     assert!(differing.iter().all(|i| i / PAGE_SIZE as usize == 5));
     assert_eq!(source.device(2).counter, 0x1122_3344_5566_7702 + 6);
+}
+
+#[test]
+fn the_downtime_ends_when_the_guest_runs_and_not_when_that_is_heard() {
+    let (source, mut destination, _) = two_vms(64);
+    destination.slow_to_say = Duration::from_secs(1);
+    let (here, there) = (control(), control());
+    let ended = migrate(source, destination, pair(), (here.clone(), there.clone()));
+    assert_moved(&ended);
+    for control in [here, there] {
+        let report = control.report();
+        let downtime = report.downtime.expect("it stood still");
+        assert!(downtime < Duration::from_secs(1), "{report:#?}");
+        let steps: Duration = report.steps.iter().map(|(_, took)| *took).sum();
+        assert!(steps <= downtime, "{report:#?}");
+        assert!(report.total >= Duration::from_secs(1), "{report:#?}");
+    }
+}
+
+#[test]
+fn threads_that_bring_pages_in_give_way_to_guests_until_one_waits_for_them() {
+    for count in [0, 3] {
+        let (mut source, mut destination, _) = two_vms(4096);
+        source.fill_with_noise();
+        let connections = links(count, &mut destination);
+        let ended = migrate(source, destination, connections, (control(), control()));
+        // That `prepare` and `start` don't is said by the destination itself.
+        assert_moved(&ended);
+        let behind = ended.destination.ram.calls.behind.load(Ordering::Relaxed);
+        assert!(behind >= 4096 * PAGE_SIZE, "{count} connections: {behind}");
+    }
 }

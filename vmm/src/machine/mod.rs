@@ -229,11 +229,17 @@ impl Machine {
     }
 
     /// Lets devices and vCPUs go on.
-    pub fn resume(&self) {
+    pub fn resume(&self) -> Instant {
         self.resume_devices();
         self.tell_guests_they_stood_still();
         self.bell.set_running(true);
-        self.vcpus.iter().for_each(Vcpu::resume);
+        // Whoever wakes a thread may have to leave it its processor, so that it learns late that it has.
+        let mut since = Instant::now();
+        for vcpu in &self.vcpus {
+            since = Instant::now();
+            vcpu.resume();
+        }
+        since
     }
 
     /// Lets the devices go on while the vCPUs stand still.

@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::guest::{DestinationVm, GuestRam, Machine, RamBlock, VmError};
 use migration::handover::ledger::{Entry, Mark};
@@ -19,6 +19,7 @@ use super::local::{self, LedgerPage};
 use super::trial::Trial;
 use super::{details, disks, fit};
 use crate::announce::Rounds;
+use crate::background;
 use crate::control::RunState;
 use crate::memfd::Memfd;
 use crate::vm::Vm;
@@ -78,7 +79,8 @@ impl Arriving<'_> {
             .map_err(|e| VmError::with("the clocks could not be set", e))
     }
 
-    fn let_run(&self) {
+    /// Since when it does what it shall do.
+    fn let_run(&self) -> Instant {
         // First, so that the guest never runs unseen; and not before the memory was taken, if it is the
         // source's own: who sees the mark may end the other copy.
         if let Err(e) = self.vm.machine.board.guest_started() {
@@ -86,9 +88,10 @@ impl Arriving<'_> {
         }
         let mut life = self.vm.life();
         if self.vm.came_running() && life.autostart {
-            self.vm.start_running(&mut life);
+            self.vm.start_running(&mut life)
         } else {
             life.state = RunState::Paused;
+            Instant::now()
         }
     }
 }
@@ -104,6 +107,10 @@ impl DestinationVm for Arriving<'_> {
             .kvm_state
             .show_promised(&self.vm.machine)
             .map_err(|e| VmError::with("the vCPUs do not take the source's processor", e))
+    }
+
+    fn give_way(&self) -> fn(bool) {
+        background::give_way
     }
 
     fn accept_block(&mut self, block: &RamBlock) -> bool {
@@ -232,25 +239,25 @@ impl DestinationVm for Arriving<'_> {
         }
     }
 
-    fn start(&mut self) -> Result<(), VmError> {
+    fn start(&mut self) -> Result<Instant, VmError> {
         if !self.ready {
             guarded(|| self.get_ready())
                 .unwrap_or_else(|panicked| Err(VmError::new(panicked.to_string())))?;
         }
-        if let Err(panicked) = guarded(|| self.let_run()) {
+        let since = guarded(|| self.let_run()).unwrap_or_else(|panicked| {
             // It may have run for a moment. Whoever looks at the disks shall take it neither for one that
             // runs on nor for one that never did.
             self.vm.leave_mark();
             self.release_disks();
             resume_unwind(Box::new(panicked.to_string()));
-        }
+        });
         if let Some(Err(entry)) = self.ledger.as_ref().map(|ledger| ledger.mark(Mark::Start)) {
             tracing::error!("the guest runs, and the source's ledger says otherwise: {entry:?}");
         }
         // It runs, whatever becomes of this.
         let rounds = Rounds::from(&self.vm.migration.lock().parameters);
         let _ = guarded(|| self.vm.machine.board.announce(rounds, None));
-        Ok(())
+        Ok(since)
     }
 
     fn section_differences(

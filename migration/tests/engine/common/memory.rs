@@ -1,5 +1,6 @@
 //! Memory in vectors, with a dirty log as KVM keeps one, or a ring.
 
+use std::cell::Cell;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -20,6 +21,13 @@ pub(crate) struct Calls {
     pub(crate) looks: AtomicU64,
     /// Bytes that were copied from a buffer, and not read straight into memory.
     pub(crate) copied: AtomicU64,
+    /// Bytes that came in on threads that give way to others.
+    pub(crate) behind: AtomicU64,
+}
+
+thread_local! {
+    /// Whether the thread gives way to others.
+    pub(crate) static GIVES_WAY: Cell<bool> = const { Cell::new(false) };
 }
 
 pub(crate) struct FakeRam {
@@ -99,6 +107,9 @@ impl FakeRam {
     }
 
     fn put(&self, block: usize, offset: u64, bytes: &[u8]) {
+        if GIVES_WAY.get() {
+            self.calls.behind.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
         let at = offset as usize;
         self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
     }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::guest::{
     DestinationVm, DirtyTracker, GuestRam, Holder, Machine, PAGE_SIZE, RamBlock, Reclaimed,
@@ -18,7 +18,7 @@ use migration::transport::Connection;
 use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
 
 use super::guest::{FakeDevice, FakeState, Guest, OtherDevice};
-use super::memory::{FakeLog, FakeRam};
+use super::memory::{FakeLog, FakeRam, GIVES_WAY};
 use super::{MACHINE, wait_for};
 
 /// Who runs and who has the disks. Panics when both do.
@@ -146,6 +146,8 @@ pub(crate) struct FakeVm {
     pub(crate) arbiter: Arbiter,
     /// How long it takes to give its disks up.
     pub(crate) slow_release: Duration,
+    /// How long the destination's thread waits for a processor when its guest has begun to run.
+    pub(crate) slow_to_say: Duration,
     /// Blocks that it takes although it has not got them.
     pub(crate) keeps: Vec<String>,
     /// The first device's layout is one that nobody else knows.
@@ -197,6 +199,7 @@ impl FakeVm {
             was_running: true,
             arbiter: Arbiter::DiskLocks,
             slow_release: Duration::ZERO,
+            slow_to_say: Duration::ZERO,
             keeps: Vec::new(),
             other_layout: false,
             beside: Vec::new(),
@@ -415,6 +418,9 @@ impl SourceVm for FakeVm {
 }
 
 impl DestinationVm for FakeVm {
+    fn give_way(&self) -> fn(bool) {
+        |way| GIVES_WAY.set(way)
+    }
     fn expect(&mut self) -> Result<(), VmError> {
         self.world.note("the destination expects it");
         Ok(())
@@ -466,6 +472,7 @@ impl DestinationVm for FakeVm {
         Ok(())
     }
     fn prepare(&mut self) -> Result<(), VmError> {
+        assert!(!GIVES_WAY.get(), "the source's guest waits, and others go first");
         self.world.note(format!("prepared with {:?}", self.device(0)));
         self.fault(Fault::Prepare)
     }
@@ -513,14 +520,16 @@ impl DestinationVm for FakeVm {
     fn release_disks(&mut self) {
         self.world.drop_disks(self.who);
     }
-    fn start(&mut self) -> Result<(), VmError> {
+    fn start(&mut self) -> Result<Instant, VmError> {
         self.fault(Fault::Start)?;
+        let since = Instant::now();
         self.world.run(self.who);
         if self.adopted.is_some() {
             self.world.ledger().mark(Mark::Start).expect("memory that was taken");
         }
         self.dies(Fault::DiesRunning);
-        Ok(())
+        std::thread::sleep(self.slow_to_say);
+        Ok(since)
     }
     fn section_differences(&self, _: &SectionId, a: &[u8], b: &[u8]) -> Vec<FieldError> {
         let at = a.iter().zip(b).position(|(a, b)| a != b).unwrap_or(a.len().min(b.len()));

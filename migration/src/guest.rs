@@ -231,6 +231,10 @@ pub trait Machine: Send {
     /// What else the other side must have: PCI slots, queue counts, CPU features, disk sizes. An
     /// opaque object to the engine; compared by [`DestinationVm::check_details`].
     fn details(&self) -> serde_json::Value;
+
+    /// Does once, for nothing, what will be done when the guest stands still, so that it is done faster then.
+    /// Called right before that, and more than once; the source's guest runs, and nothing may change for it.
+    fn exercise(&self) {}
 }
 
 /// How disks are found that are taken back.
@@ -371,8 +375,9 @@ pub trait DestinationVm: Machine {
         Ok(())
     }
 
-    /// How a thread that brings pages in is told, on that thread, to give way to the guests of this host, as long
-    /// as the source's guest runs and waits for nothing (`true`), and then not to any more (`false`).
+    /// How a thread that brings pages in is told, on that thread, to give way to the guests of this host (`true`) or
+    /// not to (`false`). It does so as long as the source's guest runs and waits for nothing, and again when the
+    /// guest runs here.
     fn give_way(&self) -> fn(bool) {
         |_| ()
     }

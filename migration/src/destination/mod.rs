@@ -94,12 +94,14 @@ fn take(
 ) -> Result<Box<Report>, Failure> {
     control.attach(input.abort_handle());
     let nobody_asks = answers.is_none();
+    (vm.give_way())(false);
     let mut arrival = Arrival::new(vm, input, answers, control);
     if nobody_asks {
         arrival.begin();
     }
     let ended = arrival.run();
-    arrival.give_way(false);
+    // What is left to do when the guest runs can wait.
+    arrival.give_way(ended.is_ok());
     match ended {
         Ok(()) => {
             control.enter(Phase::Completed);

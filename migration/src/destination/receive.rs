@@ -137,6 +137,10 @@ impl Arrival<'_> {
                     self.answer.send(&Message::Hello(afterwards::hello()))?;
                 }
                 self.answer.pong(value)?;
+                if self.ram_id.is_some() && !self.stopped {
+                    // A pass has ended, and it may have been the last.
+                    self.vm.exercise();
+                }
             }
             Command::SwitchoverStart => {}
             Command::Manifest(manifest) => self.judge(*manifest)?,

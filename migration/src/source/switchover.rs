@@ -129,6 +129,7 @@ impl Migration<'_> {
     fn pause(&mut self) -> Result<(), SourceError> {
         let stats = self.control.stats();
         self.check()?;
+        self.vm.exercise();
         stats.stopped();
         self.out.patience = Some(self.parameters.stall_timeout);
         stats.step(Step::Pause);
@@ -352,9 +353,9 @@ impl Migration<'_> {
             }
             Peer::Qemu | Peer::Nobody => self.out.put(|out| section::write_end(out, description)),
         }
+        self.control.stats().step(Step::Running);
         // A write that fails may have been enough all the same: only the answer counts.
         let written = self.out.flush("the order to run the guest");
-        self.control.stats().step(Step::Running);
         let timeout = self.parameters.stall_timeout;
         let during = "its word that the guest runs was awaited";
         loop {

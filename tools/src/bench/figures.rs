@@ -90,7 +90,7 @@ impl Metric {
     /// Digits behind the point that mean something.
     pub fn digits(self) -> usize {
         match self {
-            Metric::Total | Metric::Throughput | Metric::Downtime => 0,
+            Metric::Total | Metric::Throughput => 0,
             Metric::OfIperf | Metric::OfUnpaced | Metric::Work => 2,
             _ => 1,
         }

@@ -258,8 +258,7 @@ impl Bench<'_> {
         destination.connect()?;
         let order = Order { port, bandwidth: UNLIMITED, meanwhile: &mut |_, _, _| Ok(()) };
         let moved = move_guest(source, &mut destination, self.rival(guest), order)?;
-        let downtime = moved.downtime_destination.unwrap_or_default();
-        Ok([moved.total, downtime, moved.gap])
+        Ok([moved.total, moved.downtime, moved.gap])
     }
 
     /// Lets a destination allocate memory that nobody comes for: what it gives back is what the next one

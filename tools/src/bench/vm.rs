@@ -20,6 +20,8 @@ use crate::process;
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a condition is looked at.
 const STEP: Duration = Duration::from_millis(5);
+/// How often a source is asked how far it is. Each answer takes processor time from who is measured.
+const STEP_MOVING: Duration = Duration::from_millis(50);
 /// How the guest's own lines begin. A firmware's lines before it do not.
 const WORD: &str = "selfcheck:";
 
@@ -242,7 +244,10 @@ impl Vm {
             match info["status"].as_str() {
                 Some("completed") if info["total-time"].as_u64() > Some(0) => Ok(Some(())),
                 Some("failed" | "cancelled") => Err(vm.trouble(&format!("no migration: {info}"))),
-                _ => Ok(None),
+                _ => {
+                    thread::sleep(STEP_MOVING);
+                    Ok(None)
+                }
             }
         })?;
         self.ask("query-migrate", json!({}))

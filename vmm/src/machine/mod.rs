@@ -287,6 +287,11 @@ impl Machine {
         self.power_on.vcpus.get(index as usize).map_or(&[], |vcpu| &vcpu.msrs)
     }
 
+    /// The vCPUs and the chips as they were when the machine was switched on.
+    pub fn power_on_state(&self) -> (&[VcpuState], &IrqchipState) {
+        (&self.power_on.vcpus, &self.power_on.chips)
+    }
+
     /// What the conversions to and from QEMU's layouts need to know, at this virtual time.
     pub fn wire_context(&self, virtual_ns: i64) -> WireContext {
         WireContext {

@@ -15,6 +15,7 @@ use migration::vmstate::{FieldError, Section, SectionId};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::exercise::exercise;
 use super::local::{self, LedgerPage};
 use super::trial::Trial;
 use super::{details, disks, fit};
@@ -67,6 +68,9 @@ impl Machine for Arriving<'_> {
     }
     fn details(&self) -> Value {
         details::of(&self.vm)
+    }
+    fn exercise(&self) {
+        exercise(&self.vm.machine);
     }
 }
 

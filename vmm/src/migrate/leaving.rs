@@ -16,6 +16,7 @@ use migration::vmstate::Section;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::disks::{self, LeftDisks};
+use super::exercise::exercise;
 use super::local::{self, LedgerPage};
 use super::{details, for_qemu};
 use crate::control::RunState;
@@ -79,6 +80,9 @@ impl Machine for Leaving {
     }
     fn details(&self) -> serde_json::Value {
         details::of(&self.vm)
+    }
+    fn exercise(&self) {
+        exercise(&self.vm.machine);
     }
 }
 
@@ -258,6 +262,8 @@ impl SourceVm for Leaving {
 
     fn hand_over(&mut self) {
         self.vm.life().state = RunState::Postmigrate;
+        // What is left to do here can wait; the guest may run on this host.
+        crate::background::give_way(true);
         // Whatever this process still does, it does not do it to the guest.
         if self.ledger.is_some()
             && let Err(e) = self.vm.machine.ram.let_go()

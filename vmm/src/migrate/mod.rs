@@ -7,6 +7,7 @@ mod arriving;
 mod asking;
 mod details;
 mod disks;
+mod exercise;
 mod fit;
 mod for_qemu;
 mod leaving;

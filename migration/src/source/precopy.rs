@@ -6,7 +6,8 @@
 //!                 fetch the log → few enough, and no fewer after another pass? ──yes──→ switch-over
 //!                   ↑               │no
 //!                   └── pass n: ←───┘
-//!                       for each 2 MiB: clear the log's bits, then read and send the pages
+//!                       for each 2 MiB, or what was never used in leaps: clear the log's bits, then read and
+//!                       send the pages (pass.rs)
 //! ```
 
 use std::time::{Duration, Instant};

@@ -8,6 +8,8 @@ use serde::de::{Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::ser::{Error as _, SerializeTuple};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::tailed::shortened;
+
 /// `N` bytes that mean nothing: written as zero, ignored when read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pad<const N: usize>;
@@ -18,8 +20,6 @@ pub(crate) const PAD: &str = "@pad";
 pub(crate) const TIMER: &str = "@timer";
 /// The serde name by which the format recognises a [`Counted`].
 pub(crate) const COUNTED: &str = "@counted";
-use super::tailed::shortened;
-
 /// The serde name by which the format recognises a [`FixedVec`] that is read, element by element or so many at
 /// once as have the same bytes.
 pub(crate) const FIXED: &str = "@fixed";

@@ -21,11 +21,14 @@ fn a_quiet_guest_arrives() {
     let mut history = world.history.lock().unwrap().clone();
     history.retain(|what| !what.starts_with("prepared"));
     // Done while the source's guest runs, so that it need not be done when it stands still.
-    for ahead in ["flush ahead", "the destination expects it"] {
+    for ahead in ["flush ahead", "the destination expects it", "source exercises"] {
         let at = |what: &str| history.iter().position(|happened| happened == what);
         assert!(at(ahead).is_some() && at(ahead) < at("pause"), "{ahead}: {history:?}");
         history.retain(|what| what != ahead);
     }
+    // When a pass has ended, while the source hears of that and may go on.
+    assert!(history.iter().any(|what| what == "destination exercises"), "{history:?}");
+    history.retain(|what| what != "destination exercises");
     let expected = ["source runs", "pause", "drain", "destination runs", "handed over"];
     assert_eq!(history, expected);
 }

@@ -22,13 +22,15 @@ use crate::vm::Vm;
 /// The spare vCPU, before it is tried on.
 #[derive(Default)]
 pub(super) struct Trial {
-    spare: Option<Result<Spare, MachineError>>,
+    spare: Option<Spare>,
 }
 
 impl Trial {
-    /// Makes the spare vCPU, if there is none.
+    /// Makes the spare vCPU, if there is none. What can't be had while nobody comes may be there later.
     pub(super) fn prepare(&mut self, vm: &Vm) {
-        self.spare.get_or_insert_with(|| Spare::new(vm));
+        if self.spare.is_none() {
+            self.spare = Spare::new(vm).ok();
+        }
     }
 
     /// Everything that KVM refuses of the source's vCPUs.
@@ -36,8 +38,7 @@ impl Trial {
         if source.vcpus.is_empty() {
             return Vec::new();
         }
-        // What could not be had while nobody came may be there now.
-        match self.spare.take().and_then(Result::ok).map_or_else(|| Spare::new(vm), Ok) {
+        match self.spare.take().map_or_else(|| Spare::new(vm), Ok) {
             Ok(spare) => {
                 let problems = try_on(&spare, vm, source);
                 end(vm, spare);

@@ -278,6 +278,9 @@ impl Machine for FakeVm {
     fn ram(&self) -> Arc<dyn GuestRam> {
         self.ram.clone()
     }
+    fn exercise(&self) {
+        self.world.note(format!("{} exercises", self.who));
+    }
     fn sections(&self) -> Vec<Box<dyn Section>> {
         if self.world.runs().is_none() {
             self.fault(Fault::Sections).expect("only a panic makes sense here");

@@ -233,7 +233,7 @@ pub trait Machine: Send {
     fn details(&self) -> serde_json::Value;
 
     /// Does once, for nothing, what will be done when the guest stands still, so that it is done faster then.
-    /// Called right before that, and more than once; the source's guest runs, and nothing may change for it.
+    /// Called right before that, and more than once; the source's guest runs, and neither changes nor waits for it.
     fn exercise(&self) {}
 }
 
@@ -376,8 +376,7 @@ pub trait DestinationVm: Machine {
     }
 
     /// How a thread that brings pages in is told, on that thread, to give way to the guests of this host (`true`) or
-    /// not to (`false`). It does so as long as the source's guest runs and waits for nothing, and again when the
-    /// guest runs here.
+    /// not to any more (`false`). It does so as long as the source's guest runs and waits for nothing.
     fn give_way(&self) -> fn(bool) {
         |_| ()
     }

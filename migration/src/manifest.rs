@@ -102,9 +102,9 @@ pub struct Manifest {
     /// What this attempt is called if its outcome is to be asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<MigrationId>,
-    /// The source listens for [`Runs`]. One of an earlier release knows no such message.
+    /// The source listens for [`Running`]. One of an earlier release knows no such message.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub hears_runs: bool,
+    pub hears_running: bool,
     /// How long after PREPARED the source will say COMMIT at the latest, in ms; 0 if it does not say.
     #[serde(default)]
     pub commit_within_ms: u64,
@@ -195,7 +195,7 @@ pub struct Prepared {
 /// The guest runs on the destination, which is [`Shut`](crate::wire::return_path::Message::Shut)'s to decide; this
 /// says since when. Comes right before that.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Runs {
+pub struct Running {
     /// How long it has been running when this was written, in µs.
     pub since_us: u64,
 }

@@ -22,8 +22,8 @@ use crate::throttle::Rest;
 /// | last-pages | the last dirty pages are sent | and received |
 /// | devices | sections are sent | received and decoded |
 /// | prepared | the destination's word is awaited | everything is applied and checked |
-/// | commit | disks are released, COMMIT is sent | COMMIT is awaited, disks are taken |
-/// | running | `shut(0)` is awaited | the vCPUs start |
+/// | commit | disks are released | COMMIT is awaited, disks are taken |
+/// | running | COMMIT is sent, and the guest runs over there | the vCPUs start |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs)]
@@ -471,7 +471,7 @@ pub struct Report {
     /// Until RAM began to move.
     pub setup: Duration,
     /// How long the guest stood still, as seen from this side: on the source from the order to
-    /// pause until `shut(0)`, on the destination from the first of the last pages until it runs.
+    /// pause until it runs over there, as far as the destination says when that was, else until `shut(0)`; on the destination from the first of the last pages until it runs.
     pub downtime: Option<Duration>,
     /// The parts of the downtime, in order.
     pub steps: Vec<(Step, Duration)>,

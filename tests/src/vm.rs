@@ -1,6 +1,5 @@
 //! One `mini-vmm run` process.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -258,9 +257,9 @@ impl Vm {
         Duration::from_nanos(ns.expect("its time on a processor"))
     }
 
-    /// The scheduling policy of each of its threads, by name (proc(5), the 41st field of `stat`; 0 is the usual one
+    /// The scheduling policy of each of its threads, with its name (proc(5), the 41st field of `stat`; 0 is the usual one
     /// and 3 SCHED_BATCH).
-    pub fn policies(&self) -> BTreeMap<String, u32> {
+    pub fn policies(&self) -> Vec<(String, u32)> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("its threads");
         let one = |path: PathBuf| {
             // One that has just ended has none.

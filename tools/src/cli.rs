@@ -97,7 +97,7 @@ do where the host's congestion control paces its streams. Printed are medians an
   total        as the source's query-migrate says
   downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \
 between two timer interrupts that the guest felt (its first vCPU), by the host's clock
-  off          by how much a downtime contradicts that gap: it may be less by up to the 4 ms between two \
+  off          by how much a downtime contradicts that gap: it may be less by up to the 2 ms between two \
 ticks, and not more
   throughput   the source's bytes by its total time
   memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 
 use migration::vmstate::{Audience, Encoder, FieldError, LayoutDigest, StateError};
@@ -352,7 +352,21 @@ impl VirtioDevice for Block {
                 source: None,
             });
         }
-        for (queue, element) in &self.shared.gate().unfinished {
+        // A worker that serves has the gate for as long as a request takes, and a flush.
+        let gate = match self.shared.gate.try_lock() {
+            Ok(gate) => gate,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // It comes to its end, and no other begins.
+            Err(_) if self.shared.shut.load(Ordering::Acquire) => self.shared.gate(),
+            Err(_) => {
+                return Err(StateError::Device {
+                    section: KIND.name.to_owned(),
+                    what: format!("{}: a request is being served", self.options.id),
+                    source: None,
+                });
+            }
+        };
+        for (queue, element) in &gate.unfinished {
             to.put(&1_u8)?;
             if self.options.queues > 1 {
                 to.put(&u32::try_from(*queue).unwrap_or(0))?;
@@ -631,5 +645,31 @@ enum Refusal {
 impl From<io::Error> for Refusal {
     fn from(error: io::Error) -> Self {
         Self::Failed(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::disk::CacheMode;
+    use migration::vmstate::SectionId;
+
+    #[test]
+    fn whoever_wants_the_state_of_a_disk_does_not_wait_for_a_request() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [0; 4096]).unwrap();
+        let (path, cache) = (file.path().to_owned(), CacheMode::Writeback);
+        let image = DiskImage { path, readonly: false, cache };
+        let options = BlockOptions { image, id: "disk0".into(), serial: String::new(), queues: 1 };
+        let disk = Block::new(options).unwrap();
+        let save = || {
+            let mut to = Encoder::new(&SectionId::new("disk", 0));
+            disk.save_part(&mut to, Audience::MiniVmm).map_err(|error| error.to_string())
+        };
+        disk.shared.shut.store(false, Ordering::Release);
+        let request = disk.shared.gate();
+        assert!(save().unwrap_err().contains("disk0: a request is being served"));
+        drop(request);
+        assert_eq!(save(), Ok(()));
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::DestinationError;
 use crate::handover::Peer;
-use crate::manifest::Runs;
+use crate::manifest::Running;
 use crate::transport::{Connection, StreamReader};
 use crate::wire::bounded_reason;
 use crate::wire::command::Command;
@@ -92,12 +92,12 @@ impl ReturnPath {
     }
 
     /// Says `shut(0)`, and that the guest has been running since then.
-    pub(super) fn runs(&mut self, since: Instant) -> Result<(), DestinationError> {
+    pub(super) fn running(&mut self, since: Instant) -> Result<(), DestinationError> {
         if !self.open {
             return Ok(());
         }
         let since_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.send_all(&[Message::Runs(Runs { since_us }), Message::Shut(0)])
+        self.send_all(&[Message::Running(Running { since_us }), Message::Shut(0)])
     }
 
     /// Lets a waiting mini-vmm know that this side is at work.

@@ -132,7 +132,8 @@ impl Channels {
         self.connections.is_empty()
     }
 
-    /// The source's guest stands still: none of the threads gives way to anyone any more.
+    /// The source's guest stands still: a thread that gives way does so no longer than until the packet that it reads
+    /// has come.
     pub(super) fn hurry(&self) {
         self.shared.lock().hurry = true;
     }
@@ -150,10 +151,7 @@ impl Channels {
         for (index, connection) in self.connections.iter().enumerate() {
             let (shared, ram, connection) = (self.shared.clone(), ram.clone(), connection.clone());
             let main = main.cloned();
-            let work = move || {
-                give_way(true);
-                shared.receive(index, &connection, ram, main, give_way);
-            };
+            let work = move || shared.receive(index, &connection, ram, main, give_way);
             let thread = thread::Builder::new()
                 .name(format!("migration-ch{index}"))
                 .spawn(work)
@@ -267,7 +265,8 @@ impl Shared {
         // The block of the last packet: its name, number and length.
         let mut block = (String::new(), 0, 0);
         let mut compressed = Compressed::new(index);
-        let mut hurries = false;
+        // The first packet of a section may be the first for which the source's guest waits.
+        let mut gives_way = false;
         loop {
             let before = reader.offset();
             let packet = Packet::read(&mut reader).map_err(|error| match error {
@@ -291,8 +290,9 @@ impl Shared {
             let moved = &mut state.moved;
             moved.bytes = moved.bytes.saturating_add(bytes);
             moved.normal_pages = moved.normal_pages.saturating_add(packet.offsets.len() as u64);
-            if state.hurry && !std::mem::replace(&mut hurries, true) {
-                give_way(false);
+            let way = !state.hurry && !packet.sync;
+            if std::mem::replace(&mut gives_way, way) != way {
+                give_way(way);
             }
             if !packet.sync {
                 continue;

@@ -94,14 +94,12 @@ fn take(
 ) -> Result<Box<Report>, Failure> {
     control.attach(input.abort_handle());
     let nobody_asks = answers.is_none();
-    (vm.give_way())(false);
     let mut arrival = Arrival::new(vm, input, answers, control);
     if nobody_asks {
         arrival.begin();
     }
     let ended = arrival.run();
-    // What is left to do when the guest runs can wait.
-    arrival.give_way(ended.is_ok());
+    arrival.give_way(false);
     match ended {
         Ok(()) => {
             control.enter(Phase::Completed);
@@ -156,8 +154,10 @@ struct Arrival<'a> {
     prepared: bool,
     /// Since when the guest runs here.
     runs: Option<Instant>,
-    /// Threads that bring pages in give way to guests.
+    /// This thread gives way to guests.
     gives_way: bool,
+    /// Pages have come since the machine did for nothing what it will do when the last have.
+    out_of_exercise: bool,
     /// How long COMMIT may take after that.
     agreed: Duration,
     /// How the source has left the disks.
@@ -180,6 +180,7 @@ impl<'a> Arrival<'a> {
             prepared: false,
             runs: None,
             gives_way: false,
+            out_of_exercise: false,
             agreed: parameters.stall_timeout,
             left: serde_json::Value::Null,
             reader: StreamReader::new(input),
@@ -316,19 +317,25 @@ impl<'a> Arrival<'a> {
         self.control.begin(self.vm.ram().blocks().iter().map(|b| b.len).sum());
     }
 
-    /// Nobody waits for pages that come while the source's guest runs; from when it stands still, it does.
+    /// Nobody waits for the pages of a section of RAM while the source's guest runs. Between sections something may
+    /// come for which it waits.
     fn give_way(&mut self, way: bool) {
         if std::mem::replace(&mut self.gives_way, way) != way {
-            (self.vm.give_way())(way);
+            self.way_to_give()(way);
         }
+    }
+
+    /// How a thread does so. A VM that was saved runs nowhere, and whoever restores it waits.
+    fn way_to_give(&mut self) -> fn(bool) {
+        if self.reader.supply().is_some() { |_| () } else { self.vm.give_way() }
     }
 
     /// Tells a mini-vmm that the guest runs, and since when: so that it need not count what came between that
     /// and this.
     fn announce(&mut self) -> Result<(), DestinationError> {
-        let listens = self.manifest.as_ref().is_some_and(|manifest| manifest.hears_runs);
+        let listens = self.manifest.as_ref().is_some_and(|manifest| manifest.hears_running);
         match self.runs.filter(|_| listens) {
-            Some(since) => self.answer.runs(since),
+            Some(since) => self.answer.running(since),
             None => self.answer.acknowledge(),
         }
     }
@@ -338,7 +345,6 @@ impl<'a> Arrival<'a> {
         let stats = self.control.stats();
         if !std::mem::replace(&mut self.stopped, true) {
             stats.stopped();
-            self.give_way(false);
             self.channels.hurry();
         }
         if stats.current_step() != Some(step) {

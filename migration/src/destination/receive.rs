@@ -137,8 +137,9 @@ impl Arrival<'_> {
                     self.answer.send(&Message::Hello(afterwards::hello()))?;
                 }
                 self.answer.pong(value)?;
-                if self.ram_id.is_some() && !self.stopped {
-                    // A pass has ended, and it may have been the last.
+                let mini_vmm = self.answer.peer() == Peer::MiniVmm;
+                if mini_vmm && !self.stopped && std::mem::take(&mut self.out_of_exercise) {
+                    // A pass has ended, and it may have been the last before the guest stands still.
                     self.vm.exercise();
                 }
             }
@@ -230,9 +231,9 @@ impl Arrival<'_> {
         }
         // From here on pages may be written.
         self.touched = true;
-        self.give_way(true);
-        self.channels.start(&self.vm.ram(), self.answer.connection(), self.vm.give_way())?;
-        self.ram_records(header.id)
+        let way_to_give = self.way_to_give();
+        self.channels.start(&self.vm.ram(), self.answer.connection(), way_to_give)?;
+        self.pages_that_can_wait(header.id)
     }
 
     fn ram_section(&mut self, kind: PartType) -> Result<(), DestinationError> {
@@ -242,8 +243,18 @@ impl Arrival<'_> {
         }
         if kind == PartType::End {
             self.stand_still(Step::LastPages);
+            return self.ram_records(id);
         }
-        self.ram_records(id)
+        self.pages_that_can_wait(id)
+    }
+
+    /// A section of RAM while the source's guest runs.
+    fn pages_that_can_wait(&mut self, id: u32) -> Result<(), DestinationError> {
+        self.out_of_exercise = true;
+        self.give_way(true);
+        self.ram_records(id)?;
+        self.give_way(false);
+        Ok(())
     }
 
     fn ram_records(&mut self, id: u32) -> Result<(), DestinationError> {

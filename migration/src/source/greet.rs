@@ -193,7 +193,7 @@ impl Migration<'_> {
             only_asking: false,
             channels: None,
             memory: false,
-            hears_runs: true,
+            hears_running: true,
             id: self.id,
             commit_within_ms: u64::try_from(self.parameters.stall_timeout.as_millis()).unwrap_or(0),
             sent_at_ms: wall_clock_ms(),

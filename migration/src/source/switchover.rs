@@ -25,7 +25,7 @@ use super::{Migration, SourceError};
 use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
-use crate::manifest::{Digests, PROTOCOL_VERSIONS, Runs, SectionDigest};
+use crate::manifest::{Digests, PROTOCOL_VERSIONS, Running, SectionDigest};
 use crate::panics::asked_of_vm;
 use crate::phase::Phase;
 use crate::stats::Step;
@@ -128,8 +128,8 @@ impl Migration<'_> {
 
     fn pause(&mut self) -> Result<(), SourceError> {
         let stats = self.control.stats();
-        self.check()?;
         self.vm.exercise();
+        self.check()?;
         stats.stopped();
         self.out.patience = Some(self.parameters.stall_timeout);
         stats.step(Step::Pause);
@@ -360,7 +360,7 @@ impl Migration<'_> {
         let during = "its word that the guest runs was awaited";
         loop {
             let why = match self.inbox.next(timeout, true, None) {
-                Ok(Message::Runs(Runs { since_us })) => {
+                Ok(Message::Running(Running { since_us })) => {
                     self.runs = Instant::now().checked_sub(Duration::from_micros(since_us));
                     continue;
                 }

@@ -302,7 +302,7 @@ mod tests {
             only_asking: true,
             channels: None,
             memory: true,
-            hears_runs: true,
+            hears_running: true,
             id: Some(MigrationId::random()),
             commit_within_ms: 5,
             sent_at_ms: 7,

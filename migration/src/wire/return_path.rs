@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{WireError, read_json, read_u16, read_u32, write_json};
 use crate::fate::Answer;
-use crate::manifest::{Hello, Prepared, Runs, Verdict};
+use crate::manifest::{Hello, Prepared, Running, Verdict};
 use crate::vmstate::ByteSource;
 
 const SHUT: u16 = 1;
@@ -21,7 +21,7 @@ const VERDICT: u16 = 0x4d02;
 const PREPARED: u16 = 0x4d03;
 const FAILED: u16 = 0x4d04;
 const FATE: u16 = 0x4d05;
-const RUNS: u16 = 0x4d06;
+const RUNNING: u16 = 0x4d06;
 
 /// What a destination tells a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub enum Message {
     /// What became of a migration that was asked for.
     Fate(Answer),
     /// The guest runs there, and since when.
-    Runs(Runs),
+    Running(Running),
 }
 
 /// Why a destination has given up.
@@ -62,7 +62,7 @@ impl Message {
             Self::Prepared(_) => "prepared",
             Self::Failed(_) => "failed",
             Self::Fate(_) => "fate",
-            Self::Runs(_) => "runs",
+            Self::Running(_) => "running",
         }
     }
 
@@ -81,7 +81,7 @@ impl Message {
             Self::Prepared(prepared) => write_json(out, PREPARED, prepared),
             Self::Failed(failed) => write_json(out, FAILED, failed),
             Self::Fate(answer) => write_json(out, FATE, answer),
-            Self::Runs(runs) => write_json(out, RUNS, runs),
+            Self::Running(running) => write_json(out, RUNNING, running),
         }
     }
 
@@ -109,7 +109,7 @@ impl Message {
             PREPARED => read_json(source, "prepared").map(Self::Prepared),
             FAILED => read_json(source, "failed").map(Self::Failed),
             FATE => read_json(source, "fate").map(Self::Fate),
-            RUNS => read_json(source, "runs").map(Self::Runs),
+            RUNNING => read_json(source, "running").map(Self::Running),
             _ => Err(WireError::Unexpected {
                 what: "a return-path message",
                 offset,
@@ -150,7 +150,7 @@ mod tests {
         let hello = Hello { program: "mini-vmm".into(), protocols: vec![1], abilities: vec![] };
         for message in [
             Message::Shut(1),
-            Message::Runs(Runs { since_us: 700 }),
+            Message::Running(Running { since_us: 700 }),
             Message::Pong(0xffff_ffff),
             Message::Hello(hello),
             Message::Verdict(verdict),

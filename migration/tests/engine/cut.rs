@@ -128,12 +128,12 @@ fn the_stream_is_cut_everywhere() {
             assert!(ended.arrived.is_err());
         }
     }
-    let runs = back.windows(2).rposition(|w| w == b"\x4d\x06").expect("RUNS before shut(0)");
+    let running = back.windows(2).rposition(|w| w == b"\x4d\x06").expect("RUNNING before shut(0)");
     let mut in_doubt = 0;
     for cut in 1..back.len() {
         let (ended, _, _) = run(Budget { back: cut, ..ALL }, true);
-        // Between PREPARED and RUNS it depends on who is faster.
-        let prepared = cut >= runs;
+        // Between PREPARED and RUNNING it depends on who is faster.
+        let prepared = cut >= running;
         check(&ended, prepared, &format!("cut after {cut} bytes back"));
         in_doubt += usize::from(matches!(ended.outcome, Outcome::InDoubt { .. }));
     }

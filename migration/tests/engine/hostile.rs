@@ -51,7 +51,7 @@ pub(crate) fn parts(vm: &FakeVm, memory: bool) -> [Vec<u8>; 2] {
         only_asking: false,
         channels: None,
         memory,
-        hears_runs: false,
+        hears_running: false,
         id: None,
         commit_within_ms: 0,
         sent_at_ms: 0,

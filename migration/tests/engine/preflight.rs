@@ -369,7 +369,7 @@ fn manifest(vm: &FakeVm, only_asking: bool) -> Manifest {
         only_asking,
         channels: None,
         memory: false,
-        hears_runs: false,
+        hears_running: false,
         id: None,
         commit_within_ms: 0,
         sent_at_ms: 0,

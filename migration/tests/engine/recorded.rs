@@ -8,11 +8,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use crate::common::*;
 use migration::destination;
-use migration::manifest::{Hello, PROTOCOL_VERSIONS, Prepared, Verdict};
+use migration::manifest::{Hello, PROTOCOL_VERSIONS, Prepared, Running, Verdict};
 use migration::source::{self, Outcome};
+use migration::stats::Report;
 use migration::transport::Connection;
 use migration::vmstate::SliceSource;
 use migration::wire::return_path::Message;
@@ -81,7 +83,7 @@ fn a_conversation_of_today_has_the_recorded_ones_parts() {
     };
     assert_eq!(names(BACK), ["hello", "verdict", "prepared", "shut"]);
     // Since then the source says that it listens for one more.
-    assert_eq!(names(&back), ["hello", "verdict", "prepared", "runs", "shut"]);
+    assert_eq!(names(&back), ["hello", "verdict", "prepared", "running", "shut"]);
     // What is not JSON is the same to the last byte: RAM and device sections, between the verdict and
     // the digests.
     let ram = |bytes: &[u8]| {
@@ -126,6 +128,12 @@ fn todays_destination_takes_a_vm_from_the_recorded_source() {
 /// Plays a destination that says these words, each when it is its turn, and answers pings. Gives what
 /// the source has sent.
 fn played(words: [Message; 4]) -> (Outcome, FakeVm, Vec<u8>) {
+    let (outcome, source, came, _) = played_all(words.map(|word| vec![word]));
+    (outcome, source, came)
+}
+
+/// The same, of a destination that may say several at once; also what the source reports.
+fn played_all(words: [Vec<Message>; 4]) -> (Outcome, FakeVm, Vec<u8>, Report) {
     let (mut source, ..) = two_vms(PAGES);
     let (a, b) = UnixStream::pair().unwrap();
     let player = thread::spawn(move || {
@@ -143,7 +151,7 @@ fn played(words: [Message; 4]) -> (Outcome, FakeVm, Vec<u8>) {
                     break;
                 };
                 looked += at + what.len();
-                word.write(&mut say);
+                word.iter().for_each(|word| word.write(&mut say));
                 next = turns.next();
             }
             // A ping's value stands behind it.
@@ -161,7 +169,7 @@ fn played(words: [Message; 4]) -> (Outcome, FakeVm, Vec<u8>) {
     });
     let control = control_with(|p| p.verify = true);
     let outcome = source::run(&mut source, connection(a), &control);
-    (outcome, source, join(player))
+    (outcome, source, join(player), control.report())
 }
 
 fn recorded() -> [Message; 4] {
@@ -222,6 +230,29 @@ fn with_an_older_peer_nothing_is_said_that_it_does_not_know() {
     let size = u32::from_be_bytes(came[len..len + 4].try_into().unwrap()) as usize;
     let manifest: serde_json::Value = serde_json::from_slice(&came[json][..size]).unwrap();
     assert!(manifest.get("id").is_none(), "{manifest}");
+}
+
+#[test]
+fn whatever_a_destination_says_of_since_when_the_guest_runs_decides_nothing() {
+    let [hello, verdict, prepared, shut] = recorded();
+    for said in [0, 1, u64::MAX] {
+        let running = || Message::Running(Running { since_us: said });
+        let last = vec![running(), running(), shut.clone()];
+        let words = [vec![hello.clone()], vec![verdict.clone()], vec![prepared.clone()], last];
+        let (outcome, _, _, report) = played_all(words);
+        assert!(matches!(outcome, Outcome::Completed(_)), "{said}: {outcome:?}");
+        let downtime = report.downtime.expect("it stood still");
+        let steps: Duration = report.steps.iter().map(|(_, took)| *took).sum();
+        // No more than the last step can be talked away.
+        let before: Duration = report.steps.iter().rev().skip(1).map(|(_, took)| *took).sum();
+        assert!(steps <= downtime && before <= downtime && !before.is_zero(), "{report:#?}");
+    }
+    // Out of turn it is an error.
+    let early = Message::Running(Running { since_us: 5 });
+    let (outcome, source, _) = played([hello, verdict, early, shut]);
+    let Outcome::Kept { error } = outcome else { panic!("{outcome:?}") };
+    assert!(error.chain().contains("running") && error.chain().contains("prepared"), "{error:?}");
+    assert_eq!(source.world.runs(), Some("source"));
 }
 
 #[test]

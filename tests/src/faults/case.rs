@@ -164,7 +164,8 @@ pub struct Map {
 }
 
 /// Where it is decided who has the guest: attacked so many times as often as other places.
-const DECISIVE: [&str; 7] = ["verify", "end", "description", "prepared", "commit", "runs", "shut"];
+const DECISIVE: [&str; 7] =
+    ["verify", "end", "description", "prepared", "commit", "running", "shut"];
 const WEIGHT: usize = 4;
 
 impl Map {

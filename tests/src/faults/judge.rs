@@ -210,7 +210,7 @@ fn was_given(case: &Case) -> bool {
     let Place::At { unit, inside, .. } = &case.place else { return false };
     let behind = match case.direction {
         Direction::There => unit == "commit" && *inside == Inside::Behind,
-        Direction::Back => unit == "runs" || unit == "shut",
+        Direction::Back => unit == "running" || unit == "shut",
     };
     behind && matches!(case.action, Action::Kill(Side::Source, _))
 }

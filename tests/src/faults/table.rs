@@ -130,7 +130,7 @@ fn stage(at: &str) -> &'static str {
         "ping" | "pong" => "pings",
         "prepared" => "prepared",
         "commit" => "commit",
-        "runs" | "shut" | "settled" => "last word",
+        "running" | "shut" | "settled" => "last word",
         _ if at.starts_with("ram") || at.ends_with("page") || at.ends_with("pages") => "memory",
         _ => "devices",
     }

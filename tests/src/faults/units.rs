@@ -120,7 +120,7 @@ impl Splitter {
             0x4d03 => "prepared",
             0x4d04 => "failed",
             0x4d05 => "fate",
-            0x4d06 => "runs",
+            0x4d06 => "running",
             _ => return self.unknown(),
         };
         let short = matches!(name, "shut" | "pong");

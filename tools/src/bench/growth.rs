@@ -123,7 +123,7 @@ pub struct Point {
     pub size: u64,
     /// From the order to migrate to its completion.
     pub total: Summary,
-    /// How long the guest stood still, as the destination says.
+    /// How long the guest stood still, as the source says.
     pub downtime: Summary,
     /// The longest time between two of the guest's timer interrupts, 4 ms apart.
     pub gap: Summary,

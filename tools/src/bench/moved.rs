@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::rival::{Kind, Rival};
 use super::scenario::TICK_MS;
 use super::vm::Vm;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How long the guest may stand still, in ms: QEMU's default.
 const DOWNTIME_LIMIT: u64 = 300;
@@ -16,7 +16,7 @@ pub(super) struct Order<'a> {
     pub(super) port: u16,
     /// The source may send so many bytes a second.
     pub(super) bandwidth: u64,
-    /// Called every few ms with source, destination, and what the source's `query-migrate` says.
+    /// Called again and again with source, destination, and what the source's `query-migrate` says.
     pub(super) meanwhile: &'a mut dyn FnMut(&Vm, &Vm, &Value) -> Result<()>,
 }
 
@@ -76,7 +76,11 @@ pub(super) fn move_guest(
         let report = source.ask("x-mini-vmm-status", json!({}))?["report"].take();
         steps.extend(steps_of("source", &report));
         // The same figure as `mini-vmm migrate` prints it; `query-migrate` has whole ms, as QEMU does.
-        downtime = number(&report["downtime-ms"]);
+        downtime = report["downtime-ms"].as_f64().ok_or_else(|| Error::Bench {
+            what: "a source that has given its guest away says for how long that stood still"
+                .to_owned(),
+            found: report.to_string(),
+        })?;
     }
     drop(source);
 

@@ -1,4 +1,4 @@
-//! What is done in the pause, done once before it, for nothing.
+//! What sections are written and read with in the pause, run once before it, for nothing.
 //!
 //! Code that has not run for a while is slow: nothing of it is in the processor's caches any more, through which the
 //! guest's memory went meanwhile.
@@ -8,9 +8,9 @@ use migration::vmstate::{self, Audience, SectionId, SliceSource, VmState};
 
 use crate::machine::Machine;
 
-/// Writes all sections and reads them. What becomes of that is nobody's business. The devices' is their state of this
-/// moment, and they may be at work; the kernel's part is what it was when the machine was switched on, so that no
-/// vCPU is looked at.
+/// Writes the devices' sections, a vCPU's and the chips', and reads them; nothing comes of it. The devices' state is
+/// that of this moment, and one that is at work is left alone. A vCPU's and the chips' is what it was when the machine
+/// was switched on, so that nobody has to be stopped for it.
 pub(super) fn exercise(machine: &Machine) {
     for section in machine.board.sections() {
         if let Ok(body) = section.save(Audience::MiniVmm) {

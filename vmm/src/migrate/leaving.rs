@@ -262,8 +262,6 @@ impl SourceVm for Leaving {
 
     fn hand_over(&mut self) {
         self.vm.life().state = RunState::Postmigrate;
-        // What is left to do here can wait; the guest may run on this host.
-        crate::background::give_way(true);
         // Whatever this process still does, it does not do it to the guest.
         if self.ledger.is_some()
             && let Err(e) = self.vm.machine.ram.let_go()

@@ -524,6 +524,7 @@ impl DestinationVm for FakeVm {
         self.world.drop_disks(self.who);
     }
     fn start(&mut self) -> Result<Instant, VmError> {
+        assert!(!GIVES_WAY.get(), "the guest waits, and others go first");
         self.fault(Fault::Start)?;
         let since = Instant::now();
         self.world.run(self.who);

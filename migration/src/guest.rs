@@ -11,6 +11,7 @@
 //! dirty_tracker → start → (fetch → (clear → read the pages)…)…        the guest runs
 //! throttle, between two passes; none behind a pause or a failure
 //! share_memory, in the place of all that reads pages                  the guest runs
+//! exercise                                                            the guest runs
 //! pause → drain → Section::save for every section → fetch → …         the guest stands still
 //! release_disks → hand_over                                           the other side runs it
 //!                 reacquire_disks → resume                            or this side goes on
@@ -22,7 +23,7 @@
 //!
 //! ```text
 //! ram, accept_block, sections, check_details → expect                 before any page moves
-//! GuestRam writes, or adopt_memory                                    the source's guest runs
+//! GuestRam writes → exercise, pass after pass, or adopt_memory        the source's guest runs
 //! Section::decode for all → Section::apply for all → prepare          nothing runs yet
 //! take_disks → (claim_memory) → start                                 this side runs it
 //! give_memory_back                                                    it never will
@@ -376,7 +377,7 @@ pub trait DestinationVm: Machine {
     }
 
     /// How a thread that brings pages in is told, on that thread, to give way to the guests of this host (`true`) or
-    /// not to any more (`false`). It does so as long as the source's guest runs and waits for nothing.
+    /// not to any more (`false`). It does so while it reads a section of RAM and the source's guest runs.
     fn give_way(&self) -> fn(bool) {
         |_| ()
     }

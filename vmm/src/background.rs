@@ -9,8 +9,9 @@
 /// What the kernel calls the thread that calls.
 const CALLER: libc::pid_t = 0;
 
-/// Has the calling thread, and those that it starts, give way to others when it wakes up (`true`), or not any more.
-/// Nothing happens where the process was started under another policy than the usual one: that was someone's choice.
+/// Has the calling thread, and those that it starts, give way to others when it wakes up (`true`), or not any more
+/// (`false`, only after `true`). Nothing happens where the process was started under another policy than the usual
+/// one: that was someone's choice.
 pub fn give_way(way: bool) {
     let (from, to) = match way {
         true => (libc::SCHED_OTHER, libc::SCHED_BATCH),
@@ -18,7 +19,7 @@ pub fn give_way(way: bool) {
     };
     // SAFETY: getpid() has no preconditions.
     let first_thread = unsafe { libc::getpid() };
-    if policy(CALLER) != from || policy(first_thread) != libc::SCHED_OTHER {
+    if policy(CALLER) != from || way && policy(first_thread) != libc::SCHED_OTHER {
         return;
     }
     // SAFETY: all zeros are a value of this struct of integers; zero is the only priority of both policies.

@@ -158,7 +158,7 @@ pub trait VirtioDevice: Send {
     fn part_layout(&self, layout: LayoutDigest) -> LayoutDigest {
         layout
     }
-    /// Writes the device's own part of the section.
+    /// Writes the device's own part of the section. A device that serves a request does not have to.
     fn save_part(&self, _to: &mut Encoder, _audience: Audience) -> Result<(), StateError> {
         Ok(())
     }

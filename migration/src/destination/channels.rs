@@ -292,7 +292,10 @@ impl Shared {
             moved.normal_pages = moved.normal_pages.saturating_add(packet.offsets.len() as u64);
             let way = !state.hurry && !packet.sync;
             if std::mem::replace(&mut gives_way, way) != way {
+                // Not while it has what others wait for.
+                drop(state);
                 give_way(way);
+                state = self.lock();
             }
             if !packet.sync {
                 continue;

@@ -252,9 +252,9 @@ impl Arrival<'_> {
     fn pages_that_can_wait(&mut self, id: u32) -> Result<(), DestinationError> {
         self.out_of_exercise = true;
         self.give_way(true);
-        self.ram_records(id)?;
+        let read = self.ram_records(id);
         self.give_way(false);
-        Ok(())
+        read
     }
 
     fn ram_records(&mut self, id: u32) -> Result<(), DestinationError> {

@@ -48,6 +48,11 @@ impl Migration<'_> {
         }
         let mut part = Part { kind, sent: self.sent(), began: Instant::now() };
         self.out.begin_ram(kind);
+        if !running && self.channels.is_some() {
+            // Nothing else goes this way before all pages have gone the others, and whoever reads them is to know that
+            // the guest stands still.
+            self.send("RAM")?;
+        }
         for block in 0..passes.blocks.len() {
             let pages = passes.dirty.pages(block);
             let mut first = 0;

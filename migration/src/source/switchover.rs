@@ -128,7 +128,9 @@ impl Migration<'_> {
 
     fn pause(&mut self) -> Result<(), SourceError> {
         let stats = self.control.stats();
-        self.vm.exercise();
+        if self.inbox.is_mini_vmm() {
+            self.vm.exercise();
+        }
         self.check()?;
         stats.stopped();
         self.out.patience = Some(self.parameters.stall_timeout);

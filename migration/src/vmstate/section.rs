@@ -67,7 +67,8 @@ pub trait VmState: Serialize + DeserializeOwned + Send + fmt::Debug + 'static {
 
 /// A device whose state moves.
 ///
-/// `save` and `restore` are called with every vCPU stopped and the device paused.
+/// What is saved and restored is read and set with every vCPU stopped and the device paused. `save` and `check` may be
+/// called at any other time too, for nothing: they change nothing, and wait for nothing that takes long.
 pub trait Migratable {
     /// What is written down.
     type State: VmState;

@@ -193,10 +193,9 @@ fn the_downtime_ends_when_the_guest_runs_and_not_when_that_is_heard() {
     for control in [here, there] {
         let report = control.report();
         let downtime = report.downtime.expect("it stood still");
-        assert!(downtime < Duration::from_secs(1), "{report:#?}");
         let steps: Duration = report.steps.iter().map(|(_, took)| *took).sum();
         assert!(steps <= downtime, "{report:#?}");
-        assert!(report.total >= Duration::from_secs(1), "{report:#?}");
+        assert!(report.total >= downtime + Duration::from_secs(1), "{report:#?}");
     }
 }
 
@@ -211,7 +210,7 @@ fn threads_that_bring_pages_in_give_way_to_guests_until_one_waits_for_them() {
         assert_moved(&ended);
         let behind = ended.destination.ram.calls.behind.load(Ordering::Relaxed);
         // Over several connections the first packet of each has to be read first.
-        let all = if count == 0 { 4096 * PAGE_SIZE } else { 1 };
-        assert!(behind >= all, "{count} connections: {behind}");
+        let least = if count == 0 { 4096 * PAGE_SIZE } else { 1 };
+        assert!(behind >= least, "{count} connections: {behind}");
     }
 }

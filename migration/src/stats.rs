@@ -471,7 +471,8 @@ pub struct Report {
     /// Until RAM began to move.
     pub setup: Duration,
     /// How long the guest stood still, as seen from this side: on the source from the order to
-    /// pause until it runs over there, as far as the destination says when that was, else until `shut(0)`; on the destination from the first of the last pages until it runs.
+    /// pause until it runs over there, as far as the destination says when that was, else until
+    /// `shut(0)`; on the destination from the first of the last pages until it runs.
     pub downtime: Option<Duration>,
     /// The parts of the downtime, in order.
     pub steps: Vec<(Step, Duration)>,

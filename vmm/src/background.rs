@@ -9,19 +9,12 @@
 /// What the kernel calls the thread that calls.
 const CALLER: libc::pid_t = 0;
 
-/// Has the calling thread, and those that it starts, give way to others when it wakes up (`true`), or not any more
-/// (`false`, only after `true`). Nothing happens where the process was started under another policy than the usual
-/// one: that was someone's choice.
+/// Has the calling thread, and those that it starts, give way to others when it wakes up (`true`), or not any more.
+/// Nothing happens where the process was started under another policy than the usual one: that was someone's choice.
 pub fn give_way(way: bool) {
-    let (from, to) = match way {
-        true => (libc::SCHED_OTHER, libc::SCHED_BATCH),
-        false => (libc::SCHED_BATCH, libc::SCHED_OTHER),
-    };
     // SAFETY: getpid() has no preconditions.
     let first_thread = unsafe { libc::getpid() };
-    if policy(CALLER) != from || way && policy(first_thread) != libc::SCHED_OTHER {
-        return;
-    }
+    let Some(to) = change(way, policy(CALLER), policy(first_thread)) else { return };
     // SAFETY: all zeros are a value of this struct of integers; zero is the only priority of both policies.
     let priority: libc::sched_param = unsafe { std::mem::zeroed() };
     // SAFETY: changes when the calling thread runs, and reads the struct.
@@ -29,6 +22,15 @@ pub fn give_way(way: bool) {
         let error = std::io::Error::last_os_error();
         tracing::debug!(%error, way, "a thread's policy stays as it is");
     }
+}
+
+/// The policy that a thread under `own` gets in a process whose first thread is under `first`, if it gets another.
+fn change(way: bool, own: libc::c_int, first: libc::c_int) -> Option<libc::c_int> {
+    let (from, to) = match way {
+        true => (libc::SCHED_OTHER, libc::SCHED_BATCH),
+        false => (libc::SCHED_BATCH, libc::SCHED_OTHER),
+    };
+    (own == from && first == libc::SCHED_OTHER).then_some(to)
 }
 
 /// A thread's policy, or a negative number.
@@ -41,6 +43,21 @@ fn policy(thread: libc::pid_t) -> libc::c_int {
 mod tests {
     use super::*;
     use std::thread;
+
+    #[test]
+    fn a_policy_that_someone_has_chosen_stays() {
+        let (batch, other) = (libc::SCHED_BATCH, libc::SCHED_OTHER);
+        assert_eq!(
+            (change(true, other, other), change(false, batch, other)),
+            (Some(batch), Some(other))
+        );
+        assert_eq!((change(true, batch, other), change(false, other, other)), (None, None));
+        for chosen in [batch, libc::SCHED_IDLE, libc::SCHED_FIFO] {
+            for way in [true, false] {
+                assert_eq!(change(way, chosen, chosen), None, "{chosen}");
+            }
+        }
+    }
 
     #[test]
     fn a_thread_gives_way_with_those_that_it_starts_until_it_does_not() {

@@ -651,7 +651,6 @@ impl From<io::Error> for Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::disk::CacheMode;
     use migration::vmstate::SectionId;
 
     #[test]

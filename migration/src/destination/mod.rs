@@ -98,9 +98,7 @@ fn take(
     if nobody_asks {
         arrival.begin();
     }
-    let ended = arrival.run();
-    arrival.give_way(false);
-    match ended {
+    match arrival.run() {
         Ok(()) => {
             control.enter(Phase::Completed);
             arrival.leave_word(Fate::Runs);
@@ -154,8 +152,6 @@ struct Arrival<'a> {
     prepared: bool,
     /// Since when the guest runs here.
     runs: Option<Instant>,
-    /// This thread gives way to guests.
-    gives_way: bool,
     /// Pages have come since the machine did for nothing what it will do when the last have.
     out_of_exercise: bool,
     /// How long COMMIT may take after that.
@@ -179,7 +175,6 @@ impl<'a> Arrival<'a> {
             adopted: false,
             prepared: false,
             runs: None,
-            gives_way: false,
             out_of_exercise: false,
             agreed: parameters.stall_timeout,
             left: serde_json::Value::Null,
@@ -317,15 +312,7 @@ impl<'a> Arrival<'a> {
         self.control.begin(self.vm.ram().blocks().iter().map(|b| b.len).sum());
     }
 
-    /// Nobody waits for the pages of a section of RAM while the source's guest runs. Between sections something may
-    /// come for which it waits.
-    fn give_way(&mut self, way: bool) {
-        if std::mem::replace(&mut self.gives_way, way) != way {
-            self.way_to_give()(way);
-        }
-    }
-
-    /// How a thread does so. A VM that was saved runs nowhere, and whoever restores it waits.
+    /// How a thread gives way to guests. A VM that was saved runs nowhere, and whoever restores it waits.
     fn way_to_give(&mut self) -> fn(bool) {
         if self.reader.supply().is_some() { |_| () } else { self.vm.give_way() }
     }

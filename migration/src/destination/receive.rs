@@ -248,12 +248,15 @@ impl Arrival<'_> {
         self.pages_that_can_wait(id)
     }
 
-    /// A section of RAM while the source's guest runs.
+    /// A section of RAM while the source's guest runs, so that nobody waits for its pages. Between sections
+    /// something may come for which it waits.
     fn pages_that_can_wait(&mut self, id: u32) -> Result<(), DestinationError> {
         self.out_of_exercise = true;
-        self.give_way(true);
-        let read = self.ram_records(id);
-        self.give_way(false);
+        let give_way = self.way_to_give();
+        give_way(true);
+        // Whatever becomes of it, this thread goes on.
+        let read = self.guarded(|arrival| arrival.ram_records(id));
+        give_way(false);
         read
     }
 

@@ -118,6 +118,16 @@ impl Vm {
     fn until<T>(
         &mut self,
         what: &str,
+        condition: impl FnMut(&mut Vm) -> Result<Option<T>>,
+    ) -> Result<T> {
+        self.until_each(STEP, what, condition)
+    }
+
+    /// The same, looked at so often.
+    fn until_each<T>(
+        &mut self,
+        step: Duration,
+        what: &str,
         mut condition: impl FnMut(&mut Vm) -> Result<Option<T>>,
     ) -> Result<T> {
         let start = Instant::now();
@@ -133,7 +143,7 @@ impl Vm {
                 let seconds = PATIENCE.as_secs();
                 return Err(self.trouble(&format!("waited {seconds} s for {what}, in vain")));
             }
-            thread::sleep(STEP);
+            thread::sleep(step);
         }
     }
 
@@ -238,16 +248,13 @@ impl Vm {
     /// A QEMU first says that it has completed, and then counts how long that took: who asks between the two
     /// hears of no time at all.
     pub fn migrated(&mut self, look: &mut dyn FnMut(&Vm, &Value) -> Result<()>) -> Result<Value> {
-        self.until("the migration's end", |vm| {
+        self.until_each(STEP_MOVING, "the migration's end", |vm| {
             let info = vm.ask("query-migrate", json!({}))?;
             look(vm, &info)?;
             match info["status"].as_str() {
                 Some("completed") if info["total-time"].as_u64() > Some(0) => Ok(Some(())),
                 Some("failed" | "cancelled") => Err(vm.trouble(&format!("no migration: {info}"))),
-                _ => {
-                    thread::sleep(STEP_MOVING);
-                    Ok(None)
-                }
+                _ => Ok(None),
             }
         })?;
         self.ask("query-migrate", json!({}))

@@ -228,7 +228,7 @@ impl Machine {
         }
     }
 
-    /// Lets devices and vCPUs go on.
+    /// Lets devices and vCPUs go on. Gives the time at which the last vCPU was let go.
     pub fn resume(&self) -> Instant {
         self.resume_devices();
         self.tell_guests_they_stood_still();

@@ -122,12 +122,36 @@ static void longest(u64 *last, u64 now, volatile u64 *gap, volatile u64 *max)
     *last = now;
 }
 
+/* The longest times between two ticks of the first vCPU, by the host's real time, in no order. */
+struct gap gaps[GAPS];
+
+void gaps_forget(void)
+{
+    for (u32 i = 0; i < GAPS; i++)
+        gaps[i].ns = 0;
+}
+
+static void note_gap(u64 ns, u64 end)
+{
+    static u32 shortest;
+    if (ns <= gaps[shortest].ns)
+        return;
+    gaps[shortest] = (struct gap){ ns, end };
+    for (u32 i = 0; i < GAPS; i++)
+        if (gaps[i].ns < gaps[shortest].ns)
+            shortest = i;
+}
+
 void on_tick(void)
 {
     struct cpu *cpu = this_cpu();
     longest(&cpu->tick_clock, clock_check(cpu), &cpu->gap, &cpu->max_gap);
-    if (!cpu->index)
-        longest(&cpu->tick_real, clock_real(cpu), &cpu->real_gap, &cpu->max_real_gap);
+    if (!cpu->index) {
+        u64 last = cpu->tick_real, now = clock_real(cpu);
+        longest(&cpu->tick_real, now, &cpu->real_gap, &cpu->max_real_gap);
+        if (last && now > last)
+            note_gap(now - last, now);
+    }
     cpu->ticks++;
     lapic_set(EOI, 0);
 }

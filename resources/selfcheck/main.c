@@ -136,6 +136,17 @@ static void print_status(u64 now)
         cpus[i].gap = 0;
 }
 
+static void print_gaps(void)
+{
+    static struct gap now[GAPS]; /* printing takes many ticks */
+    interrupts_off();
+    for (u32 i = 0; i < GAPS; i++)
+        now[i] = gaps[i];
+    interrupts_on();
+    for (u32 i = 0; i < GAPS; i++)
+        print("selfcheck: gap_us=%u end_us=%u", now[i].ns / 1000, now[i].end / 1000);
+}
+
 static void obey(int letter, u64 now)
 {
     static const struct {
@@ -147,11 +158,13 @@ static void obey(int letter, u64 now)
     case 'r':
         for (u64 i = 0; i < params.vcpus; i++)
             cpus[i].gap = cpus[i].max_gap = cpus[i].real_gap = cpus[i].max_real_gap = 0;
+        gaps_forget();
         break;
     case 'h': paused = 1; break;
     case 'g': paused = 0; break;
     case 'v': pass_wanted = pass_reported + 1; return;
     case 's': print_status(now); return;
+    case 'l': print_gaps(); break;
     case 'x': print("selfcheck: corrupted page=%x", memory_corrupt(&cpus[0])); return;
     case 'm':
         if (params.msr)

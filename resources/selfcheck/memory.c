@@ -175,23 +175,36 @@ static inline int page_holds(u64 n, u64 v, u64 full)
                      : "memory", "cc");
         return same;
     }
-    volatile u64 *word = page;
-    return word[0] == v && word[place1(n)] == v && word[place2(n)] == v && word[WORDS - 1] == v;
+    barrier(); /* read anew, but by the instruction that compares: `volatile` would have one to load */
+    return page[0] == v && page[place1(n)] == v && page[place2(n)] == v && page[WORDS - 1] == v;
 }
 
-static void write_run(u64 n, u64 count, u64 v)
+/* Each is compiled once for `full` and once for not. */
+static inline void write_each(u64 n, u64 count, u64 v, u64 full)
 {
-    u64 full = params.full;
     for (; count; count--, n++, v += PER_PAGE)
         write_page(n, v, full);
 }
 
-static u64 verify_run(u64 n, u64 count, u64 v)
+static inline u64 verify_each(u64 n, u64 count, u64 v, u64 full)
 {
-    u64 left = count, full = params.full;
+    u64 left = count;
     for (; left && page_holds(n, v, full); left--, n++)
         v += PER_PAGE;
     return count - left;
+}
+
+static void write_run(u64 n, u64 count, u64 v)
+{
+    if (params.full)
+        write_each(n, count, v, 1);
+    else
+        write_each(n, count, v, 0);
+}
+
+static u64 verify_run(u64 n, u64 count, u64 v)
+{
+    return params.full ? verify_each(n, count, v, 1) : verify_each(n, count, v, 0);
 }
 
 static u64 rewrite_run(u64 n, u64 count, u64 stride, u64 v)

@@ -132,6 +132,11 @@ extern u32 clock_is_kvm, clock_has_real;
 extern u64 tsc_khz, timer_khz;
 
 /* cpus.c */
+#define GAPS 16
+extern struct gap {
+    volatile u64 ns, end; /* its length, and the host's real time at its end */
+} gaps[GAPS];
+void gaps_forget(void);
 void cpus_init(void);
 void cpu_init(struct cpu *cpu);
 void cpus_start(void);

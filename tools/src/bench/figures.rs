@@ -8,15 +8,17 @@ use serde::{Deserialize, Serialize};
 pub enum Metric {
     /// From the order to migrate to its completion, as the source's `query-migrate` says.
     Total,
-    /// How long the guest stood still, as the source's `query-migrate` says (whole milliseconds).
+    /// How long the guest stood still, as the source says.
     Downtime,
     /// The same as the destination says; only a mini-vmm does.
     DowntimeDestination,
     /// The longest time between two of the guest's timer interrupts, the move included, by the
     /// host's real time as the guest reads it.
     Gap,
-    /// How far the source's figure of the downtime is from what the guest may have felt; that figure is in
-    /// whole milliseconds, so up to 1 of it is rounding.
+    /// The time between the two of them between which the guest was handed over.
+    HandOver,
+    /// How far the source's figure of the downtime is from what the guest may have felt of the hand-over; a QEMU's
+    /// is in whole milliseconds, so up to 1 of it is rounding.
     OffSource,
     /// How far the destination's figure is from it.
     OffDestination,
@@ -44,11 +46,12 @@ pub enum Metric {
 
 impl Metric {
     /// All, in the order of the table.
-    pub const ALL: [Metric; 16] = [
+    pub const ALL: [Metric; 17] = [
         Metric::Total,
         Metric::Downtime,
         Metric::DowntimeDestination,
         Metric::Gap,
+        Metric::HandOver,
         Metric::OffSource,
         Metric::OffDestination,
         Metric::Throughput,
@@ -70,6 +73,7 @@ impl Metric {
             Metric::Downtime => "downtime, source's figure, ms",
             Metric::DowntimeDestination => "downtime, destination's figure, ms",
             Metric::Gap => "longest gap the guest felt, ms",
+            Metric::HandOver => "gap the guest felt across the hand-over, ms",
             Metric::OffSource => "source's figure off what the guest felt, ms",
             Metric::OffDestination => "destination's figure off what the guest felt, ms",
             Metric::Throughput => "throughput, MiB/s",

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::OURS;
+use super::arrival::Arrival;
 use super::figures::Summary;
 use super::host::{self, Machine};
 use super::moved::{Order, move_guest};
@@ -258,6 +259,7 @@ impl Bench<'_> {
         destination.connect()?;
         let order = Order { port, bandwidth: UNLIMITED, meanwhile: &mut |_, _, _| Ok(()) };
         let moved = move_guest(source, &mut destination, self.rival(guest), order)?;
+        Arrival::new(destination)?.end()?;
         Ok([moved.total, moved.downtime, moved.gap])
     }
 

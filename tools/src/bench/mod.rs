@@ -6,6 +6,7 @@
 //! by the same QMP commands. After each move the guest verifies all of its memory: one that finds
 //! a difference ends the run, whatever its figures.
 
+mod arrival;
 pub mod figures;
 pub mod growth;
 pub mod host;
@@ -30,6 +31,7 @@ use tempfile::TempDir;
 
 use crate::error::{Doing, Error, Result};
 use crate::{process, setup};
+use arrival::Arrival;
 use figures::{Metric, Samples, Summary};
 use host::{Machine, Stream};
 use moved::{Moved, Order, move_guest, orders};
@@ -193,7 +195,7 @@ fn measure(options: &Options) -> Result<Results> {
     // four times the total time of those who get it next. So a first move is not counted.
     if let (Some(rival), Some(scenario)) = (rivals.first(), scenarios.first()) {
         println!("not counted");
-        bench.one(rival, scenario, NO_LIMIT, &mut Samples::default())?;
+        bench.one(rival, scenario, NO_LIMIT, None, &mut Samples::default())?.end()?;
     }
     for round in 0..options.rounds.max(1) {
         println!("round {} of {}", round + 1, options.rounds.max(1));
@@ -201,17 +203,20 @@ fn measure(options: &Options) -> Result<Results> {
         println!("  iperf3              {:7.0} MiB/s", limit.plain);
         println!("  iperf3 -C reno      {:7.0} MiB/s", limit.unpaced);
         limits.push(limit);
+        let mut last = None;
         for scenario in &scenarios {
             let mut order: Vec<&Rival> = rivals.iter().collect();
             order.rotate_left(round as usize % rivals.len());
             for rival in order {
-                bench.one(rival, scenario, limit, &mut samples)?;
+                last = Some(bench.one(rival, scenario, limit, last.take(), &mut samples)?);
                 // Memory that changes hands is not sent: there is no middle to look at.
                 if options.beside && scenario.name == SLOWLY && !rival.way.local {
+                    last.take().map_or(Ok(()), Arrival::end)?;
                     bench.beside(rival, scenario, &mut samples)?;
                 }
             }
         }
+        last.map_or(Ok(()), Arrival::end)?;
     }
     let names: Vec<&str> = scenarios.iter().map(|scenario| scenario.name).collect();
     let rival_names: Vec<&str> = rivals.iter().map(|rival| rival.name.as_str()).collect();
@@ -318,6 +323,7 @@ impl Bench<'_> {
         };
         let order = Order { port, bandwidth: ram / SLOW_SECONDS, meanwhile: &mut look };
         move_guest(source, &mut destination, rival, order)?;
+        Arrival::new(destination)?.end()?;
         if looks == 0 {
             return Err(Error::Bench {
                 what: format!("{}: its memory was to be looked at while it sends", rival.name),
@@ -335,14 +341,15 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// One guest, one move.
+    /// One guest, one move. While it fills its memory, the `last` one verifies its own.
     fn one(
         &self,
         rival: &Rival,
         scenario: &Scenario,
         limit: Stream,
+        mut last: Option<Arrival>,
         samples: &mut Samples,
-    ) -> Result<()> {
+    ) -> Result<Arrival> {
         let ram = self.options.size.memory_mib << 20;
         let mut add = |metric, value| samples.add(scenario.name, &rival.name, metric, value);
 
@@ -350,7 +357,10 @@ impl Bench<'_> {
         // this gave back, which a virtual host takes away by and by.
         self.start(rival, &Role::Source(scenario))?.connect()?;
         let mut source = self.start(rival, &Role::Source(scenario))?;
+        source.line(0, "selfcheck: start")?;
+        last.as_mut().map_or(Ok(()), Arrival::verify)?;
         source.line(0, "selfcheck: ready")?;
+        last.map_or(Ok(()), Arrival::end)?;
         let first_word = source.first_word().unwrap_or_default().as_secs_f64() * 1e3;
         add(Metric::FirstWord, first_word);
         if let Some(first) = source.first_instruction() {
@@ -375,7 +385,7 @@ impl Bench<'_> {
         let order = Order { port, bandwidth: scenario.bandwidth, meanwhile: &mut listen };
         let moved = move_guest(source, &mut destination, rival, order)?;
         let work = work::rate(&said).zip(before).map(|(during, before)| during / before);
-        let Moved { total, downtime, gap, .. } = moved;
+        let Moved { total, downtime, gap, hand_over, .. } = moved;
         add(Metric::OffSource, moved.off(downtime));
         let throughput = moved.bytes / MIB / (total / 1e3).max(1e-3);
         add(Metric::Total, total);
@@ -384,6 +394,7 @@ impl Bench<'_> {
         add(Metric::OfIperf, throughput / limit.plain);
         add(Metric::OfUnpaced, throughput / limit.unpaced);
         add(Metric::Gap, gap);
+        add(Metric::HandOver, moved.hand_over);
         if let Some(downtime) = moved.downtime_destination {
             add(Metric::DowntimeDestination, downtime);
             add(Metric::OffDestination, moved.off(downtime));
@@ -397,10 +408,10 @@ impl Bench<'_> {
             samples.add_step(scenario.name, &rival.name, side, step, *ms);
         }
         println!(
-            "  {:8} {:10} {total:7.0} ms, stood still {downtime:.1} ms, felt {gap:.1} ms; \
-             {throughput:.0} MiB/s; first word after {first_word:.0} ms; memory verified",
+            "  {:8} {:10} {total:7.0} ms, stood still {downtime:.1} ms, felt {hand_over:.1} ms then and \
+             {gap:.1} ms at most; {throughput:.0} MiB/s; first word after {first_word:.0} ms",
             scenario.name, rival.name
         );
-        Ok(())
+        Arrival::new(destination)
     }
 }

@@ -26,22 +26,26 @@ pub(super) struct Moved {
     pub(super) bytes: f64,
     pub(super) downtime: f64,
     pub(super) downtime_destination: Option<f64>,
+    /// The guest's longest time between two ticks, the whole move included.
     pub(super) gap: f64,
+    /// That between the two between which it was handed over.
+    pub(super) hand_over: f64,
     /// Side, step and its time: what a mini-vmm tells of the standstill, in order.
     pub(super) steps: Vec<(&'static str, String, f64)>,
 }
 
 impl Moved {
-    /// By how many ms a figure of the downtime contradicts the longest gap between two of the guest's ticks.
+    /// By how many ms a figure of the downtime contradicts the gap between the two of the guest's ticks between which
+    /// it was handed over.
     ///
     /// The first tick after a standstill comes at once if it was due meanwhile, or when what was left of its
     /// period is over, if the timer stood still as well. So a guest that stood still for D, and was delayed
     /// by nothing else, sees a gap between D and D plus one period; a figure less than the gap by up to a
     /// period is right for all that can be seen. What is more than the gap, or less than the gap without a
-    /// period, is off by the difference. Whatever else kept the guest waiting counts as well, so on a busy
+    /// period, is off by the difference. Whatever else kept the guest waiting then counts as well, so on a busy
     /// machine this is too high.
     pub(super) fn off(&self, downtime: f64) -> f64 {
-        (downtime - self.gap).max(self.gap - TICK_MS - downtime).max(0.0)
+        (downtime - self.hand_over).max(self.hand_over - TICK_MS - downtime).max(0.0)
     }
 }
 
@@ -51,8 +55,8 @@ pub(super) fn orders(uri: &str, bandwidth: u64) -> [(&'static str, Value); 2] {
     [("migrate-set-parameters", parameters), ("migrate", json!({ "uri": uri }))]
 }
 
-/// Moves a guest that is ready to a destination that listens, ends its source, and has it verify all of its
-/// memory. Both are connected.
+/// Moves a guest that is ready to a destination that listens, and ends its source. Both are connected. What came
+/// of it counts if the guest finds all of its memory right ([`Arrival`](super::arrival::Arrival)).
 pub(super) fn move_guest(
     mut source: Vm,
     destination: &mut Vm,
@@ -82,13 +86,18 @@ pub(super) fn move_guest(
             found: report.to_string(),
         })?;
     }
-    drop(source);
-
+    // Asked before the source's process ends: what the kernel has to do to take back its memory would be felt by
+    // the guest on this host only.
     let from = destination.say(b's')?;
     let line = destination.line(from, "max_gap_us=")?;
     let gap = figure(&line, "max_gap_us").unwrap_or_default() / 1e3;
-    let from = destination.say(b'v')?;
-    destination.line(from, "selfcheck: verified all")?;
+    let gaps = destination.told(b'l')?;
+    let hand_over = source.stopped().and_then(|stopped| gap_around(&gaps, stopped));
+    let hand_over = hand_over.ok_or_else(|| Error::Bench {
+        what: format!("{}: the guest is to say how long its hand-over was", rival.name),
+        found: format!("stopped at {:?}; {gaps}", source.stopped()),
+    })?;
+    drop(source);
     let downtime_destination = match rival.kind {
         Kind::MiniVmm => {
             let report = destination.ask("x-mini-vmm-status", json!({}))?["report"].take();
@@ -103,8 +112,22 @@ pub(super) fn move_guest(
         downtime,
         downtime_destination,
         gap,
+        hand_over,
         steps,
     })
+}
+
+/// Of the longest gaps that a guest tells, that in which this moment lies (in µs since 1970), in ms. If none is so, it
+/// was no longer than the shortest of them.
+fn gap_around(told: &str, moment: u64) -> Option<f64> {
+    let moment = moment as f64;
+    let gaps: Vec<(f64, f64)> = told
+        .lines()
+        .filter_map(|line| Some((figure(line, "gap_us")?, figure(line, "end_us")?)))
+        .collect();
+    let around = gaps.iter().find(|(gap, end)| (end - gap..=*end).contains(&moment));
+    let shortest = || gaps.iter().min_by(|a, b| a.0.total_cmp(&b.0));
+    around.or_else(shortest).map(|(gap, _)| gap / 1e3)
 }
 
 /// The steps of the standstill in a side's report.
@@ -130,12 +153,24 @@ mod tests {
             bytes: 0.0,
             downtime: 0.0,
             downtime_destination: None,
-            gap: 10.0,
+            gap: 12.0,
+            hand_over: 10.0,
             steps: vec![],
         };
         for (downtime, off) in [(10.0, 0.0), (8.0, 0.0), (9.0, 0.0), (7.5, 0.5), (12.0, 2.0)] {
             assert_eq!(moved.off(downtime), off, "{downtime}");
         }
+    }
+
+    #[test]
+    fn the_hand_over_is_found_by_when_the_source_stopped_it() {
+        let told = "selfcheck: gap_us=5100 end_us=1795356000100000\r\n\
+                    selfcheck: gap_us=4000 end_us=1795356000204000\r\n\
+                    selfcheck: gap_us=2100 end_us=1795356000300000\r\nselfcheck: ok l\r\n";
+        assert_eq!(gap_around(told, 1_795_356_000_203_999), Some(4.0));
+        assert_eq!(gap_around(told, 1_795_356_000_200_000), Some(4.0));
+        assert_eq!(gap_around(told, 1_795_356_000_199_999), Some(2.1));
+        assert_eq!(gap_around("selfcheck: ok l", 1), None);
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub struct Vm {
     errors: PathBuf,
     qmp_path: PathBuf,
     qmp: Option<(BufReader<UnixStream>, UnixStream)>,
+    /// When it last said that its vCPUs stopped, in µs since 1970.
+    stopped: Option<u64>,
 }
 
 impl Drop for Vm {
@@ -101,7 +103,18 @@ impl Vm {
             }
         });
         let qmp_path = qmp.to_owned();
-        Ok(Vm { title, child, started, began, input, heard, errors, qmp_path, qmp: None })
+        Ok(Vm {
+            title,
+            child,
+            started,
+            began,
+            input,
+            heard,
+            errors,
+            qmp_path,
+            qmp: None,
+            stopped: None,
+        })
     }
 
     /// An error of this VM, with what it has said.
@@ -173,6 +186,13 @@ impl Vm {
         Ok(from)
     }
 
+    /// Sends the guest one letter that it answers with `ok`; gives what it says up to that.
+    pub fn told(&mut self, letter: u8) -> Result<String> {
+        let from = self.say(letter)?;
+        self.line(from, &format!("ok {}", char::from(letter)))?;
+        Ok(self.said(from))
+    }
+
     /// How many bytes the guest has said so far.
     pub fn heard(&self) -> usize {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).text.len()
@@ -225,7 +245,12 @@ impl Vm {
         }
     }
 
-    /// Runs a QMP command; events are dropped.
+    /// When its vCPUs last stopped, in µs since 1970, as its control socket has said.
+    pub fn stopped(&self) -> Option<u64> {
+        self.stopped
+    }
+
+    /// Runs a QMP command; of the events only that its vCPUs stopped is noted.
     pub fn ask(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         let sent = self.qmp.as_mut().map(|(_, writer)| writeln!(writer, "{request}"));
@@ -239,6 +264,11 @@ impl Vm {
             }
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
+            }
+            if answer["event"] == "STOP" {
+                let of = |unit| answer["timestamp"][unit].as_u64();
+                let time = of("seconds").zip(of("microseconds"));
+                self.stopped = time.map(|(seconds, micros)| seconds * 1_000_000 + micros);
             }
         }
     }

@@ -40,10 +40,24 @@ pub struct Snapshot {
     power_on: Vec<Vec<Msr>>,
     /// The host's monotonic clock, on which KVM counts the PIT's times.
     monotonic_ns: i64,
+    /// The vCPU that was asked for last, as its sections have it: it has three, which are written one after the other.
+    last: Mutex<Option<(u32, Audience, Arc<VcpuWire>)>>,
 }
 
 impl Snapshot {
-    fn vcpu(&self, index: u32, audience: Audience) -> Result<VcpuWire, FieldError> {
+    fn vcpu(&self, index: u32, audience: Audience) -> Result<Arc<VcpuWire>, FieldError> {
+        let mut last = lock(&self.last);
+        if let Some((of, to, wire)) = last.as_ref()
+            && (*of, *to) == (index, audience)
+        {
+            return Ok(wire.clone());
+        }
+        let wire = Arc::new(self.wire(index, audience)?);
+        *last = Some((index, audience, wire.clone()));
+        Ok(wire)
+    }
+
+    fn wire(&self, index: u32, audience: Audience) -> Result<VcpuWire, FieldError> {
         let state = self
             .vcpus
             .get(index as usize)
@@ -168,7 +182,15 @@ impl KvmState {
         let monotonic_ns = monotonic_ns();
         let power_on = |index| machine.power_on_msrs(index).to_vec();
         let power_on = (0..machine.config().smp).map(power_on).collect();
-        let snapshot = Arc::new(Snapshot { vcpus, chips, clock, context, power_on, monotonic_ns });
+        let snapshot = Arc::new(Snapshot {
+            vcpus,
+            chips,
+            clock,
+            context,
+            power_on,
+            monotonic_ns,
+            last: Mutex::default(),
+        });
         *slot = Some(snapshot.clone());
         Ok(snapshot)
     }

@@ -4,7 +4,7 @@
 //! there. All but `nested` are sent together or not at all.
 #![allow(missing_docs)]
 
-use migration::vmstate::{Counted, FixedVec};
+use migration::vmstate::{Blob, Bytes, Counted};
 use serde::{Deserialize, Serialize};
 
 /// More MSRs than any kernel lists.
@@ -41,9 +41,9 @@ parts! {
     /// An extended control register.
     Xcr { index: u32, value: u64 }
     /// The XSAVE area, and which of its components are on.
-    Xsave { xcrs: Counted<u8, Xcr, 16>, area: Counted<u32, u8, MAX_XSAVE> }
+    Xsave { xcrs: Counted<u8, Xcr, 16>, area: Blob<u32, MAX_XSAVE> }
     /// The LAPIC's registers as `KVM_GET_LAPIC` gives them.
-    Lapic { page: FixedVec<u8, 1024> }
+    Lapic { page: Bytes<1024> }
     /// `struct kvm_vcpu_events`.
     Events {
         exception_injected: u8,
@@ -101,5 +101,5 @@ parts! {
         pdptrs: [u64; 4],
     }
     /// `struct kvm_nested_state` with its data.
-    Nested { state: Counted<u32, u8, MAX_NESTED> }
+    Nested { state: Blob<u32, MAX_NESTED> }
 }

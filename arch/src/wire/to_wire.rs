@@ -190,7 +190,7 @@ fn add_mini(state: &VcpuState, cpu: &mut Cpu) {
             .into(),
         area: state.xsave.clone().into(),
     });
-    subs.mini_lapic = migration::vmstate::FixedVec::try_from(state.lapic.0.to_vec())
+    subs.mini_lapic = migration::vmstate::Bytes::try_from(state.lapic.0.to_vec())
         .ok()
         .map(|page| mini::Lapic { page });
     subs.mini_events = Some(mini::Events {

@@ -3,6 +3,7 @@
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
+use super::bytes::BYTES;
 use super::parts::{Elements, Members};
 use super::types::FIXED;
 use super::walk::{Fault, Group, Leaf, MAX_DEPTH, Path, Step};
@@ -11,6 +12,10 @@ use super::walk::{Fault, Group, Leaf, MAX_DEPTH, Path, Step};
 pub(super) trait Feed {
     /// The big-endian bytes of a leaf.
     fn leaf(&mut self, leaf: Leaf, bytes: &mut [u8]) -> Result<(), Fault>;
+    /// So many leaves of a byte each.
+    fn bytes(&mut self, bytes: &mut [u8]) -> Result<(), Fault> {
+        bytes.chunks_mut(1).try_for_each(|byte| self.leaf(Leaf::U8, byte))
+    }
     /// What follows until [`close`](Self::close) belongs to `group`.
     fn open(&mut self, group: Group);
     /// The next part of a struct has this name, `@N` included.
@@ -106,6 +111,16 @@ impl Walker<'_> {
         let mut bytes = [0; N];
         self.feed.leaf(leaf, &mut bytes)?;
         self.offset = self.offset.saturating_add(leaf.size());
+        Ok(bytes)
+    }
+
+    /// An array of `len` bytes, of which the caller has seen to it that they are not too many.
+    fn all(&mut self, len: usize) -> Result<Vec<u8>, Fault> {
+        self.begin(Some(Group::Tuple))?;
+        let mut bytes = vec![0; len];
+        self.feed.bytes(&mut bytes)?;
+        self.offset = self.offset.saturating_add(u64::try_from(len).unwrap_or(u64::MAX));
+        self.end(Some(Group::Tuple));
         Ok(bytes)
     }
 
@@ -254,6 +269,9 @@ impl<'de> Deserializer<'de> for &mut Walker<'_> {
         len: usize,
         visitor: V,
     ) -> Result<V::Value, Fault> {
+        if name == BYTES {
+            return visitor.visit_byte_buf(self.all(len)?);
+        }
         self.elements(Group::of_tuple_struct(name), len, name == FIXED, visitor)
     }
     fn deserialize_struct<V: Visitor<'de>>(

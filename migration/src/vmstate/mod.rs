@@ -6,7 +6,8 @@
 //! - integers are big-endian, `bool` is one byte, structs and tuples are their parts one after
 //!   the other; nothing carries a length of its own;
 //! - an array longer than serde's 32 elements is a [`FixedVec`], or a [`Tailed`] if most of it is the
-//!   same; bytes that mean nothing are a [`Pad`]; a deadline is a [`Timer`]; a count followed by that many elements is a [`Counted`];
+//!   same; bytes that mean nothing are a [`Pad`]; a deadline is a [`Timer`]; a count followed by that many
+//!   elements is a [`Counted`]; many bytes are [`Bytes`], or a [`Blob`] behind their count;
 //! - a field that exists only from section version `N` on is named `name@N`
 //!   (`#[serde(rename = "xcr0@12", default)]`). A struct inside a section goes by the version of
 //!   the section or subsection that it is in;
@@ -42,6 +43,7 @@
 )]
 
 mod adapter;
+mod bytes;
 mod de;
 mod describe;
 mod error;
@@ -57,6 +59,7 @@ mod walk;
 mod words;
 
 pub use adapter::SectionOf;
+pub use bytes::{Blob, Bytes};
 pub use describe::{Describer, describe};
 pub use error::{FieldError, StateError};
 pub use layout::{LayoutDigest, layout, layout_digest};

@@ -276,6 +276,9 @@ impl Feed for Input<'_> {
             self.fill(bytes)
         }
     }
+    fn bytes(&mut self, bytes: &mut [u8]) -> Result<(), Fault> {
+        self.fill(bytes)
+    }
     fn open(&mut self, _: Group) {}
     fn name(&mut self, _: &'static str) {}
     fn close(&mut self) {}

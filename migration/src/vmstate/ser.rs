@@ -63,6 +63,18 @@ impl Out<'_> {
             shapes.leaf(leaf);
         }
     }
+    /// An array of bytes.
+    fn all(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        if let Some(shapes) = &mut self.shapes {
+            shapes.open(Group::Tuple);
+            if let Some(more) = bytes.len().checked_sub(1) {
+                shapes.leaf(Leaf::U8);
+                shapes.again(more);
+            }
+            shapes.close();
+        }
+    }
     /// What follows until [`close`](Self::close) belongs to `group`.
     fn open(&mut self, group: Group) {
         if let Group::Subsection(name, version) = group {
@@ -202,7 +214,6 @@ macro_rules! refuse_always {
         refuse!("floats": serialize_f32(f32) -> (), serialize_f64(f64) -> ());
         refuse!("chars": serialize_char(char) -> ());
         refuse!("text without a length byte (use Str8)": serialize_str(&str) -> ());
-        refuse!("bytes of unknown number": serialize_bytes(&[u8]) -> ());
         refuse!("sequences of unknown length (use FixedVec or Counted)":
             serialize_seq(Option<usize>) -> Self::SerializeSeq);
         refuse!("maps": serialize_map(Option<usize>) -> Self::SerializeMap);
@@ -315,6 +326,14 @@ impl<'w, 'a> serde::Serializer for &'w mut Walker<'a> {
             return Err(refused("enums"));
         }
         self.sink.again(self.last, usize::try_from(times).unwrap_or(0));
+        Ok(())
+    }
+
+    /// An array of them.
+    fn serialize_bytes(self, bytes: &[u8]) -> Result<(), Fault> {
+        self.deeper()?;
+        self.sink.all(bytes);
+        self.shallower();
         Ok(())
     }
 
@@ -456,6 +475,7 @@ impl serde::Serializer for Subsection<'_, '_> {
         serialize_i64(i64) -> (),
         serialize_unit() -> (),
         serialize_unit_struct(&'static str) -> (),
+        serialize_bytes(&[u8]) -> (),
         serialize_tuple(usize) -> Self::SerializeTuple,
         serialize_tuple_struct(&'static str, usize) -> Self::SerializeTupleStruct,
         serialize_struct(&'static str, usize) -> Self::SerializeStruct);

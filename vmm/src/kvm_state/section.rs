@@ -121,14 +121,14 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
         vm: &Arc<Vm>,
         name: &str,
         index: u32,
-        part_of: impl Fn(VcpuWire) -> T + Send + 'static,
+        part_of: impl Fn(&VcpuWire) -> T + Send + 'static,
         place: impl Fn(&mut Arrived) -> &mut BTreeMap<u32, T> + Send + 'static,
     ) -> Box<dyn Section> {
         part(
             vm,
             name,
             index,
-            move |s, audience| s.vcpu(index, audience).map(&part_of),
+            move |s, audience| s.vcpu(index, audience).map(|vcpu| part_of(&vcpu)),
             move |a, t| {
                 let _ = place(a).insert(index, t);
             },
@@ -148,9 +148,9 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
         |a, t| a.timer = Some(t),
     )];
     for index in 0..vm.config().smp {
-        first.push(of_vcpu(vm, "cpu_common", index, |v| v.common, |a| &mut a.cpu_common));
-        first.push(of_vcpu(vm, "cpu", index, |v| v.cpu, |a| &mut a.cpu));
-        first.push(of_vcpu(vm, "apic", index, |v| v.apic, |a| &mut a.apic));
+        first.push(of_vcpu(vm, "cpu_common", index, |v| v.common.clone(), |a| &mut a.cpu_common));
+        first.push(of_vcpu(vm, "cpu", index, |v| v.cpu.clone(), |a| &mut a.cpu));
+        first.push(of_vcpu(vm, "apic", index, |v| v.apic.clone(), |a| &mut a.apic));
     }
     first.push(part(
         vm,

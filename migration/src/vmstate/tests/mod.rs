@@ -4,6 +4,7 @@ use super::*;
 
 mod adapter;
 mod alike;
+mod bytes;
 mod describe;
 mod features;
 mod golden;

@@ -157,6 +157,7 @@ impl Machine {
                 Arc::new(move |report| died.send(MachineEvent::Crashed(Box::new(report)))),
             )?);
         }
+        Vcpu::know_each_other(&vcpus);
         let power_on = PowerOn { vcpus: states, chips: IrqchipState::capture(&vm)? };
         let machine = Self {
             vcpus,
@@ -228,18 +229,12 @@ impl Machine {
         }
     }
 
-    /// Lets devices and vCPUs go on. Gives the time at which the last vCPU was let go.
+    /// Lets devices and vCPUs go on. Gives the time at which all vCPUs were let go.
     pub fn resume(&self) -> Instant {
         self.resume_devices();
         self.tell_guests_they_stood_still();
         self.bell.set_running(true);
-        // Whoever wakes a thread may have to leave it its processor, so that it learns late that it has.
-        let mut since = Instant::now();
-        for vcpu in &self.vcpus {
-            since = Instant::now();
-            vcpu.resume();
-        }
-        since
+        Vcpu::resume_all(&self.vcpus)
     }
 
     /// Lets the devices go on while the vCPUs stand still.

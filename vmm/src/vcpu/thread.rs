@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -61,19 +61,62 @@ struct Mailbox {
     thread_id: i32,
     wanted: Wanted,
     is: Is,
+    /// It was let run together with others, which it wakes before it does.
+    wakes: bool,
     /// Until then it does not enter the guest, although it may.
     rest: Option<Instant>,
     jobs: VecDeque<Job>,
 }
 
+impl Mailbox {
+    /// Of a vCPU that is paused.
+    fn new() -> Self {
+        let jobs = VecDeque::new();
+        Self { thread_id: 0, wanted: Wanted::Pause, is: Is::Paused, wakes: false, rest: None, jobs }
+    }
+}
+
 struct Shared {
     mailbox: Mutex<Mailbox>,
     changed: Condvar,
+    /// The vCPUs that this one wakes.
+    next: OnceLock<Vec<Arc<Shared>>>,
 }
 
 impl Shared {
+    fn new() -> Self {
+        Self { mailbox: Mutex::new(Mailbox::new()), changed: Condvar::new(), next: OnceLock::new() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Mailbox> {
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that it may run, without waking it.
+    fn allow(&self, wakes: bool) {
+        let mut mailbox = self.lock();
+        if mailbox.wanted == Wanted::Pause {
+            mailbox.wanted = Wanted::Run;
+            mailbox.wakes = wakes;
+            if mailbox.is == Is::Paused {
+                // Said here and not by the thread, so that a pause right after this one waits for
+                // the thread and is not satisfied by the old state.
+                mailbox.is = Is::Running;
+            }
+        }
+    }
+
+    fn wake_next(&self) {
+        self.next.get().into_iter().flatten().for_each(|next| next.changed.notify_all());
+    }
+}
+
+/// Has each wake two others, so that all are awake after a few steps, whoever of them comes first.
+fn link(all: &[Arc<Shared>]) {
+    for (index, shared) in all.iter().enumerate() {
+        let next = all.iter().skip(2 * index + 1).take(2).cloned().collect();
+        // Linked once.
+        let _ = shared.next.set(next);
     }
 }
 
@@ -99,16 +142,7 @@ impl Vcpu {
         pending: PendingPower,
         died: ExitSink,
     ) -> Result<Self, VcpuError> {
-        let shared = Arc::new(Shared {
-            mailbox: Mutex::new(Mailbox {
-                thread_id: 0,
-                wanted: Wanted::Pause,
-                is: Is::Paused,
-                rest: None,
-                jobs: VecDeque::new(),
-            }),
-            changed: Condvar::new(),
-        });
+        let shared = Arc::new(Shared::new());
         let runner = Runner { index, fd, bus, ram, log, pending, died, shared: shared.clone() };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
@@ -189,16 +223,24 @@ impl Vcpu {
 
     /// Lets the vCPU run. Nothing happens to one that has stopped.
     pub fn resume(&self) {
-        let mut mailbox = self.shared.lock();
-        if mailbox.wanted == Wanted::Pause {
-            mailbox.wanted = Wanted::Run;
-            if mailbox.is == Is::Paused {
-                // Said here and not by the thread, so that a pause right after this one waits for
-                // the thread and is not satisfied by the old state.
-                mailbox.is = Is::Running;
-            }
-            self.shared.changed.notify_all();
-        }
+        self.shared.allow(false);
+        self.shared.changed.notify_all();
+    }
+
+    /// All vCPUs of a machine have been started: from now on they can be let run together.
+    pub fn know_each_other(all: &[Vcpu]) {
+        let all: Vec<_> = all.iter().map(|vcpu| vcpu.shared.clone()).collect();
+        link(&all);
+    }
+
+    /// Lets all run, and gives the time at which all of them might. Who wakes a thread may have to leave it its
+    /// processor, for as long as the guest has work, before it has woken the next. So those that are awake wake the
+    /// others before they enter the guest.
+    pub fn resume_all(all: &[Vcpu]) -> Instant {
+        all.iter().for_each(|vcpu| vcpu.shared.allow(true));
+        let since = Instant::now();
+        all.iter().for_each(|vcpu| vcpu.shared.changed.notify_all());
+        since
     }
 
     /// Runs `f` on the vCPU's own thread, which must be paused; the answer comes through the
@@ -349,6 +391,11 @@ impl Runner {
                 // What it was given before it was let run comes first.
                 Wanted::Run if mailbox.jobs.is_empty() => {
                     mailbox.is = Is::Running;
+                    let wakes = std::mem::take(&mut mailbox.wakes);
+                    drop(mailbox);
+                    if wakes {
+                        self.shared.wake_next();
+                    }
                     return Wanted::Run;
                 }
                 Wanted::Stop => return Wanted::Stop,
@@ -428,5 +475,55 @@ impl Runner {
             }
         }
         self.fd.set_kvm_immediate_exit(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_is_woken_first_all_that_may_run_wake_up() {
+        for count in [1, 2, 3, 8, 13] {
+            let all: Vec<_> = (0..count).map(|_| Arc::new(Shared::new())).collect();
+            link(&all);
+            let (ran, run) = mpsc::channel();
+            let threads: Vec<_> = all
+                .iter()
+                .cloned()
+                .map(|shared| {
+                    let ran = ran.clone();
+                    thread::spawn(move || {
+                        let mut mailbox = shared.lock();
+                        ran.send(()).unwrap();
+                        while mailbox.wanted != Wanted::Run {
+                            mailbox = shared.changed.wait(mailbox).unwrap();
+                        }
+                        assert!(mailbox.wakes && mailbox.is == Is::Running);
+                        drop(mailbox);
+                        shared.wake_next();
+                        ran.send(()).unwrap();
+                    })
+                })
+                .collect();
+            let wait = || run.recv_timeout(Duration::from_secs(20)).unwrap();
+            (0..count).for_each(|_| wait());
+            // Each holds its mailbox until it waits.
+            all.iter().for_each(|shared| shared.allow(true));
+            all[0].changed.notify_all();
+            (0..count).for_each(|_| wait());
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+        }
+    }
+
+    #[test]
+    fn one_that_has_stopped_or_runs_is_let_be() {
+        for (wanted, is) in [(Wanted::Stop, Is::Stopped), (Wanted::Run, Is::Running)] {
+            let shared = Shared::new();
+            *shared.lock() = Mailbox { wanted, is, ..Mailbox::new() };
+            shared.allow(true);
+            let mailbox = shared.lock();
+            assert_eq!((mailbox.wanted, mailbox.is, mailbox.wakes), (wanted, is, false));
+        }
     }
 }

@@ -10,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::SourceError;
 use crate::control::Control;
+use crate::manifest::Running;
 use crate::panics::guarded;
 use crate::transport::{Connection, StreamReader, is_stall};
 use crate::wire::WireError;
@@ -37,6 +38,8 @@ pub(super) struct Inbox {
 #[derive(Debug, Default)]
 struct State {
     messages: VecDeque<Message>,
+    /// Since when the guest runs there, if it has said so.
+    runs: Option<Instant>,
     end: Option<End>,
 }
 
@@ -185,6 +188,11 @@ impl Inbox {
         self.committed.store(true, Ordering::Release);
     }
 
+    /// Since when the guest runs there, if the destination has said so.
+    pub(super) fn runs(&self) -> Option<Instant> {
+        self.lock().runs
+    }
+
     /// No more messages are wanted.
     pub(super) fn finish(&self) {
         self.finished.store(true, Ordering::Release);
@@ -226,10 +234,24 @@ pub(super) fn read_messages(connection: &Connection, inbox: &Inbox, control: &Co
 fn read_until_last(connection: &Connection, inbox: &Inbox, control: &Control) {
     let mut reader = StreamReader::new(connection.clone());
     loop {
-        if !reader.has_buffered() && !wait_readable(connection, inbox, control) {
-            return;
+        // Since when the message that comes next has been here.
+        let mut came = None;
+        if !reader.has_buffered() {
+            if !wait_readable(connection, inbox, control) {
+                return;
+            }
+            // This thread may have to wait for the guest, if that runs on the same host.
+            let waited = connection.waited().unwrap_or_default();
+            came = Instant::now().checked_sub(waited);
         }
         match Message::read(&mut reader) {
+            Ok(Message::Running(Running { since_us }))
+                if inbox.committed.load(Ordering::Acquire) =>
+            {
+                let since = Duration::from_micros(since_us);
+                let runs = came.unwrap_or_else(Instant::now).checked_sub(since);
+                inbox.lock().runs = runs;
+            }
             Ok(Message::Shut(0)) => {
                 inbox.end(End::Success);
                 return;
@@ -276,5 +298,50 @@ fn wait_readable(connection: &Connection, inbox: &Inbox, control: &Control) -> b
         if control.cancelled().is_some_and(|since| since.elapsed() > CANCEL_GRACE) {
             connection.shutdown(std::net::Shutdown::Both);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::control::NoEvents;
+    use crate::params::Parameters;
+    use crate::transport::arrival::tests::noting;
+
+    /// What is noted when the destination has said that its guest has been running for 20 ms, and that was read 60 ms
+    /// later.
+    fn since_when_it_runs(committed: bool) -> (Inbox, Option<Duration>) {
+        let (here, mut there) = noting();
+        let mut said = Vec::new();
+        Message::Running(Running { since_us: 20_000 }).write(&mut said);
+        Message::Shut(0).write(&mut said);
+        there.write_all(&said).unwrap();
+        std::thread::sleep(Duration::from_millis(60));
+        let inbox = Inbox::default();
+        if committed {
+            inbox.committed();
+        }
+        let control = Control::new(Parameters::default(), Box::new(NoEvents));
+        read_messages(&here, &inbox, &control);
+        let runs = inbox.runs().map(|since| since.elapsed());
+        (inbox, runs)
+    }
+
+    #[test]
+    fn the_guest_runs_since_the_message_came_and_not_since_it_was_read() {
+        let (inbox, runs) = since_when_it_runs(true);
+        assert!(runs.unwrap() >= Duration::from_millis(79), "{runs:?}");
+        assert!(inbox.succeeded());
+        assert!(matches!(inbox.next(Duration::from_secs(9), false, None), Err(NoMessage::Ended)));
+    }
+
+    #[test]
+    fn before_it_may_it_is_a_message_that_nobody_expects() {
+        let (inbox, runs) = since_when_it_runs(false);
+        assert_eq!(runs, None);
+        let message = inbox.next(Duration::from_secs(9), false, None).unwrap();
+        assert_eq!(message.name(), "running");
     }
 }

@@ -122,6 +122,7 @@ fn with_return_path<T>(
 ) -> Result<T, SourceError> {
     let stall = control.parameters().stall_timeout;
     connection.set_stall_timeout(stall).map_err(|e| SourceError::send("the first bytes", e))?;
+    connection.note_arrivals();
     let inbox = Inbox::default();
     thread::scope(|scope| {
         let reader = thread::Builder::new()
@@ -185,8 +186,6 @@ struct Migration<'a> {
     agreed: Option<Duration>,
     /// When it said PREPARED.
     prepared: Option<Instant>,
-    /// Since when the guest runs there, if it says.
-    runs: Option<Instant>,
     /// Of the manifest's JSON, as it was sent.
     manifest_digest: String,
 }
@@ -215,7 +214,6 @@ impl<'a> Migration<'a> {
             round_trip: Duration::ZERO,
             agreed: None,
             prepared: None,
-            runs: None,
             manifest_digest: String::new(),
         }
     }

@@ -25,7 +25,7 @@ use super::{Migration, SourceError};
 use crate::guest::VmError;
 use crate::handover::Peer;
 use crate::handover::source::{Action, Event, Source, State};
-use crate::manifest::{Digests, PROTOCOL_VERSIONS, Running, SectionDigest};
+use crate::manifest::{Digests, PROTOCOL_VERSIONS, SectionDigest};
 use crate::panics::asked_of_vm;
 use crate::phase::Phase;
 use crate::stats::Step;
@@ -105,7 +105,7 @@ impl Migration<'_> {
                     let handed_over = other == Action::HandOver;
                     if handed_over {
                         // It runs there already; to let go of its memory here takes longer the more it is.
-                        let since = self.runs.map(|since| since.elapsed());
+                        let since = self.inbox.runs().map(|since| since.elapsed());
                         self.control.stats().running(since.unwrap_or_default());
                     }
                     finish(machine, other, self.vm, &mut trouble);
@@ -362,10 +362,6 @@ impl Migration<'_> {
         let during = "its word that the guest runs was awaited";
         loop {
             let why = match self.inbox.next(timeout, true, None) {
-                Ok(Message::Running(Running { since_us })) => {
-                    self.runs = Instant::now().checked_sub(Duration::from_micros(since_us));
-                    continue;
-                }
                 Ok(message) => {
                     tracing::warn!(message = message.name(), "unexpected after the hand-over");
                     continue;

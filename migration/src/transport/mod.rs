@@ -10,6 +10,7 @@
 //! nobody sends. A pipe is waited for as long as it takes while the guest runs. [`Abort`] ends a
 //! blocked call from another thread.
 
+pub(crate) mod arrival;
 mod command;
 pub mod descriptor;
 mod listener;

@@ -148,7 +148,7 @@ pub fn sections(vm: &Arc<Vm>) -> [Vec<Box<dyn Section>>; 3] {
         |a, t| a.timer = Some(t),
     )];
     for index in 0..vm.config().smp {
-        first.push(of_vcpu(vm, "cpu_common", index, |v| v.common.clone(), |a| &mut a.cpu_common));
+        first.push(of_vcpu(vm, "cpu_common", index, |v| v.common, |a| &mut a.cpu_common));
         first.push(of_vcpu(vm, "cpu", index, |v| v.cpu.clone(), |a| &mut a.cpu));
         first.push(of_vcpu(vm, "apic", index, |v| v.apic.clone(), |a| &mut a.apic));
     }

@@ -132,7 +132,7 @@ extern u32 clock_is_kvm, clock_has_real;
 extern u64 tsc_khz, timer_khz;
 
 /* cpus.c */
-#define GAPS 16
+#define GAPS 32
 extern struct gap {
     volatile u64 ns, end; /* its length, and the host's real time at its end */
 } gaps[GAPS];

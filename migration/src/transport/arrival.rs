@@ -22,7 +22,8 @@ impl Connection {
         }
     }
 
-    /// How long ago what can be read next came in, if that was noted; of what came in pieces, the first.
+    /// How long ago what can be read next came in, if that was noted. What comes in pieces may be put together, and is
+    /// as old as the last of them then.
     pub(crate) fn waited(&self) -> Option<Duration> {
         let Socket::Tcp(stream) = &*self.socket else { return None };
         let mut byte = [0];
@@ -84,12 +85,15 @@ pub(crate) mod tests {
         let mut byte = [0];
         (&here).read_exact(&mut byte).unwrap();
         assert_eq!((byte, here.waited()), (*b"a", None));
-        sleep(Duration::from_millis(50));
+        let written = Instant::now();
         there.write_all(b"b").unwrap();
-        (&here).read_exact(&mut [0]).unwrap();
-        there.write_all(b"c").unwrap();
-        while here.waited().is_none() {}
-        assert!(here.waited().unwrap() < waited);
+        let waited = loop {
+            if let Some(waited) = here.waited() {
+                break waited;
+            }
+            assert!(written.elapsed() < Duration::from_secs(20), "it does not come");
+        };
+        assert!(waited <= written.elapsed() + Duration::from_millis(5), "{waited:?}");
     }
 
     #[test]

@@ -34,7 +34,7 @@ use crate::{process, setup};
 use arrival::Arrival;
 use figures::{Metric, Samples, Summary};
 use host::{Machine, Stream};
-use moved::{Moved, Order, move_guest, orders};
+use moved::{HandOver, Moved, Order, move_guest, orders};
 use report::{Program, Results};
 use rival::{Rival, Role, Size, Way};
 use scenario::{Scenario, UNLIMITED};
@@ -386,7 +386,6 @@ impl Bench<'_> {
         let moved = move_guest(source, &mut destination, rival, order)?;
         let work = work::rate(&said).zip(before).map(|(during, before)| during / before);
         let Moved { total, downtime, gap, hand_over, .. } = moved;
-        add(Metric::OffSource, moved.off(downtime));
         let throughput = moved.bytes / MIB / (total / 1e3).max(1e-3);
         add(Metric::Total, total);
         add(Metric::Downtime, downtime);
@@ -394,10 +393,17 @@ impl Bench<'_> {
         add(Metric::OfIperf, throughput / limit.plain);
         add(Metric::OfUnpaced, throughput / limit.unpaced);
         add(Metric::Gap, gap);
-        add(Metric::HandOver, moved.hand_over);
+        let felt = match hand_over {
+            HandOver::Gap(gap) => {
+                add(Metric::HandOver, gap);
+                format!("{gap:.1} ms")
+            }
+            HandOver::Short => "less than most".to_owned(),
+        };
+        moved.off(downtime).into_iter().for_each(|off| add(Metric::OffSource, off));
         if let Some(downtime) = moved.downtime_destination {
             add(Metric::DowntimeDestination, downtime);
-            add(Metric::OffDestination, moved.off(downtime));
+            moved.off(downtime).into_iter().for_each(|off| add(Metric::OffDestination, off));
         }
         if let Some(work) = work {
             println!("  {:8} {:10} worked at {work:.2} of its speed", scenario.name, rival.name);
@@ -408,7 +414,7 @@ impl Bench<'_> {
             samples.add_step(scenario.name, &rival.name, side, step, *ms);
         }
         println!(
-            "  {:8} {:10} {total:7.0} ms, stood still {downtime:.1} ms, felt {hand_over:.1} ms then and \
+            "  {:8} {:10} {total:7.0} ms, stood still {downtime:.1} ms, felt {felt} then and \
              {gap:.1} ms at most; {throughput:.0} MiB/s; first word after {first_word:.0} ms",
             scenario.name, rival.name
         );

@@ -29,14 +29,14 @@ pub(super) struct Moved {
     /// The guest's longest time between two ticks, the whole move included.
     pub(super) gap: f64,
     /// That between the two between which it was handed over.
-    pub(super) hand_over: f64,
+    pub(super) hand_over: HandOver,
     /// Side, step and its time: what a mini-vmm tells of the standstill, in order.
     pub(super) steps: Vec<(&'static str, String, f64)>,
 }
 
 impl Moved {
     /// By how many ms a figure of the downtime contradicts the gap between the two of the guest's ticks between which
-    /// it was handed over.
+    /// it was handed over, if that is known.
     ///
     /// The first tick after a standstill comes at once if it was due meanwhile, or when what was left of its
     /// period is over, if the timer stood still as well. So a guest that stood still for D, and was delayed
@@ -44,8 +44,9 @@ impl Moved {
     /// period is right for all that can be seen. What is more than the gap, or less than the gap without a
     /// period, is off by the difference. Whatever else kept the guest waiting then counts as well, so on a busy
     /// machine this is too high.
-    pub(super) fn off(&self, downtime: f64) -> f64 {
-        (downtime - self.hand_over).max(self.hand_over - TICK_MS - downtime).max(0.0)
+    pub(super) fn off(&self, downtime: f64) -> Option<f64> {
+        let HandOver::Gap(gap) = self.hand_over else { return None };
+        Some((downtime - gap).max(gap - TICK_MS - downtime).max(0.0))
     }
 }
 
@@ -88,15 +89,14 @@ pub(super) fn move_guest(
     }
     // Asked before the source's process ends: what the kernel has to do to take back its memory would be felt by
     // the guest on this host only.
-    let from = destination.say(b's')?;
-    let line = destination.line(from, "max_gap_us=")?;
-    let gap = figure(&line, "max_gap_us").unwrap_or_default() / 1e3;
     let gaps = destination.told(b'l')?;
+    let gaps = gaps_in(&gaps);
     let hand_over = source.stopped().and_then(|stopped| gap_around(&gaps, stopped));
     let hand_over = hand_over.ok_or_else(|| Error::Bench {
-        what: format!("{}: the guest is to say how long its hand-over was", rival.name),
-        found: format!("stopped at {:?}; {gaps}", source.stopped()),
+        what: format!("{}: the guest's longest gaps are of the time of its move", rival.name),
+        found: format!("its source stopped it at {:?} µs; {gaps:?}", source.stopped()),
     })?;
+    let gap = gaps.iter().map(|(gap, _)| gap / 1e3).fold(0.0, f64::max);
     drop(source);
     let downtime_destination = match rival.kind {
         Kind::MiniVmm => {
@@ -117,17 +117,32 @@ pub(super) fn move_guest(
     })
 }
 
-/// Of the longest gaps that a guest tells, that in which this moment lies (in µs since 1970), in ms. If none is so, it
-/// was no longer than the shortest of them.
-fn gap_around(told: &str, moment: u64) -> Option<f64> {
-    let moment = moment as f64;
-    let gaps: Vec<(f64, f64)> = told
-        .lines()
+/// What a guest's longest gaps tell of that in which a moment lies.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum HandOver {
+    /// Its length, in ms.
+    Gap(f64),
+    /// So many others were longer that it is not among them.
+    Short,
+}
+
+/// The longest gaps that a guest tells: how long, and when it ended, in µs.
+fn gaps_in(told: &str) -> Vec<(f64, f64)> {
+    // A status line that was begun before the order is no such line.
+    told.lines()
         .filter_map(|line| Some((figure(line, "gap_us")?, figure(line, "end_us")?)))
-        .collect();
-    let around = gaps.iter().find(|(gap, end)| (end - gap..=*end).contains(&moment));
-    let shortest = || gaps.iter().min_by(|a, b| a.0.total_cmp(&b.0));
-    around.or_else(shortest).map(|(gap, _)| gap / 1e3)
+        .collect()
+}
+
+/// The gap in which this moment lies, in µs since 1970. None if all gaps are of another time.
+fn gap_around(gaps: &[(f64, f64)], moment: u64) -> Option<HandOver> {
+    let moment = moment as f64;
+    if let Some((gap, _)) = gaps.iter().find(|(gap, end)| (end - gap..=*end).contains(&moment)) {
+        return Some(HandOver::Gap(gap / 1e3));
+    }
+    let before = gaps.iter().any(|(_, end)| *end < moment && *end > 0.0);
+    let after = gaps.iter().any(|(_, end)| *end > moment);
+    (before && after).then_some(HandOver::Short)
 }
 
 /// The steps of the standstill in a side's report.
@@ -154,23 +169,30 @@ mod tests {
             downtime: 0.0,
             downtime_destination: None,
             gap: 12.0,
-            hand_over: 10.0,
+            hand_over: HandOver::Gap(10.0),
             steps: vec![],
         };
         for (downtime, off) in [(10.0, 0.0), (8.0, 0.0), (9.0, 0.0), (7.5, 0.5), (12.0, 2.0)] {
-            assert_eq!(moved.off(downtime), off, "{downtime}");
+            assert_eq!(moved.off(downtime), Some(off), "{downtime}");
         }
+        let moved = Moved { hand_over: HandOver::Short, ..moved };
+        assert_eq!(moved.off(10.0), None);
     }
 
     #[test]
     fn the_hand_over_is_found_by_when_the_source_stopped_it() {
-        let told = "selfcheck: gap_us=5100 end_us=1795356000100000\r\n\
+        let told = "gap_us=9 max_gap_us=9100\r\nselfcheck: gap_us=5100 end_us=1795356000100000\r\n\
                     selfcheck: gap_us=4000 end_us=1795356000204000\r\n\
                     selfcheck: gap_us=2100 end_us=1795356000300000\r\nselfcheck: ok l\r\n";
-        assert_eq!(gap_around(told, 1_795_356_000_203_999), Some(4.0));
-        assert_eq!(gap_around(told, 1_795_356_000_200_000), Some(4.0));
-        assert_eq!(gap_around(told, 1_795_356_000_199_999), Some(2.1));
-        assert_eq!(gap_around("selfcheck: ok l", 1), None);
+        let gaps = gaps_in(told);
+        assert_eq!(gaps.len(), 3);
+        let at = |micros: u64| gap_around(&gaps, 1_795_356_000_000_000 + micros);
+        assert_eq!(at(203_999), Some(HandOver::Gap(4.0)));
+        assert_eq!(at(200_000), Some(HandOver::Gap(4.0)));
+        // Between two that are told, and before and behind all of them.
+        assert_eq!(at(199_999), Some(HandOver::Short));
+        assert_eq!((at(90_000), at(300_001)), (None, None));
+        assert_eq!(gap_around(&[(0.0, 0.0)], 1), None);
     }
 
     #[test]

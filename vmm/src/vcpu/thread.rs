@@ -106,12 +106,18 @@ impl Shared {
         }
     }
 
-    fn wake_next(&self) {
-        self.next.get().into_iter().flatten().for_each(|next| next.changed.notify_all());
+    /// It runs from now on; those that it wakes may do so too.
+    fn go(&self, mut mailbox: MutexGuard<'_, Mailbox>) {
+        mailbox.is = Is::Running;
+        let wakes = std::mem::take(&mut mailbox.wakes);
+        drop(mailbox);
+        if wakes {
+            self.next.get().into_iter().flatten().for_each(|next| next.changed.notify_all());
+        }
     }
 }
 
-/// Has each wake two others, so that all are awake after a few steps, whoever of them comes first.
+/// Has each wake two others, the first the second and the third, so that all are awake after a few steps.
 fn link(all: &[Arc<Shared>]) {
     for (index, shared) in all.iter().enumerate() {
         let next = all.iter().skip(2 * index + 1).take(2).cloned().collect();
@@ -390,12 +396,7 @@ impl Runner {
             match mailbox.wanted {
                 // What it was given before it was let run comes first.
                 Wanted::Run if mailbox.jobs.is_empty() => {
-                    mailbox.is = Is::Running;
-                    let wakes = std::mem::take(&mut mailbox.wakes);
-                    drop(mailbox);
-                    if wakes {
-                        self.shared.wake_next();
-                    }
+                    self.shared.go(mailbox);
                     return Wanted::Run;
                 }
                 Wanted::Stop => return Wanted::Stop,
@@ -483,7 +484,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_is_woken_first_all_that_may_run_wake_up() {
+    fn when_the_first_is_woken_all_that_may_run_wake_up() {
         for count in [1, 2, 3, 8, 13] {
             let all: Vec<_> = (0..count).map(|_| Arc::new(Shared::new())).collect();
             link(&all);
@@ -500,8 +501,7 @@ mod tests {
                             mailbox = shared.changed.wait(mailbox).unwrap();
                         }
                         assert!(mailbox.wakes && mailbox.is == Is::Running);
-                        drop(mailbox);
-                        shared.wake_next();
+                        shared.go(mailbox);
                         ran.send(()).unwrap();
                     })
                 })

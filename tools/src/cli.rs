@@ -95,10 +95,11 @@ stream says what loopback can do, and one with -C reno, as mini-vmm asks for ins
 do where the host's congestion control paces its streams. Printed are medians and spread.
 
   total        as the source's query-migrate says
-  downtime     as the source says, as the destination says (only mini-vmm does), and the longest gap \
-between two timer interrupts that the guest felt (its first vCPU), by the host's clock
-  off          by how much a downtime contradicts that gap: it may be less by up to the 2 ms between two \
-ticks, and not more
+  downtime     as the source says, and as the destination says (only mini-vmm does)
+  gap          the time between two timer interrupts of the guest's first vCPU, by the host's clock: \
+the longest of the whole move, and that across the hand-over
+  off          by how much a downtime contradicts the latter: it may be less by up to the 2 ms between \
+two ticks, and not more
   throughput   the source's bytes by its total time
   memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \
 migrating (only with --beside) the resident set size, for both sides share a program here

@@ -1,6 +1,7 @@
 //! What the destination has said, as it comes.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -241,8 +242,13 @@ fn read_until_last(connection: &Connection, inbox: &Inbox, control: &Control) {
                 return;
             }
             // This thread may have to wait for the guest, if that runs on the same host.
-            let waited = connection.waited().unwrap_or_default();
-            came = Instant::now().checked_sub(waited);
+            match connection.waited() {
+                Ok(waited) => came = Instant::now().checked_sub(waited.unwrap_or_default()),
+                Err(error) => {
+                    inbox.end(end_of(&error, control));
+                    break;
+                }
+            }
         }
         match Message::read(&mut reader) {
             Ok(Message::Running(Running { since_us }))
@@ -266,11 +272,7 @@ fn read_until_last(connection: &Connection, inbox: &Inbox, control: &Control) {
             }
             Ok(message) => inbox.push(message),
             Err(error) if error.io().is_some() => {
-                tracing::debug!(%error, "the return path ended");
-                // TCP_USER_TIMEOUT ends both directions, and this one may be the first to hear it.
-                let stalled = error.io().is_some_and(is_stall);
-                let timeout = control.parameters().stall_timeout;
-                inbox.end(if stalled { End::Stalled(timeout) } else { End::Closed });
+                inbox.end(error.io().map_or(End::Closed, |error| end_of(error, control)));
                 break;
             }
             Err(error) => {
@@ -283,6 +285,13 @@ fn read_until_last(connection: &Connection, inbox: &Inbox, control: &Control) {
     if !(inbox.committed.load(Ordering::Acquire) && inbox.refusal().is_some()) {
         connection.shutdown(std::net::Shutdown::Both);
     }
+}
+
+/// Why no more messages come, when the connection can't be read any more.
+fn end_of(error: &io::Error, control: &Control) -> End {
+    tracing::debug!(%error, "the return path ended");
+    // TCP_USER_TIMEOUT ends both directions, and this one may be the first to hear it.
+    if is_stall(error) { End::Stalled(control.parameters().stall_timeout) } else { End::Closed }
 }
 
 /// Waits until something can be read; `false` when nothing more is wanted.

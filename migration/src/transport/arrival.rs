@@ -4,6 +4,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt,
 };
@@ -23,23 +24,29 @@ impl Connection {
     }
 
     /// How long ago what can be read next came in, if that was noted. What comes in pieces may be put together, and is
-    /// as old as the last of them then.
-    pub(crate) fn waited(&self) -> Option<Duration> {
-        let Socket::Tcp(stream) = &*self.socket else { return None };
+    /// as old as the last of them then. What has become of a broken connection is said once, so whoever asks here has
+    /// to heed the error.
+    pub(crate) fn waited(&self) -> io::Result<Option<Duration>> {
+        let Socket::Tcp(stream) = &*self.socket else { return Ok(None) };
         let mut byte = [0];
         let mut bytes = [IoSliceMut::new(&mut byte)];
         let mut room = nix::cmsg_space!(TimeSpec);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let peeked =
             recvmsg::<SockaddrStorage>(stream.as_raw_fd(), &mut bytes, Some(&mut room), flags);
-        let came =
-            peeked.map_err(io::Error::from).ok()?.cmsgs().ok()?.find_map(|note| match note {
-                ControlMessageOwned::ScmTimestampns(time) => Some(Duration::from(time)),
-                _ => None,
-            })?;
+        let peeked = match peeked {
+            Ok(peeked) => peeked,
+            // There is nothing, after all.
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        let came = peeked.cmsgs()?.find_map(|note| match note {
+            ControlMessageOwned::ScmTimestampns(time) => Some(Duration::from(time)),
+            _ => None,
+        });
         // The kernel notes the time of day. Somebody may have set it meanwhile.
-        let now = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME).ok()?);
-        now.checked_sub(came)
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME)?);
+        Ok(came.and_then(|came| now.checked_sub(came)))
     }
 }
 
@@ -64,7 +71,7 @@ pub(crate) mod tests {
         loop {
             there.write_all(b"?").unwrap();
             sleep(Duration::from_millis(1));
-            let noted = here.waited();
+            let noted = here.waited().unwrap();
             (&here).read_exact(&mut [0]).unwrap();
             if noted.is_some() {
                 return (here, there);
@@ -76,19 +83,19 @@ pub(crate) mod tests {
     #[test]
     fn what_lies_unread_has_come_when_it_came() {
         let (here, mut there) = noting();
-        assert_eq!(here.waited(), None, "there is nothing");
+        assert_eq!(here.waited().unwrap(), None, "there is nothing");
         there.write_all(b"a").unwrap();
         sleep(Duration::from_millis(50));
-        let waited = here.waited().unwrap();
+        let waited = here.waited().unwrap().unwrap();
         assert!(waited >= Duration::from_millis(45), "{waited:?}");
         // It has not been taken, and what comes then is newer.
         let mut byte = [0];
         (&here).read_exact(&mut byte).unwrap();
-        assert_eq!((byte, here.waited()), (*b"a", None));
+        assert_eq!((byte, here.waited().unwrap()), (*b"a", None));
         let written = Instant::now();
         there.write_all(b"b").unwrap();
         let waited = loop {
-            if let Some(waited) = here.waited() {
+            if let Some(waited) = here.waited().unwrap() {
                 break waited;
             }
             assert!(written.elapsed() < Duration::from_secs(20), "it does not come");
@@ -97,11 +104,28 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_broke_the_connection_is_said() {
+        let (here, there) = noting();
+        // What is closed before all has been read is reset.
+        (&here).write_all(b"a").unwrap();
+        sleep(Duration::from_millis(20));
+        drop(there);
+        let began = Instant::now();
+        let error = loop {
+            match here.waited() {
+                Err(error) => break error,
+                Ok(_) => assert!(began.elapsed() < Duration::from_secs(20), "it is not broken"),
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
     fn a_unix_socket_notes_nothing() {
         let (here, mut there) = UnixStream::pair().unwrap();
         let here = Connection::from_unix(here, "there".to_owned());
         here.note_arrivals();
         there.write_all(b"a").unwrap();
-        assert_eq!(here.waited(), None);
+        assert_eq!(here.waited().unwrap(), None);
     }
 }

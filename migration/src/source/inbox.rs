@@ -271,12 +271,11 @@ fn read_until_last(connection: &Connection, inbox: &Inbox, control: &Control) {
                 break;
             }
             Ok(message) => inbox.push(message),
-            Err(error) if error.io().is_some() => {
-                inbox.end(error.io().map_or(End::Closed, |error| end_of(error, control)));
-                break;
-            }
             Err(error) => {
-                inbox.end(End::Bad(Some(error)));
+                inbox.end(match error.io() {
+                    Some(io) => end_of(io, control),
+                    None => End::Bad(Some(error)),
+                });
                 break;
             }
         }

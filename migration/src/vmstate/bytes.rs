@@ -7,11 +7,10 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use serde::de::{DeserializeSeed, Error as _, SeqAccess, Visitor};
-use serde::ser::{Error as _, SerializeTupleStruct};
+use serde::de::{DeserializeSeed, Error as _, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::types::{COUNTED, Counted};
+use super::types::{COUNTED, CountThen, Counted, List, write_counted};
 
 /// The serde name by which the format recognises bytes that are read as a whole.
 pub(super) const BYTES: &str = "@bytes";
@@ -35,18 +34,10 @@ impl<C, const MAX: usize> From<Vec<u8>> for Blob<C, MAX> {
 
 impl<C: Serialize + TryFrom<usize>, const MAX: usize> Serialize for Blob<C, MAX> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        if self.0.len() > MAX {
-            return Err(S::Error::custom(format!("{} bytes, at most {MAX}", self.0.len())));
-        }
-        if s.is_human_readable() {
+        if s.is_human_readable() && self.0.len() <= MAX {
             return s.collect_seq(&self.0);
         }
-        let count = C::try_from(self.0.len())
-            .map_err(|_| S::Error::custom("the count does not fit its type"))?;
-        let mut tuple = s.serialize_tuple_struct(COUNTED, 2)?;
-        tuple.serialize_field(&count)?;
-        tuple.serialize_field(&Whole(&self.0))?;
-        tuple.end()
+        write_counted::<C, Length, S>(self.0.len(), MAX, &Whole(&self.0), s)
     }
 }
 
@@ -55,32 +46,10 @@ where
     C: Deserialize<'de> + TryInto<usize>,
 {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct V<C, const MAX: usize>(PhantomData<C>);
-        impl<'de, C, const MAX: usize> Visitor<'de> for V<C, MAX>
-        where
-            C: Deserialize<'de> + TryInto<usize>,
-        {
-            type Value = Vec<u8>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a count of at most {MAX} and that many bytes")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u8>, A::Error> {
-                let count = seq
-                    .next_element::<C>()?
-                    .ok_or_else(|| A::Error::invalid_length(0, &self))?
-                    .try_into()
-                    .map_err(|_| A::Error::custom("a negative or oversized count"))?;
-                if count > MAX {
-                    return Err(A::Error::custom(format!("{count} bytes, at most {MAX}")));
-                }
-                let bytes = seq.next_element_seed(Length(count))?;
-                bytes.ok_or_else(|| A::Error::invalid_length(1, &self))
-            }
-        }
         if d.is_human_readable() {
             return Counted::<C, u8, MAX>::deserialize(d).map(|list| list.0.into());
         }
-        d.deserialize_tuple_struct(COUNTED, 2, V::<C, MAX>(PhantomData)).map(Self::from)
+        d.deserialize_tuple_struct(COUNTED, 2, CountThen::<C, Length, MAX>::new()).map(Self::from)
     }
 }
 
@@ -137,6 +106,16 @@ impl Serialize for Whole<'_> {
 
 /// So many bytes from the format's reader.
 struct Length(usize);
+
+impl From<usize> for Length {
+    fn from(count: usize) -> Self {
+        Self(count)
+    }
+}
+
+impl List for Length {
+    const NAME: &'static str = "bytes";
+}
 
 impl<'de> DeserializeSeed<'de> for Length {
     type Value = Vec<u8>;

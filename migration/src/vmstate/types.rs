@@ -217,19 +217,76 @@ where
     T: Serialize,
 {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        if self.0.len() > MAX {
-            return Err(S::Error::custom(format!("{} elements, at most {MAX}", self.0.len())));
-        }
-        if s.is_human_readable() {
+        if s.is_human_readable() && self.0.len() <= MAX {
             return s.collect_seq(&self.0);
         }
-        let count = C::try_from(self.0.len())
-            .map_err(|_| S::Error::custom("the count does not fit its type"))?;
-        let mut tuple = s.serialize_tuple_struct(COUNTED, 2)?;
-        use serde::ser::SerializeTupleStruct;
-        tuple.serialize_field(&count)?;
-        tuple.serialize_field(&Elements(&self.0))?;
-        tuple.end()
+        write_counted::<C, ElementsSeed<T>, S>(self.0.len(), MAX, &Elements(&self.0), s)
+    }
+}
+
+/// Writes a count of type `C`, and what it counts.
+pub(super) fn write_counted<C, L, S>(
+    len: usize,
+    max: usize,
+    list: &impl Serialize,
+    s: S,
+) -> Result<S::Ok, S::Error>
+where
+    C: Serialize + TryFrom<usize>,
+    L: List,
+    S: Serializer,
+{
+    use serde::ser::SerializeTupleStruct;
+    if len > max {
+        return Err(S::Error::custom(too_many::<L>(len, max)));
+    }
+    let count =
+        C::try_from(len).map_err(|_| S::Error::custom("the count does not fit its type"))?;
+    let mut tuple = s.serialize_tuple_struct(COUNTED, 2)?;
+    tuple.serialize_field(&count)?;
+    tuple.serialize_field(list)?;
+    tuple.end()
+}
+
+/// What reads so many of something.
+pub(super) trait List: From<usize> {
+    /// What they are called.
+    const NAME: &'static str;
+}
+
+fn too_many<L: List>(count: usize, max: usize) -> String {
+    format!("{count} {}, at most {max}", L::NAME)
+}
+
+/// Reads a count of type `C`, at most `MAX`, and then what an `L` made of it reads.
+pub(super) struct CountThen<C, L, const MAX: usize>(PhantomData<(C, L)>);
+
+impl<C, L, const MAX: usize> CountThen<C, L, MAX> {
+    pub(super) fn new() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<'de, C, L, const MAX: usize> Visitor<'de> for CountThen<C, L, MAX>
+where
+    C: Deserialize<'de> + TryInto<usize>,
+    L: List + serde::de::DeserializeSeed<'de>,
+{
+    type Value = L::Value;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a count of at most {MAX} and that many {}", L::NAME)
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<L::Value, A::Error> {
+        let count = seq
+            .next_element::<C>()?
+            .ok_or_else(|| A::Error::invalid_length(0, &self))?
+            .try_into()
+            .map_err(|_| A::Error::custom("a negative or oversized count"))?;
+        if count > MAX {
+            return Err(A::Error::custom(too_many::<L>(count, MAX)));
+        }
+        let list = seq.next_element_seed(L::from(count))?;
+        list.ok_or_else(|| A::Error::invalid_length(1, &self))
     }
 }
 
@@ -246,6 +303,16 @@ impl<T: Serialize> Serialize for Elements<'_, T> {
 }
 
 struct ElementsSeed<T>(usize, PhantomData<T>);
+
+impl<T> From<usize> for ElementsSeed<T> {
+    fn from(count: usize) -> Self {
+        Self(count, PhantomData)
+    }
+}
+
+impl<T> List for ElementsSeed<T> {
+    const NAME: &'static str = "elements";
+}
 
 impl<'de, T: Deserialize<'de>> serde::de::DeserializeSeed<'de> for ElementsSeed<T> {
     type Value = Vec<T>;
@@ -294,35 +361,11 @@ where
     T: Deserialize<'de>,
 {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct V<C, T, const MAX: usize>(PhantomData<(C, T)>);
-        impl<'de, C, T, const MAX: usize> Visitor<'de> for V<C, T, MAX>
-        where
-            C: Deserialize<'de> + TryInto<usize>,
-            T: Deserialize<'de>,
-        {
-            type Value = Counted<C, T, MAX>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a count of at most {MAX} and that many elements")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-                let count = seq
-                    .next_element::<C>()?
-                    .ok_or_else(|| A::Error::invalid_length(0, &self))?
-                    .try_into()
-                    .map_err(|_| A::Error::custom("a negative or oversized count"))?;
-                if count > MAX {
-                    return Err(A::Error::custom(format!("{count} elements, at most {MAX}")));
-                }
-                let elements = seq
-                    .next_element_seed(ElementsSeed(count, PhantomData))?
-                    .ok_or_else(|| A::Error::invalid_length(1, &self))?;
-                Ok(Counted(elements, PhantomData))
-            }
-        }
         if d.is_human_readable() {
             return d.deserialize_seq(Listed(PhantomData));
         }
-        d.deserialize_tuple_struct(COUNTED, 2, V(PhantomData))
+        let visitor = CountThen::<C, ElementsSeed<T>, MAX>::new();
+        d.deserialize_tuple_struct(COUNTED, 2, visitor).map(Self::from)
     }
 }
 

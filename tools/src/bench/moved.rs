@@ -89,8 +89,7 @@ pub(super) fn move_guest(
     }
     // Asked before the source's process ends: what the kernel has to do to take back its memory would be felt by
     // the guest on this host only.
-    let gaps = destination.told(b'l')?;
-    let gaps = gaps_in(&gaps);
+    let gaps = gaps_in(&destination.told(b'l')?);
     let hand_over = source.stopped().and_then(|stopped| gap_around(&gaps, stopped));
     let hand_over = hand_over.ok_or_else(|| Error::Bench {
         what: format!("{}: the guest's longest gaps are of the time of its move", rival.name),

@@ -125,6 +125,14 @@ tick_entry:
     .endr
     iretq
 
+    .globl device_entry
+device_entry:                       /* nothing but the end of the interrupt */
+    push %rax
+    mov $0xfee000b0, %eax
+    movl $0, (%rax)
+    pop %rax
+    iretq
+
     .globl spurious_entry
 spurious_entry:
     iretq

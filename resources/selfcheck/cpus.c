@@ -46,10 +46,11 @@ static void gate(u32 vector, char *entry)
 /* Once for all: the interrupt table, and no interrupts from the PICs. */
 void cpus_init(void)
 {
-    extern char exception_entries[], tick_entry[], spurious_entry[];
+    extern char exception_entries[], tick_entry[], device_entry[], spurious_entry[];
     for (u32 vector = 0; vector < 32; vector++)
         gate(vector, exception_entries + 16 * vector);
     gate(VECTOR_TICK, tick_entry);
+    gate(VECTOR_DEVICE, device_entry);
     gate(VECTOR_SPURIOUS, spurious_entry);
     out8(0x21, 0xff);
     out8(0xa1, 0xff);

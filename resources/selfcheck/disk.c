@@ -9,23 +9,7 @@
  */
 #include "selfcheck.h"
 
-#define PCI_ADDRESS 0xcf8
-#define PCI_DATA 0xcfc
-#define PCI_COMMAND 0x04
-#define PCI_BAR0 0x10
-#define VIRTIO_BLK 0x10011af4 /* the transitional device */
-
-/* Legacy registers, from BAR 0 on. */
-#define HOST_FEATURES 0
-#define GUEST_FEATURES 4
-#define QUEUE_PAGE 8
-#define QUEUE_SIZE 12
-#define QUEUE_SELECT 14
-#define QUEUE_NOTIFY 16
-#define STATUS 18
-#define CAPACITY 20
-#define HAS_DRIVER 3
-#define DRIVER_OK 7
+#define CAPACITY 20 /* behind the legacy registers without MSI-X */
 #define FEATURE_FLUSH (1 << 9)
 
 #define MOST_ENTRIES 256
@@ -79,18 +63,6 @@ static u32 again, pass_failed;
 u64 disk_records(void) { return seq; }
 u64 disk_errors(void) { return errors; }
 
-static u32 pci_read(u32 slot, u32 reg)
-{
-    out32(PCI_ADDRESS, 1u << 31 | slot << 11 | reg);
-    return in32(PCI_DATA);
-}
-
-static void pci_write(u32 slot, u32 reg, u32 value)
-{
-    out32(PCI_ADDRESS, 1u << 31 | slot << 11 | reg);
-    out32(PCI_DATA, value);
-}
-
 /* Finds the disk and takes it into use. */
 void disk_init(void)
 {
@@ -101,17 +73,17 @@ void disk_init(void)
         slot++;
     if (slot == 32)
         fail("disk=%u, but there is no virtio-blk disk", params.disk);
-    pci_write(slot, PCI_COMMAND, pci_read(slot, PCI_COMMAND) | 7);
+    pci_write(slot, PCI_COMMAND, pci_read(slot, PCI_COMMAND) | PCI_IO_MEMORY_MASTER);
     ports = pci_read(slot, PCI_BAR0) & 0xfffc;
-    out8(ports + STATUS, 0);
-    out8(ports + STATUS, HAS_DRIVER);
-    out32(ports + GUEST_FEATURES, in32(ports + HOST_FEATURES) & FEATURE_FLUSH);
-    out16(ports + QUEUE_SELECT, 0);
-    entries = in16(ports + QUEUE_SIZE);
+    out8(ports + VIRTIO_STATUS, 0);
+    out8(ports + VIRTIO_STATUS, VIRTIO_HAS_DRIVER);
+    out32(ports + VIRTIO_GUEST_FEATURES, in32(ports + VIRTIO_HOST_FEATURES) & FEATURE_FLUSH);
+    out16(ports + VIRTIO_QUEUE_SELECT, 0);
+    entries = in16(ports + VIRTIO_QUEUE_SIZE);
     if (!entries || entries > MOST_ENTRIES)
         fail("disk queue size=%u", (u64)entries);
-    out32(ports + QUEUE_PAGE, (u64)&queue / PAGE);
-    out8(ports + STATUS, DRIVER_OK);
+    out32(ports + VIRTIO_QUEUE_PAGE, (u64)&queue / PAGE);
+    out8(ports + VIRTIO_STATUS, VIRTIO_DRIVER_OK);
     capacity = in32(ports + CAPACITY) | (u64)in32(ports + CAPACITY + 4) << 32;
 }
 
@@ -146,7 +118,7 @@ static void request(u32 what, u32 type, u64 sector, volatile void *data, u32 len
     barrier();
     available()[1] = ++requests;
     barrier();
-    out16(ports + QUEUE_NOTIFY, 0);
+    out16(ports + VIRTIO_QUEUE_NOTIFY, 0);
     doing = what;
 }
 

@@ -30,6 +30,7 @@ static const struct {
     { "skew", &params.skew, 0, 1UL << 40 },
     { "writers", &params.writers, 0, MAX_CPUS },
     { "disk", &params.disk, 0, 1UL << 20 },
+    { "drive", &params.drive, 0, 1 },
     { "msr", &params.msr, 0, ~0U },
     { "msr_value", &params.msr_value, 0, ~0UL },
 };
@@ -332,6 +333,7 @@ void main(u64 start_info)
     clock_init();
     cpu_init(cpu);
     clock_calibrate(cpu);
+    u64 driven = drivers_init();
     disk_init();
     cpus_start();
     started = clock_now(cpu);
@@ -342,10 +344,10 @@ void main(u64 start_info)
         during_fill(cpu);
     u64 now = clock_now(cpu);
     print("selfcheck: ready pages=%u set=%u rate=%u hz=%u vcpus=%u full=%u clock=%s real=%s "
-          "tsc_khz=%u fill_ms=%u",
+          "tsc_khz=%u fill_ms=%u driven=%u",
           memory_pages(), TOTAL(set), params.rate, params.hz, params.vcpus, params.full,
           clock_is_kvm ? "kvm" : "tsc", clock_has_real ? "wall" : "none", tsc_khz,
-          (now - started) / 1000000);
+          (now - started) / 1000000, driven);
     next_status = now + params.every * 1000000;
     run(cpu);
 }

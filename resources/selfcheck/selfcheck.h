@@ -56,6 +56,36 @@ static inline void interrupts_on(void) { asm volatile("sti" ::: "memory"); }
 /* No interrupt comes between the two instructions. */
 static inline void interrupts_on_and_halt(void) { asm volatile("sti; hlt" ::: "memory"); }
 
+#define PCI_COMMAND 0x04
+#define PCI_IO_MEMORY_MASTER 7
+#define PCI_BAR0 0x10
+
+/* A dword of the configuration space of function 0 of a slot on bus 0. */
+static inline u32 pci_read(u32 slot, u32 reg)
+{
+    out32(0xcf8, 1u << 31 | slot << 11 | reg);
+    return in32(0xcfc);
+}
+static inline void pci_write(u32 slot, u32 reg, u32 value)
+{
+    out32(0xcf8, 1u << 31 | slot << 11 | reg);
+    out32(0xcfc, value);
+}
+
+#define VIRTIO_BLK 0x10011af4 /* the transitional device */
+/* Legacy registers, from BAR 0 on; the vectors are there with MSI-X switched on. */
+#define VIRTIO_HOST_FEATURES 0
+#define VIRTIO_GUEST_FEATURES 4
+#define VIRTIO_QUEUE_PAGE 8
+#define VIRTIO_QUEUE_SIZE 12
+#define VIRTIO_QUEUE_SELECT 14
+#define VIRTIO_QUEUE_NOTIFY 16
+#define VIRTIO_STATUS 18
+#define VIRTIO_CONFIG_VECTOR 20
+#define VIRTIO_QUEUE_VECTOR 22
+#define VIRTIO_HAS_DRIVER 3
+#define VIRTIO_DRIVER_OK 7
+
 /* What KVM writes for a vCPU to compute its clock from the TSC (KVM's documentation, "msr.rst"). */
 struct pvclock {
     volatile u32 version;
@@ -94,8 +124,8 @@ struct cpu {
 } __attribute__((aligned(64)));
 
 struct params {
-    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, writers, disk, msr,
-        msr_value;
+    u64 fill, set, rate, verify, spread, full, hz, vcpus, seed, every, skew, writers, disk, drive,
+        msr, msr_value;
 };
 
 extern struct params params;
@@ -132,6 +162,7 @@ extern u32 clock_is_kvm, clock_has_real;
 extern u64 tsc_khz, timer_khz;
 
 /* cpus.c */
+#define VECTOR_DEVICE 0x41 /* passed over, whoever sends it */
 #define GAPS 32
 extern struct gap {
     volatile u64 ns, end; /* its length, and the host's real time at its end */
@@ -159,5 +190,8 @@ void disk_init(void);
 int disk_work(u64 ticks, u64 up_ms, int verify);
 u64 disk_records(void);
 u64 disk_errors(void);
+
+/* drivers.c */
+u64 drivers_init(void);
 
 #endif

@@ -42,6 +42,8 @@ pub struct SelfcheckParams {
     pub writers: u64,
     /// Records written to the first disk in a second; 0: none.
     pub disk: u64,
+    /// Take all other disks into use as well, and ask nothing of them.
+    pub drive: bool,
     /// Number of the model-specific register that the command `m` writes; 0: none.
     pub msr: u64,
     /// And its value.
@@ -64,6 +66,7 @@ impl Default for SelfcheckParams {
             skew: 1000,
             writers: 0,
             disk: 0,
+            drive: false,
             msr: 0,
             msr_value: 0,
         }
@@ -91,7 +94,7 @@ pub enum SelfcheckError {
     },
 }
 
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 16] = [
     "fill",
     "set",
     "rate",
@@ -105,6 +108,7 @@ const KEYS: [&str; 15] = [
     "skew",
     "writers",
     "disk",
+    "drive",
     "msr",
     "msr_value",
 ];
@@ -174,6 +178,7 @@ impl FromStr for SelfcheckParams {
                 "skew" => params.skew = number("skew", value, 0, MANY)?,
                 "writers" => params.writers = number("writers", value, 0, MAX_VCPUS)?,
                 "disk" => params.disk = number("disk", value, 0, MOST_RECORDS)?,
+                "drive" => params.drive = number("drive", value, 0, 1)? == 1,
                 "msr" => params.msr = number("msr", value, 0, u32::MAX.into())?,
                 "msr_value" => params.msr_value = number("msr_value", value, 0, u64::MAX)?,
                 _ => return Err(SelfcheckError::UnknownKey { key: key.into() }),
@@ -205,6 +210,9 @@ impl fmt::Display for SelfcheckParams {
             self.writers,
             self.disk,
         )?;
+        if self.drive {
+            f.write_str(",drive=1")?;
+        }
         match self.msr {
             0 => Ok(()),
             msr => write!(f, ",msr={msr},msr_value={}", self.msr_value),
@@ -218,7 +226,7 @@ mod tests {
 
     #[test]
     fn what_is_displayed_is_parsed_back() {
-        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,writers=1,disk=9,msr=320,msr_value=1";
+        let text = "fill=64M,set=1M,rate=0,verify=7,spread=1,full=1,hz=250,vcpus=2,seed=9,every=20,skew=5,writers=1,disk=9,drive=1,msr=320,msr_value=1";
         let params: SelfcheckParams = text.parse().unwrap();
         assert_eq!(params.fill, Some(64 << 20));
         assert_eq!(params.set, 1 << 20);

@@ -95,7 +95,10 @@ impl Series {
                 parameters: format!("{idle},vcpus={size}"),
                 ..small
             },
-            Series::Devices => Guest { disks: size, ..small },
+            // A host has more to do for a device that its guest uses.
+            Series::Devices => {
+                Guest { disks: size, parameters: format!("{idle},drive=1"), ..small }
+            }
             Series::Sparse => Guest {
                 size: Size { memory_mib: size, ..one },
                 parameters: format!("{idle},fill=200M"),
@@ -249,7 +252,7 @@ impl Bench<'_> {
         let scenario =
             Scenario { name: "growth", guest: guest.parameters.clone(), bandwidth: UNLIMITED };
         let mut source = self.start(guest, &Role::Source(&scenario))?;
-        source.line(0, "selfcheck: ready")?;
+        source.line(0, &format!("driven={}", guest.disks))?;
         source.connect()?;
         if !guest.prealloc {
             self.warm()?;

@@ -26,7 +26,7 @@ pub trait Device: Send {
     /// guest memory nor to its back end.
     fn pause(&mut self);
 
-    /// Called before any vCPU runs again, also on a destination after `restore`. Looks at its
-    /// queues once, for what was rung while it was paused.
+    /// Called before any vCPU runs again, also on a destination after `restore`. What the guest need not wait for
+    /// comes later, as a virtio device's look at its queues for what was rung while it was paused.
     fn resume(&mut self);
 }

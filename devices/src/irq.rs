@@ -29,11 +29,9 @@ pub trait MsiController: Send + Sync {
 /// One MSI-X vector, bound to an eventfd that the kernel turns into the interrupt.
 pub trait MsiVector: Send + Sync {
     /// Routes the vector to `message`, or nowhere.
-    fn set_message(&self, message: Option<MsiMessage>) -> io::Result<()>;
+    fn set_message(&self, message: Option<MsiMessage>);
     /// Sends the message (writes the eventfd).
     fn trigger(&self) -> io::Result<()>;
-    /// The eventfd itself, for a worker thread that signals without taking the device's lock.
-    fn eventfd(&self) -> &EventFd;
 }
 
 /// Where a guest's write can be turned into an eventfd by the kernel.

@@ -419,6 +419,11 @@ impl Board {
         self.virtio.iter().try_for_each(|slot| lock(&slot.function).guest_started())
     }
 
+    /// What a guest that has just been let run does not wait for.
+    pub fn catch_up(&self) {
+        self.virtio.iter().for_each(|slot| lock(&slot.function).catch_up());
+    }
+
     /// Asks the disks to bring to safety what was written, while the guest runs.
     pub fn flush_ahead(&self) {
         self.virtio.iter().for_each(|slot| lock(&slot.function).flush_ahead());

@@ -66,22 +66,16 @@ impl Vector {
         }
         let message = self.message();
         if self.routed != Some(message) {
-            match self.route.set_message(Some(message)) {
-                Ok(()) => self.routed = Some(message),
+            self.route.set_message(Some(message));
+            self.routed = Some(message);
+        }
+        if self.pending {
+            match self.route.trigger() {
+                Ok(()) => self.pending = false,
                 Err(error) => {
-                    tracing::error!("cannot route an MSI-X vector to {message:x?}: {error}");
-                    return;
+                    tracing::error!("an MSI-X vector's {message:x?} cannot be sent: {error}");
                 }
             }
-        }
-        if std::mem::take(&mut self.pending) {
-            self.trigger();
-        }
-    }
-
-    fn trigger(&self) {
-        if let Err(error) = self.route.trigger() {
-            tracing::error!("cannot trigger an MSI-X vector: {error}");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use migration::vmstate::{Audience, Section, SliceSource, StateError};
 
@@ -44,7 +44,6 @@ struct FakeVector {
     index: usize,
     log: FakeMsi,
     message: Mutex<Option<MsiMessage>>,
-    fd: EventFd,
 }
 
 impl FakeMsi {
@@ -63,24 +62,26 @@ impl MsiController for FakeMsi {
         let mut log = self.0.lock().unwrap();
         let index = log.allocated;
         log.allocated += 1;
-        let fd = EventFd::new(EFD_NONBLOCK)?;
-        Ok(Box::new(FakeVector { index, log: self.clone(), message: Mutex::default(), fd }))
+        Ok(Box::new(FakeVector { index, log: self.clone(), message: Mutex::default() }))
     }
 }
 
 impl MsiVector for FakeVector {
-    fn set_message(&self, message: Option<MsiMessage>) -> io::Result<()> {
+    fn set_message(&self, message: Option<MsiMessage>) {
         *self.message.lock().unwrap() = message;
-        Ok(())
     }
     fn trigger(&self) -> io::Result<()> {
         let message = self.message.lock().unwrap().expect("a vector without a route fires");
         self.log.0.lock().unwrap().sent.push((self.index, message));
         Ok(())
     }
-    fn eventfd(&self) -> &EventFd {
-        &self.fd
-    }
+}
+
+/// Lets a device go on, as a machine does.
+pub(crate) fn go_on(function: &Mutex<VirtioPci>) {
+    let mut function = function.lock().unwrap();
+    function.resume();
+    function.catch_up();
 }
 
 #[derive(Default)]
@@ -170,7 +171,7 @@ impl Guest {
         guest.config_write(0x14, u32::try_from(MSIX_BASE).unwrap());
         guest.config_write(0x20, u32::try_from(MODERN_BASE).unwrap());
         guest.config_write(0x04, 7);
-        function.lock().unwrap().resume();
+        go_on(&function);
         guest
     }
 

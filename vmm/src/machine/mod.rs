@@ -234,7 +234,9 @@ impl Machine {
         self.resume_devices();
         self.tell_guests_they_stood_still();
         self.bell.set_running(true);
-        Vcpu::resume_all(&self.vcpus)
+        let since = Vcpu::resume_all(&self.vcpus);
+        self.board.catch_up();
+        since
     }
 
     /// Lets the devices go on while the vCPUs stand still.

@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::memory::GuestRam;
 use crate::virtio::disk::CacheMode;
 use crate::virtio::element::RawElement;
-use crate::virtio::testing::{Guest, HIGH, PIECE};
+use crate::virtio::testing::{Guest, HIGH, PIECE, go_on};
 use crate::virtio::{Block, Chain, Generation, VirtioDevice, features, status};
 
 use super::{block, block_on};
@@ -221,7 +221,7 @@ fn an_io_error_is_told_to_the_guest() {
     assert_eq!(guest.bytes(at + 512, 512), [0; 512]);
     guest.function.lock().unwrap().pause();
     guest.function.lock().unwrap().close().unwrap();
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     assert_eq!(request(&mut guest, IN, 0, &[(at, 512, true)], false).0, 1);
 }
 
@@ -245,7 +245,7 @@ fn nothing_happens_while_paused_and_everything_after() {
         assert_eq!(guest.used(0), []);
         assert!(guest.dirty().is_empty(), "round {round}: {:x?}", guest.dirty());
         assert_eq!(std::fs::read(file.path()).unwrap(), before);
-        guest.function.lock().unwrap().resume();
+        go_on(&guest.function);
         // Sometimes the next pause comes while requests are under way.
         if round % 2 == 0 {
             guest.wait_used(0, 8);
@@ -259,7 +259,7 @@ fn nothing_happens_while_paused_and_everything_after() {
             assert_eq!(in_flight, 0);
             let done = guest.used(0).len();
             assert_eq!(usize::from(last), round / 2 * 16 + 8 + done);
-            guest.function.lock().unwrap().resume();
+            go_on(&guest.function);
             guest.wait_used(0, 8 - done);
         }
     }
@@ -311,7 +311,7 @@ fn a_reset_waits_for_what_is_under_way() {
         let function = guest.function.clone();
         function.lock().unwrap().pause();
         assert!(guest.dirty().is_empty(), "{:x?}", guest.dirty());
-        function.lock().unwrap().resume();
+        go_on(&function);
     }
 }
 
@@ -375,7 +375,7 @@ fn requests_that_another_host_left_are_finished_first() {
     assert_eq!(destination.save(), body, "what is not finished goes on to the next host");
     let mut guest = destination.driven_like(&source);
     guest.function.lock().unwrap().open().unwrap();
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     assert_eq!(guest.wait_used(0, 2), [(4, 513), (2, 513)]);
     assert_eq!(guest.wait_used(1, 1), [(7, 513)]);
     assert_eq!(guest.bytes(result, 3), [0, 0, 0]);

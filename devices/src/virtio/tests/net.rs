@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::Device;
 use crate::virtio::net::{HEADER, Offloads, Sent};
-use crate::virtio::testing::{Guest, until};
+use crate::virtio::testing::{Guest, go_on, until};
 use crate::virtio::{
     Generation, Net, NetBackend, NetOptions, StreamAddress, StreamSocket, features, rarp_frame,
     status,
@@ -367,7 +367,7 @@ fn nothing_moves_while_paused() {
     guest.kick(RX);
     guest.kick(TX);
     assert!(guest.dirty().is_empty() && wire.sent().is_empty());
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     guest.serve();
     assert_eq!((guest.used(RX).len(), guest.used(TX).len()), (1, 1));
     assert_eq!(wire.sent().len(), 1);
@@ -405,7 +405,7 @@ fn every_field_moves() {
     // Whatever the source has still said or not, the driver hears of the first frame here.
     guest.want_interrupt(RX, 7);
     second.put(0, &[&[3; 6], [7; 54].as_slice()].concat());
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     guest.serve();
     assert_eq!(guest.used(RX), [(0, 72)]);
     assert_eq!(guest.msi.take(), [1]);
@@ -492,7 +492,7 @@ fn a_peer_that_does_not_read_holds_frames_up_and_loses_none() {
     guest.function.lock().unwrap().pause();
     let in_flight = guest.function.lock().unwrap().core.queue(TX).unwrap().in_flight();
     assert_eq!(in_flight, 0, "what was not sent is back in the queue");
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     let total = usize::try_from(FRAMES * (4 + LEN)).unwrap();
     let reader = std::thread::spawn(move || {
         let mut received = vec![0; total];

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::device::Device;
 use crate::memory::GuestRamRef;
 use crate::virtio::console::TURN;
-use crate::virtio::testing::{Guest, HIGH, PIECE, ram};
+use crate::virtio::testing::{Guest, HIGH, PIECE, go_on, ram};
 use crate::virtio::{
     Balloon, BalloonControl, Console, ConsoleLine, Generation, PageDiscard, Rng, VirtioDevice,
     balloon as balloon_file, features,
@@ -195,7 +195,7 @@ fn output_that_is_held_up_goes_on_even_on_another_host() {
     assert_eq!(destination.save(), body);
     let mut guest = destination.driven_like(&source);
     guest.function.lock().unwrap().open().unwrap();
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     guest.serve();
     assert_eq!(screen.shown(), [&text[3600..], &text[..10]].concat());
     assert_eq!(guest.used(1).len(), 2);
@@ -426,11 +426,11 @@ fn a_balloon_moves_with_the_request_it_holds() {
     assert_eq!(destination.save(), body, "it counts as taken before the guest has run");
     let mut guest = destination.driven_like(&source);
     guest.function.lock().unwrap().open().unwrap();
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     guest.serve();
     guest.function.lock().unwrap().pause();
     assert_eq!(guest.save(), body, "the request is held again");
-    guest.function.lock().unwrap().resume();
+    go_on(&guest.function);
     let expected = [0x22, 0x11, 0, 0, 0x33, 0x44, 0, 0, 0, 0, 0, 0, 0xaa, 0xbb, 0xcc, 0];
     assert_eq!(guest.read::<16>(0x2000), expected);
     let mut function = guest.function.lock().unwrap();

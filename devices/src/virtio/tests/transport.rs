@@ -371,11 +371,7 @@ fn a_busy_device_moves_with_every_field() {
     let destination = Guest::cold(device, Generation::Transitional, source.ram.clone());
     destination.load(&body).unwrap();
     assert_eq!(destination.save(), body);
-    assert_eq!(
-        *destination.io_events.0.lock().unwrap(),
-        *source.io_events.0.lock().unwrap(),
-        "doorbells"
-    );
+    assert!(destination.io_events.0.lock().unwrap().is_empty(), "doorbells can wait");
     assert_eq!(destination.read::<1>(0x2020), [0], "the write cache is off");
     {
         let function = destination.function.lock().unwrap();
@@ -398,6 +394,11 @@ fn a_busy_device_moves_with_every_field() {
     let id = guest.buffer(&[0; 21]);
     let head = guest.add(0, &[(header, 16, false), (id, 21, true)]);
     guest.kick(0);
+    // Its doorbells come when it runs already, and it has rung before.
+    assert!(guest.io_events.0.lock().unwrap().is_empty());
+    guest.function.lock().unwrap().catch_up();
+    let doorbells = source.io_events.0.lock().unwrap().clone();
+    assert_eq!((doorbells.len(), &*guest.io_events.0.lock().unwrap()), (6, &doorbells));
     assert_eq!(guest.wait_used(0, 1), [(head, 21)]);
     assert_eq!(&guest.bytes(id, 21), b"serial-of-disk0\0\0\0\0\0\0");
 }

@@ -145,7 +145,7 @@ fn pit_to_wire(pit: &kvm_pit_state2, audience: Audience, to_virtual: i64) -> I82
         next_transition_time: channels[0].next_transition_time,
         channels,
         subs: I8254Subs {
-            mini: (audience == Audience::MiniVmm).then_some(PitFlags { flags: pit.flags }),
+            mini: (audience != Audience::Qemu).then_some(PitFlags { flags: pit.flags }),
         },
     }
 }
@@ -212,7 +212,7 @@ impl Kvmclock {
             clock: state.clock,
             subs: KvmclockSubs {
                 reliable: Some(ClockIsReliable { clock_is_reliable: true }),
-                mini: state.realtime.filter(|_| audience == Audience::MiniVmm).map(|realtime| {
+                mini: state.realtime.filter(|_| audience != Audience::Qemu).map(|realtime| {
                     MiniClock {
                         realtime,
                         has_host_tsc: state.host_tsc.is_some(),

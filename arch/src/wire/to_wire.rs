@@ -93,7 +93,7 @@ pub(super) fn vcpu(
     subs.nested_state = nested_state;
     subs.pdptrs = (s.flags & u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0).then_some(s.pdptrs);
     subs.triple_fault = (e.triple_fault.pending != 0).then_some(One8 { value: 1 });
-    if audience == Audience::MiniVmm {
+    if audience != Audience::Qemu {
         add_mini(state, &mut cpu);
     }
     Ok(VcpuWire {

@@ -1,7 +1,7 @@
 //! Sections of QEMU's board that stand for nothing here, or for something that lives elsewhere:
 //! carried as they came, and written with the values of a fresh machine otherwise.
 
-use migration::vmstate::{Audience, FieldError, FixedVec, Migratable, Pad, VmState};
+use migration::vmstate::{Audience, Bytes, FieldError, FixedVec, Migratable, Pad, VmState};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
@@ -127,7 +127,7 @@ pub const RUNSTATE_SIZE: usize = 100;
 pub struct GlobalState {
     /// The name's length with its NUL.
     size: u32,
-    runstate: FixedVec<u8, RUNSTATE_SIZE>,
+    runstate: Bytes<RUNSTATE_SIZE>,
 }
 
 impl VmState for GlobalState {
@@ -142,7 +142,7 @@ impl GlobalState {
         let name = name.get(..RUNSTATE_SIZE - 1).unwrap_or(name);
         Self {
             size: name.len() as u32 + 1,
-            runstate: FixedVec::from_fn(|i| name.get(i).copied().unwrap_or(0)),
+            runstate: Bytes::from_fn(|i| name.get(i).copied().unwrap_or(0)),
         }
     }
 

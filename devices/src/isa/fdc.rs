@@ -5,7 +5,7 @@
 //! controller"), and the ACPI tables do not name one.
 
 use migration::vmstate::{
-    Audience, FieldError, FixedVec, Form, Migratable, Timer, VmState, Word, Words,
+    Audience, Bytes, FieldError, Form, Migratable, Timer, VmState, Word, Words,
 };
 use serde::{Deserialize, Serialize};
 
@@ -47,7 +47,7 @@ struct Controller {
     status0: u8,
     status1: u8,
     status2: u8,
-    fifo: FixedVec<u8, FIFO_SIZE>,
+    fifo: Bytes<FIFO_SIZE>,
     data_pos: u32,
     data_len: u32,
     data_state: u8,
@@ -78,7 +78,7 @@ impl Default for Controller {
             status0: 0,
             status1: 0,
             status2: 0,
-            fifo: FixedVec::default(),
+            fifo: Bytes::default(),
             data_pos: 0,
             data_len: 1,
             data_state: 0,
@@ -245,7 +245,7 @@ mod tests {
                 status0: 7,
                 status1: 8,
                 status2: 9,
-                fifo: FixedVec::from_fn(|i| i as u8 ^ 0x35),
+                fifo: Bytes::from_fn(|i| i as u8 ^ 0x35),
                 data_pos: 10,
                 data_len: 512,
                 data_state: 12,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use migration::vmstate::{FieldError, FixedVec, Form, Word};
+use migration::vmstate::{Bytes, FieldError, Form, Word};
 
 /// Bytes of configuration space that a function has (no PCI Express here).
 pub const CONFIG_SIZE: usize = 256;
@@ -289,7 +289,7 @@ impl PciConfig {
     pub fn save(&self, intx: bool) -> PciDeviceState {
         PciDeviceState {
             version: PCI_DEVICE_VERSION,
-            config: FixedVec::from_fn(|i| self.bytes[i]),
+            config: Bytes::from_fn(|i| self.bytes[i]),
             irq_state: [intx.into(), 0, 0, 0],
         }
     }
@@ -366,7 +366,7 @@ pub struct PciDeviceState {
     /// The block's own version.
     pub version: u32,
     /// Configuration space.
-    pub config: FixedVec<u8, CONFIG_SIZE>,
+    pub config: Bytes<CONFIG_SIZE>,
     /// The levels of INTA to INTD, 0 or 1.
     pub irq_state: [u32; 4],
 }

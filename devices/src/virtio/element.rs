@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use migration::vmstate::{FieldError, FixedVec};
+use migration::vmstate::{Bytes, FieldError};
 
 use super::chain::{Chain, ChainError};
 use crate::memory::GuestRam;
@@ -19,7 +19,7 @@ const OUT_LENGTHS: usize = IN_LENGTHS + 16 * MAX;
 /// 49168 bytes: one request that was taken from a queue and not finished.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub(super) struct RawElement(FixedVec<u8, SIZE>);
+pub(super) struct RawElement(Bytes<SIZE>);
 
 impl RawElement {
     fn u32(&self, at: usize) -> u32 {

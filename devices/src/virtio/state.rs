@@ -5,6 +5,9 @@
 //! features 31:0 │ device configuration │ queues │ the device's own part │ subsections
 //! ```
 //!
+//! QEMU's arrays of queues have room for 1024, 45 KB of a section that has less than one without. Between two
+//! mini-vmms, while the guest stands still, those that there are travel in a subsection of their own.
+//!
 //! What is derived (rings, doorbells, interrupt routes, BARs) is rebuilt by the functions that a
 //! driver's register writes use.
 
@@ -14,8 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use migration::vmstate::{
-    Audience, ByteSource, Decoder, Describer, Description, Encoder, FieldError, LayoutDigest, Pad,
-    Section, SectionId, StateError, Tailed, check_version,
+    Audience, ByteSource, Counted, Decoder, Describer, Description, Encoder, FieldError,
+    LayoutDigest, Pad, Section, SectionId, StateError, Tailed, check_version,
 };
 
 use super::core::status;
@@ -78,6 +81,19 @@ struct ModernState {
     vqs: Tailed<ModernQueueState, QUEUES>,
 }
 
+/// The queues that a device with modern registers has, in place of [`ModernState`] and of the arrays in
+/// [`Subsections`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct FewQueues {
+    rings: Counted<u16, RingState, QUEUES>,
+    /// None, if no queue was resized.
+    default_sizes: Counted<u16, u32, QUEUES>,
+    dfselect: u32,
+    gfselect: u32,
+    guest_features: [u32; 2],
+    vqs: Counted<u16, ModernQueueState, QUEUES>,
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename = "@subsections")]
 struct PciSubsections {
@@ -107,6 +123,24 @@ struct Subsections {
     started: Option<bool>,
     #[serde(rename = "virtio/disabled")]
     disabled: Option<bool>,
+    #[serde(rename = "mini-vmm/virtqueues")]
+    few: Option<FewQueues>,
+}
+
+impl Subsections {
+    /// With QEMU's arrays, whatever stood in for them.
+    fn in_full(mut self) -> Self {
+        if let Some(few) = self.few.take() {
+            let FewQueues { rings, default_sizes, dfselect, gfselect, guest_features, vqs } = few;
+            let resized = !default_sizes.0.is_empty();
+            self.rings = Some(Tailed::new(rings.0, RingState::default()));
+            self.default_sizes = resized.then(|| Tailed::new(default_sizes.0, 0));
+            let vqs = Tailed::new(vqs.0, ModernQueueState::from(ModernQueue::default()));
+            let modern = ModernState { dfselect, gfselect, guest_features, vqs };
+            self.extra = Some(ExtraState { subsections: PciSubsections { modern: Some(modern) } });
+        }
+        self
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,7 +256,8 @@ impl VirtioSection {
             features: registers.guest_features.into(),
         };
         let part = function.device.decode_part(&mut part)?;
-        let subsections = from.get("")?;
+        let subsections: Subsections = from.get("")?;
+        let subsections = subsections.in_full();
         from.finish()?;
         Ok(State { pci, msix, registers, config, queues, part, subsections })
     }
@@ -336,17 +371,37 @@ impl VirtioPci {
         }
         self.device.save_part(to, audience)?;
         let modern = self.generation != Generation::Legacy;
-        to.put(&Subsections {
+        let mut subsections = Subsections {
             features: Some(accepted),
-            rings: modern.then(|| Tailed::new(rings, RingState::default())),
-            default_sizes: resized.then(|| Tailed::new(default_sizes, 0)),
             broken: self.core.is_broken().then_some(true),
-            extra: Some(ExtraState {
-                subsections: PciSubsections { modern: modern.then(|| self.modern_state()) },
-            }),
             started: (self.core.status() & status::DRIVER_OK != 0).then_some(true),
             disabled: self.core.is_disabled().then_some(true),
-        })
+            ..Subsections::default()
+        };
+        if !resized {
+            default_sizes.clear();
+        }
+        if modern && audience == Audience::MiniVmm {
+            subsections.few = Some(self.few_queues(rings, default_sizes));
+        } else {
+            subsections.rings = modern.then(|| Tailed::new(rings, RingState::default()));
+            subsections.default_sizes = resized.then(|| Tailed::new(default_sizes, 0));
+            let modern = modern.then(|| self.modern_state());
+            subsections.extra = Some(ExtraState { subsections: PciSubsections { modern } });
+        }
+        to.put(&subsections)
+    }
+
+    fn few_queues(&self, rings: Vec<RingState>, default_sizes: Vec<u32>) -> FewQueues {
+        let vqs: Vec<_> = self.modern.iter().copied().map(ModernQueueState::from).collect();
+        FewQueues {
+            rings: rings.into(),
+            default_sizes: default_sizes.into(),
+            dfselect: self.device_feature_select,
+            gfselect: self.driver_feature_select,
+            guest_features: self.driver_features,
+            vqs: vqs.into(),
+        }
     }
 
     fn modern_state(&self) -> ModernState {

@@ -448,7 +448,11 @@ impl Guest {
     }
 
     pub(crate) fn save(&self) -> Vec<u8> {
-        self.section().save(Audience::Qemu).unwrap()
+        self.save_for(Audience::Qemu)
+    }
+
+    pub(crate) fn save_for(&self, audience: Audience) -> Vec<u8> {
+        self.section().save(audience).unwrap()
     }
 
     pub(crate) fn load(&self, body: &[u8]) -> Result<(), StateError> {

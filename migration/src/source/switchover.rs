@@ -208,7 +208,7 @@ impl Migration<'_> {
                 }
                 Peer::Qemu => section.save_described(Audience::Qemu).map_err(failed)?,
                 Peer::Nobody => {
-                    let full = section.save_described(Audience::MiniVmm).map_err(failed)?;
+                    let full = section.save_described(Audience::Restore).map_err(failed)?;
                     match section.save_described(Audience::Qemu) {
                         Ok((body, _)) if body == full.0 => full,
                         Ok(plain) => {

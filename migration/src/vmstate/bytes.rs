@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 
 use serde::de::{DeserializeSeed, Error as _, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -63,6 +63,13 @@ impl<const N: usize> Default for Bytes<N> {
     }
 }
 
+impl<const N: usize> Bytes<N> {
+    /// The bytes `f(0)` to `f(N - 1)`.
+    pub fn from_fn(f: impl FnMut(usize) -> u8) -> Self {
+        Self((0..N).map(f).collect())
+    }
+}
+
 impl<const N: usize> TryFrom<Vec<u8>> for Bytes<N> {
     type Error = usize;
     /// Fails with the length that was given when it is not `N`.
@@ -75,6 +82,12 @@ impl<const N: usize> Deref for Bytes<N> {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+impl<const N: usize> DerefMut for Bytes<N> {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.0
     }
 }
 

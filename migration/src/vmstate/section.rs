@@ -10,13 +10,16 @@ use serde_json::Value;
 
 use super::{FieldError, StateError, Words};
 
-/// Who will read what is being written. A QEMU gets exactly QEMU's layouts; another mini-vmm
-/// also gets the subsections named `mini-vmm/…`, for what QEMU's layouts have no place for.
+/// Who will read what is being written. A QEMU gets exactly QEMU's layouts; a mini-vmm also gets the
+/// subsections named `mini-vmm/…`, for what QEMU's layouts have no place for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audience {
     /// A QEMU 7.2.
     Qemu,
-    /// Another mini-vmm.
+    /// A mini-vmm that restores a saved VM, in which a QEMU finds what is for it.
+    Restore,
+    /// A mini-vmm that waits for it while the guest stands still: where QEMU's layouts have room for far more than
+    /// there is, it gets a `mini-vmm/…` subsection instead.
     MiniVmm,
 }
 

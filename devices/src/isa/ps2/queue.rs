@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use migration::vmstate::{FieldError, FixedVec};
+use migration::vmstate::{Bytes, FieldError};
 use serde::{Deserialize, Serialize};
 
 /// How many answer bytes a device keeps. QEMU's limit too.
@@ -45,7 +45,7 @@ impl Channel {
             rptr: 0,
             wptr: i32::try_from(count).unwrap_or(0),
             count: i32::try_from(count).unwrap_or(0),
-            data: FixedVec::from_fn(|i| self.bytes.get(i).copied().unwrap_or(0)),
+            data: Bytes::from_fn(|i| self.bytes.get(i).copied().unwrap_or(0)),
         }
     }
 
@@ -72,7 +72,7 @@ pub(super) struct ChannelState {
     #[serde(rename = "queue.count")]
     pub(super) count: i32,
     #[serde(rename = "queue.data")]
-    pub(super) data: FixedVec<u8, RING>,
+    pub(super) data: Bytes<RING>,
 }
 
 impl ChannelState {
@@ -94,7 +94,7 @@ impl ChannelState {
 /// A state whose every field differs from an idle channel's: "abc", across the ring's end.
 #[cfg(test)]
 pub(super) fn full_state() -> ChannelState {
-    let mut data = FixedVec::default();
+    let mut data = Bytes::default();
     data[254..].copy_from_slice(b"ab");
     data[0] = b'c';
     ChannelState { write_cmd: 0xf3, rptr: 254, wptr: 1, count: 3, data }
@@ -103,7 +103,7 @@ pub(super) fn full_state() -> ChannelState {
 /// What [`full_state`] becomes when it is saved again: the ring turned to its start.
 #[cfg(test)]
 pub(super) fn full_state_turned() -> ChannelState {
-    let mut data = FixedVec::default();
+    let mut data = Bytes::default();
     data[..3].copy_from_slice(b"abc");
     ChannelState { write_cmd: 0xf3, rptr: 0, wptr: 3, count: 3, data }
 }

@@ -1,6 +1,6 @@
 //! Section `mc146818rtc` v3.
 
-use migration::vmstate::{Audience, FieldError, FixedVec, Migratable, Pad, Timer, VmState};
+use migration::vmstate::{Audience, Bytes, FieldError, Migratable, Pad, Timer, VmState};
 use serde::{Deserialize, Serialize};
 
 use super::{CMOS_SIZE, NS_PER_SECOND, Rtc};
@@ -8,7 +8,7 @@ use super::{CMOS_SIZE, NS_PER_SECOND, Rtc};
 /// Section `mc146818rtc` v3. The timers are on the host's wall clock.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RtcState {
-    pub(super) cmos_data: FixedVec<u8, CMOS_SIZE>,
+    pub(super) cmos_data: Bytes<CMOS_SIZE>,
     pub(super) cmos_index: u8,
     pub(super) unused0: Pad<28>,
     pub(super) periodic_timer: Timer,
@@ -68,7 +68,7 @@ impl Migratable for Rtc {
         }
         let Carried { irq_coalesced, irq_reinject, period } = self.carried;
         Ok(RtcState {
-            cmos_data: FixedVec::from_fn(|i| cmos[i]),
+            cmos_data: Bytes::from_fn(|i| cmos[i]),
             cmos_index: self.index,
             unused0: Pad,
             periodic_timer: Timer(self.periodic_deadline),

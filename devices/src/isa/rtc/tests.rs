@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering;
 
-use migration::vmstate::{Audience, FixedVec, Migratable, Pad, Timer};
+use migration::vmstate::{Audience, Bytes, Migratable, Pad, Timer};
 
 use super::state::*;
 use super::*;
@@ -213,7 +213,7 @@ fn reset_keeps_time_and_memory() {
 }
 
 fn full_state() -> RtcState {
-    let mut cmos: FixedVec<u8, CMOS_SIZE> = FixedVec::from_fn(|i| i as u8 ^ 0x5a);
+    let mut cmos: Bytes<CMOS_SIZE> = Bytes::from_fn(|i| i as u8 ^ 0x5a);
     // Stopped (SET), so that the registers hold still; periodic and alarm interrupts on.
     cmos[0x0a] = 0x2a;
     cmos[0x0b] = 0xe6;

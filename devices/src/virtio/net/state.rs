@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use migration::vmstate::{Encoder, FieldError, FixedVec, LayoutDigest, StateError};
+use migration::vmstate::{Bytes, Encoder, FieldError, LayoutDigest, StateError};
 
 use super::super::device::{Part, PartDecoder};
 use super::control::{Filter, MAX_MACS, VLAN_BYTES};
@@ -21,7 +21,7 @@ struct Head {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Tail {
-    vlans: FixedVec<u8, VLAN_BYTES>,
+    vlans: Bytes<VLAN_BYTES>,
     has_vnet_hdr: u32,
     multi_overflow: u8,
     uni_overflow: u8,
@@ -66,7 +66,7 @@ impl Net {
             to.put(mac)?;
         }
         to.put(&Tail {
-            vlans: FixedVec::from_fn(|i| filter.vlans.get(i).copied().unwrap_or(0)),
+            vlans: Bytes::from_fn(|i| filter.vlans.get(i).copied().unwrap_or(0)),
             has_vnet_hdr: vnet_header.into(),
             multi_overflow: filter.multi_overflow.into(),
             uni_overflow: filter.uni_overflow.into(),

@@ -150,7 +150,7 @@ fn split(ram: &[Slot]) -> (Vec<Slot>, Option<Slot>) {
 }
 
 impl DirtyLog {
-    /// Maps `ram` into the VM, not logged yet, all of it as RAM. With `ring` each vCPU has a dirty ring of
+    /// Of `ram`, which [`map`](Self::map) gives to the VM. With `ring` each vCPU has a dirty ring of
     /// so many entries, a power of two; it comes before the first vCPU is created.
     ///
     /// # Safety
@@ -168,10 +168,15 @@ impl DirtyLog {
         let (slots, window) = split(ram);
         let first_id = slots.len() as u32;
         // SAFETY: the window is a part of `ram`.
-        let shadow = unsafe { Shadow::new(vm.clone(), window, first_id) }?;
-        let log = Self { vm, slots, shadow: Mutex::new(shadow), manual, initially_set, rings };
-        log.set_slots(false)?;
-        Ok(log)
+        let shadow = unsafe { Shadow::new(vm.clone(), window, first_id) };
+        Ok(Self { vm, slots, shadow: Mutex::new(shadow), manual, initially_set, rings })
+    }
+
+    /// Maps all of it into the VM as RAM, not logged yet. Each slot is a grace period of the kernel's, together several
+    /// milliseconds of waiting.
+    pub fn map(&self) -> Result<(), KvmError> {
+        self.shadow().map()?;
+        self.set_slots(false)
     }
 
     fn shadow(&self) -> MutexGuard<'_, Shadow> {

@@ -39,6 +39,7 @@ impl Tiny {
         let ram = Ram::new(64 << 20, 40).unwrap();
         // SAFETY: the memory is dropped behind everything that holds the VM.
         let log = unsafe { DirtyLog::new(vm.clone(), ram.slots(), ring) }.unwrap();
+        log.map().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         log.add_vcpu(&vcpu).unwrap();
         ram.guest().write_slice(&PROGRAM, GuestAddress(ENTRY)).unwrap();

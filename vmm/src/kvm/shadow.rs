@@ -105,19 +105,18 @@ pub(super) struct Shadow {
 }
 
 impl Shadow {
-    /// Shows RAM everywhere. Takes [`SEGMENTS`] slots and one more, from `first_id` on.
+    /// RAM everywhere, once it is [mapped](Self::map). Takes [`SEGMENTS`] slots and one more, from `first_id` on.
     ///
     /// # Safety
     /// `ram` must lie in a mapping of this process that outlives the VM.
-    pub(super) unsafe fn new(
-        vm: Arc<VmFd>,
-        ram: Option<Slot>,
-        first_id: u32,
-    ) -> Result<Self, KvmError> {
+    pub(super) unsafe fn new(vm: Arc<VmFd>, ram: Option<Slot>, first_id: u32) -> Self {
         let shown = BelowOneMib::default();
-        let shadow = Self { vm, ram, first_id, shown, split: false, logging: false, lost: false };
-        shadow.set_whole()?;
-        Ok(shadow)
+        Self { vm, ram, first_id, shown, split: false, logging: false, lost: false }
+    }
+
+    /// Gives a VM that has none of it yet all of it as RAM.
+    pub(super) fn map(&self) -> Result<(), KvmError> {
+        self.set_whole()
     }
 
     /// The slot of all segments.
@@ -346,7 +345,8 @@ mod tests {
             ..*ram
         });
         // SAFETY: the memory outlives the VM.
-        let mut shadow = unsafe { Shadow::new(vm, window, 5) }.unwrap();
+        let mut shadow = unsafe { Shadow::new(vm, window, 5) };
+        shadow.map().unwrap();
         assert_eq!(shadow.writable().len(), 1);
         shadow.set_logging(true).unwrap();
         // As the log begins, and then what has been written since: nothing.

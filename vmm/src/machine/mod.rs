@@ -3,6 +3,7 @@
 mod boot;
 mod error;
 mod firmware;
+mod mapping;
 mod vcpus;
 
 use std::num::NonZero;
@@ -32,6 +33,8 @@ use crate::memory::Ram;
 use crate::power::{MachineEvent, MachineEvents};
 use crate::timers::{TimerBell, Timers};
 use crate::vcpu::{Vcpu, install_kick_handler};
+
+use mapping::Mapping;
 
 /// How long a vCPU may take to leave the kernel. It does so within microseconds unless the host
 /// is overloaded; a guest cannot hold it up.
@@ -115,6 +118,8 @@ impl Machine {
         // SAFETY: the machine keeps `ram` longer than anything that holds the VM's descriptor.
         let dirty_log = unsafe { DirtyLog::new(vm.clone(), ram.slots(), config.dirty_ring) }?;
         let dirty_log = Arc::new(dirty_log);
+        // KVM waits for most of the time that this takes, and nothing of what comes meanwhile needs the memory.
+        let mapping = Mapping::begin(&dirty_log)?;
 
         let bus = Arc::new(IoBus::new());
         let clock = Arc::new(VirtualClock::default());
@@ -158,6 +163,7 @@ impl Machine {
             )?);
         }
         Vcpu::know_each_other(&vcpus);
+        mapping.end()?;
         let power_on = PowerOn { vcpus: states, chips: IrqchipState::capture(&vm)? };
         let machine = Self {
             vcpus,

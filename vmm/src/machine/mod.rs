@@ -1,6 +1,7 @@
 //! One machine: its RAM, its vCPUs, its board, and the order in which they stop and go on.
 
 mod boot;
+mod crew;
 mod error;
 mod firmware;
 mod mapping;
@@ -34,6 +35,7 @@ use crate::power::{MachineEvent, MachineEvents};
 use crate::timers::{TimerBell, Timers};
 use crate::vcpu::{Vcpu, install_kick_handler};
 
+use crew::Crew;
 use mapping::Mapping;
 
 /// How long a vCPU may take to leave the kernel. It does so within microseconds unless the host
@@ -53,6 +55,8 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     /// How many threads can run at a time.
     processors: usize,
+    /// Those that stand by.
+    crew: Mutex<Option<Arc<Crew>>>,
     /// Kept for its thread, which ends when this is dropped.
     _io: IoThread,
     /// The devices and how they are wired.
@@ -168,6 +172,7 @@ impl Machine {
         let machine = Self {
             vcpus,
             processors: available_parallelism().map_or(1, NonZero::get),
+            crew: Mutex::default(),
             _io: io.start()?,
             board,
             bell,
@@ -242,6 +247,7 @@ impl Machine {
         self.bell.set_running(true);
         let since = Vcpu::resume_all(&self.vcpus);
         self.board.catch_up();
+        self.dismiss();
         since
     }
 

@@ -1,7 +1,7 @@
 //! The same for every vCPU, while all of them stand still.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use arch::clock::ClockBase;
 use arch::cpuid::CpuProfile;
@@ -10,6 +10,7 @@ use arch::host::KvmHost;
 use arch::vcpu_state::VcpuState;
 use kvm_ioctls::VcpuFd;
 
+use super::crew::Crew;
 use super::{Machine, MachineError};
 use crate::vcpu::VcpuError;
 
@@ -55,9 +56,38 @@ impl Machine {
         Ok(())
     }
 
+    /// Has threads stand by for what is done for all vCPUs, until they run.
+    pub fn muster(&self) {
+        let mut crew = self.crew();
+        if crew.is_none() {
+            let hands = self.vcpus.chunks(self.share()).len().saturating_sub(1);
+            match Crew::muster(hands) {
+                Ok(mustered) => *crew = Some(Arc::new(mustered)),
+                // The vCPUs' own threads can do it.
+                Err(error) => tracing::debug!(%error, "no threads stand by"),
+            }
+        }
+    }
+
+    /// Sends them away.
+    pub(super) fn dismiss(&self) {
+        let crew = self.crew().take();
+        drop(crew);
+    }
+
+    fn crew(&self) -> MutexGuard<'_, Option<Arc<Crew>>> {
+        self.crew.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many vCPUs a thread has to do with, where each is shared out.
+    fn share(&self) -> usize {
+        self.vcpus.len().div_ceil(self.processors).max(1)
+    }
+
     /// Does for every vCPU, which must be paused, the job that is made for its index; gives the answers in the
     /// vCPUs' order. The vCPUs are shared out to no more threads than there are processors, this one among them:
-    /// a thread that is woken for some microseconds of work and finds no processor costs more than it brings.
+    /// a thread that is woken for some microseconds of work and finds no processor costs more than it brings. The
+    /// others are those that [stand by](Self::muster), if any do, and else vCPUs' own.
     pub(super) fn on_all<T, E, J>(
         &self,
         mut job: impl FnMut(u32) -> J,
@@ -67,9 +97,8 @@ impl Machine {
         E: Into<MachineError> + Send + 'static,
         J: FnOnce(&VcpuFd) -> Result<T, E> + Send + 'static,
     {
-        let each = self.vcpus.len().div_ceil(self.processors).max(1);
         let mut shares = Vec::new();
-        for vcpus in self.vcpus.chunks(each) {
+        for vcpus in self.vcpus.chunks(self.share()) {
             let mut work: Vec<(Arc<VcpuFd>, J)> = Vec::new();
             for vcpu in vcpus {
                 work.push((vcpu.paused()?.clone(), job(vcpu.index())));
@@ -81,8 +110,14 @@ impl Machine {
         let mut shares = shares.into_iter();
         let mine = shares.next();
         // All are started before the first is waited for ...
-        let others: Vec<_> =
-            shares.map(|(vcpu, share)| (vcpu.index(), vcpu.start_job(move |_| share()))).collect();
+        let crew = self.crew().clone();
+        let mut hands = crew.iter().flat_map(|crew| crew.hands());
+        let others: Vec<_> = shares
+            .map(|(vcpu, share)| match hands.next() {
+                Some(hand) => (vcpu.index(), hand.start(share)),
+                None => (vcpu.index(), vcpu.start_job(move |_| share())),
+            })
+            .collect();
         let mine = catch_unwind(AssertUnwindSafe(|| mine.map(|(_, share)| share())));
         // ... and all have ended before anyone hears of an error, and lets vCPUs run that they still work on.
         let others: Vec<_> =

@@ -1,7 +1,7 @@
 //! What sections are written and read with in the pause, run once before it, for nothing.
 //!
 //! Code that has not run for a while is slow: nothing of it is in the processor's caches any more, through which the
-//! guest's memory went meanwhile.
+//! guest's memory went meanwhile. Threads that will have a share of the work are made here too.
 
 use arch::wire::{IrqchipWire, VcpuWire};
 use migration::vmstate::{self, Audience, SectionId, SliceSource, VmState};
@@ -12,6 +12,7 @@ use crate::machine::Machine;
 /// that of this moment, and one that is at work is left alone. A vCPU's and the chips' is what it was when the machine
 /// was switched on, so that nobody has to be stopped for it.
 pub(super) fn exercise(machine: &Machine) {
+    machine.muster();
     for section in machine.board.sections() {
         if let Ok(body) = section.save(Audience::MiniVmm) {
             // It is decoded and checked, and changes nothing.

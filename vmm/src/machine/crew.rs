@@ -1,9 +1,10 @@
 //! Threads that do a share of short work at once, while the guest stands still.
 //!
-//! A thread that is woken runs where it ran last, or where it was woken from: to look for an idle processor Linux
-//! goes as far as processors share a cache, which those of a virtual host often seem not to. So a share that could be
-//! done beside another is done behind it. A hand is kept off the processor of whoever gives it work. The vCPUs'
-//! own threads can't be: where they run is the operator's choice.
+//! A thread that is woken runs where it ran last, or where it was woken from, unless Linux finds an idle processor for
+//! it; and it looks less far, or not at all, where all have been busy lately, as while memory was sent. So a share
+//! that could be done beside another is done behind it, and a processor is idle (seen in traces of Linux 6.18). A hand
+//! is kept off the processor of whoever gives it work. The vCPUs' own threads can't be: where they run is the
+//! operator's choice.
 
 use std::io;
 use std::sync::mpsc::{self, Receiver, SyncSender};

@@ -26,11 +26,11 @@ pub trait MsiController: Send + Sync {
     fn allocate(&self) -> io::Result<Box<dyn MsiVector>>;
 }
 
-/// One MSI-X vector, bound to an eventfd that the kernel turns into the interrupt.
+/// One MSI-X vector.
 pub trait MsiVector: Send + Sync {
-    /// Routes the vector to `message`, or nowhere.
+    /// Routes the vector to `message`, or nowhere, from the next [`trigger`](Self::trigger) on.
     fn set_message(&self, message: Option<MsiMessage>);
-    /// Sends the message (writes the eventfd).
+    /// Sends the message.
     fn trigger(&self) -> io::Result<()>;
 }
 

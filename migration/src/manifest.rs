@@ -33,6 +33,9 @@ pub const PREFLIGHT: &str = "preflight";
 /// A [`Hello::abilities`]: [runs of pages](crate::wire::ram::RUN) in one record.
 pub const RUNS: &str = "runs";
 
+/// A [`Hello::abilities`]: sections in the [shorter form](crate::vmstate::Audience::MiniVmm).
+pub const SHORT: &str = "short-sections";
+
 /// A [`Hello::abilities`]: pages on [further connections](crate::wire::multifd), if the manifest says so.
 pub const CHANNELS: &str = "channels";
 

@@ -419,9 +419,11 @@ impl Board {
         self.virtio.iter().try_for_each(|slot| lock(&slot.function).guest_started())
     }
 
-    /// What a guest that has just been let run does not wait for.
+    /// What a guest that has just been let run does not wait for. First all devices are at work again: doorbells take
+    /// longer.
     pub fn catch_up(&self) {
         self.virtio.iter().for_each(|slot| lock(&slot.function).catch_up());
+        self.virtio.iter().for_each(|slot| lock(&slot.function).update_doorbells());
     }
 
     /// Asks the disks to bring to safety what was written, while the guest runs.

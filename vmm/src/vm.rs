@@ -141,6 +141,7 @@ impl Vm {
             RunState::Running => Ok(()),
             RunState::Prelaunch | RunState::Paused => {
                 self.start_running(&mut life);
+                self.machine.catch_up();
                 Ok(())
             }
             RunState::Inmigrate => {
@@ -205,6 +206,7 @@ impl Vm {
         self.events.send(Event::Reset(reason));
         if runs {
             self.machine.resume();
+            self.machine.catch_up();
         }
         Ok(())
     }

@@ -204,11 +204,10 @@ impl VirtioPci {
         self.device.guest_started()
     }
 
-    /// What is left of [`resume`](Device::resume) when the guest runs: workers are woken, the kernel is asked for
-    /// doorbells, and the queues are looked at for what was rung while the device was paused. A guest that rings
-    /// before is heard afterwards.
+    /// What is left of [`resume`](Device::resume) when the guest runs: workers are woken, and the queues are looked at
+    /// for what was rung while the device was paused. A guest that rings before is heard then. The
+    /// [doorbells](Self::update_doorbells) follow.
     pub fn catch_up(&mut self) {
-        self.update_doorbells();
         self.device.unquiesce();
         // Nothing is taken from the queues of a device without a driver, and each ring wakes a thread.
         if self.core.is_live() {
@@ -345,7 +344,7 @@ impl VirtioPci {
     /// Registers the doorbells of the queues that are in use where the BARs are, and takes the
     /// others back. A doorbell that the kernel does not take rings by way of the BAR; so do all that are new while
     /// the VM is paused, until the guest runs: each waits for the kernel to let go of its list of doorbells.
-    pub(super) fn update_doorbells(&mut self) {
+    pub fn update_doorbells(&mut self) {
         let mut wanted = Vec::new();
         let started = self.core.status() & status::DRIVER_OK != 0 && !self.core.is_broken();
         for queue in 0..self.core.len() {

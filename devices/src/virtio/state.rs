@@ -5,8 +5,8 @@
 //! features 31:0 │ device configuration │ queues │ the device's own part │ subsections
 //! ```
 //!
-//! QEMU's arrays of queues have room for 1024, 45 KB of a section that has less than one without. Between two
-//! mini-vmms, while the guest stands still, those that there are travel in a subsection of their own.
+//! QEMU's arrays of queues have room for 1024, 45 KB in all. Between two mini-vmms, while the guest stands still, those
+//! that there are travel in a subsection of their own, some 50 bytes each.
 //!
 //! What is derived (rings, doorbells, interrupt routes, BARs) is rebuilt by the functions that a
 //! driver's register writes use.
@@ -81,19 +81,6 @@ struct ModernState {
     vqs: Tailed<ModernQueueState, QUEUES>,
 }
 
-/// The queues that a device with modern registers has, in place of [`ModernState`] and of the arrays in
-/// [`Subsections`].
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct FewQueues {
-    rings: Counted<u16, RingState, QUEUES>,
-    /// None, if no queue was resized.
-    default_sizes: Counted<u16, u32, QUEUES>,
-    dfselect: u32,
-    gfselect: u32,
-    guest_features: [u32; 2],
-    vqs: Counted<u16, ModernQueueState, QUEUES>,
-}
-
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename = "@subsections")]
 struct PciSubsections {
@@ -123,23 +110,46 @@ struct Subsections {
     started: Option<bool>,
     #[serde(rename = "virtio/disabled")]
     disabled: Option<bool>,
-    #[serde(rename = "mini-vmm/virtqueues")]
-    few: Option<FewQueues>,
 }
 
-impl Subsections {
-    /// With QEMU's arrays, whatever stood in for them.
-    fn in_full(mut self) -> Self {
-        if let Some(few) = self.few.take() {
-            let FewQueues { rings, default_sizes, dfselect, gfselect, guest_features, vqs } = few;
-            let resized = !default_sizes.0.is_empty();
-            self.rings = Some(Tailed::new(rings.0, RingState::default()));
-            self.default_sizes = resized.then(|| Tailed::new(default_sizes.0, 0));
-            let vqs = Tailed::new(vqs.0, ModernQueueState::from(ModernQueue::default()));
-            let modern = ModernState { dfselect, gfselect, guest_features, vqs };
-            self.extra = Some(ExtraState { subsections: PciSubsections { modern: Some(modern) } });
+/// What another mini-vmm gets in place of QEMU's arrays. Not a part of [`Subsections`], nor of the layout's digest: only
+/// who says that it reads it is sent it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename = "@subsections")]
+struct Short {
+    #[serde(rename = "mini-vmm/virtqueues")]
+    queues: Option<FewQueues>,
+}
+
+/// The queues of a device with modern registers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct FewQueues {
+    rings: Counted<u16, RingState, QUEUES>,
+    dfselect: u32,
+    gfselect: u32,
+    guest_features: [u32; 2],
+    vqs: Counted<u16, ModernQueueState, QUEUES>,
+}
+
+impl FewQueues {
+    /// Puts QEMU's arrays, of a device with so many queues, where these would have been.
+    fn expand(self, queues: usize, to: &mut Subsections) -> Result<(), FieldError> {
+        let FewQueues { rings, dfselect, gfselect, guest_features, vqs } = self;
+        let field = |name: &str| format!("mini-vmm/virtqueues.{name}");
+        for (name, found) in [("rings", rings.0.len()), ("vqs", vqs.0.len())] {
+            if found != queues {
+                return Err(FieldError::new(field(name), queues, found));
+            }
         }
-        self
+        let there = to.rings.is_some() || to.default_sizes.is_some() || to.extra.is_some();
+        if there {
+            return Err(FieldError::new(field("rings"), "these queues once", "QEMU's arrays too"));
+        }
+        to.rings = Some(Tailed::new(rings.0, RingState::default()));
+        let vqs = Tailed::new(vqs.0, ModernQueueState::from(ModernQueue::default()));
+        let modern = Some(ModernState { dfselect, gfselect, guest_features, vqs });
+        to.extra = Some(ExtraState { subsections: PciSubsections { modern } });
+        Ok(())
     }
 }
 
@@ -256,9 +266,12 @@ impl VirtioSection {
             features: registers.guest_features.into(),
         };
         let part = function.device.decode_part(&mut part)?;
-        let subsections: Subsections = from.get("")?;
-        let subsections = subsections.in_full();
+        let mut subsections: Subsections = from.get("")?;
+        let short: Short = from.get("")?;
         from.finish()?;
+        if let Some(few) = short.queues {
+            few.expand(expected, &mut subsections).map_err(|error| self.field_error(error))?;
+        }
         Ok(State { pci, msix, registers, config, queues, part, subsections })
     }
 }
@@ -378,25 +391,23 @@ impl VirtioPci {
             disabled: self.core.is_disabled().then_some(true),
             ..Subsections::default()
         };
-        if !resized {
-            default_sizes.clear();
-        }
+        let mut short = Short::default();
         if modern && audience == Audience::MiniVmm {
-            subsections.few = Some(self.few_queues(rings, default_sizes));
+            short.queues = Some(self.few_queues(rings));
         } else {
             subsections.rings = modern.then(|| Tailed::new(rings, RingState::default()));
             subsections.default_sizes = resized.then(|| Tailed::new(default_sizes, 0));
             let modern = modern.then(|| self.modern_state());
             subsections.extra = Some(ExtraState { subsections: PciSubsections { modern } });
         }
-        to.put(&subsections)
+        to.put(&subsections)?;
+        to.put(&short)
     }
 
-    fn few_queues(&self, rings: Vec<RingState>, default_sizes: Vec<u32>) -> FewQueues {
+    fn few_queues(&self, rings: Vec<RingState>) -> FewQueues {
         let vqs: Vec<_> = self.modern.iter().copied().map(ModernQueueState::from).collect();
         FewQueues {
             rings: rings.into(),
-            default_sizes: default_sizes.into(),
             dfselect: self.device_feature_select,
             gfselect: self.driver_feature_select,
             guest_features: self.driver_features,

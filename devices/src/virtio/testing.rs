@@ -82,6 +82,7 @@ pub(crate) fn go_on(function: &Mutex<VirtioPci>) {
     let mut function = function.lock().unwrap();
     function.resume();
     function.catch_up();
+    function.update_doorbells();
 }
 
 #[derive(Default)]

@@ -8,7 +8,7 @@ use super::{Arrival, DestinationError};
 use crate::control::Owed;
 use crate::fate::{Answer, FATE, Fate, Question};
 use crate::manifest::{
-    CHANNELS, Hello, MEMORY, PREFLIGHT, PROTOCOL_VERSIONS, REHEARSE, RUNS, ZSTD,
+    CHANNELS, Hello, MEMORY, PREFLIGHT, PROTOCOL_VERSIONS, REHEARSE, RUNS, SHORT, ZSTD,
 };
 use crate::source::PROGRAM;
 use crate::transport::{Connection, StreamReader};
@@ -26,7 +26,7 @@ pub(super) fn hello() -> Hello {
     Hello {
         program: PROGRAM.to_owned(),
         protocols: PROTOCOL_VERSIONS.to_vec(),
-        abilities: [PREFLIGHT, FATE, REHEARSE, RUNS, CHANNELS, ZSTD, MEMORY]
+        abilities: [PREFLIGHT, FATE, REHEARSE, RUNS, SHORT, CHANNELS, ZSTD, MEMORY]
             .map(str::to_owned)
             .to_vec(),
     }

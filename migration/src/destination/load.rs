@@ -153,7 +153,11 @@ impl Loader {
             if *version != section.version() {
                 continue;
             }
-            let again = section.save(Audience::MiniVmm).map_err(DestinationError::state)?;
+            // It came in the form that the source writes for this side, or in that for any mini-vmm.
+            let mut again = section.save(Audience::MiniVmm).map_err(DestinationError::state)?;
+            if again != *body {
+                again = section.save(Audience::Restore).map_err(DestinationError::state)?;
+            }
             if again != *body {
                 let differences: Vec<FieldError> = vm.section_differences(id, body, &again);
                 if !differences.is_empty() {

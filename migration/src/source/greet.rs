@@ -8,11 +8,12 @@ use super::{Migration, SourceError};
 use crate::fate::FATE;
 use crate::handover::Peer;
 use crate::manifest::{
-    CHANNELS, Channels as Announced, Hello, MEMORY, Manifest, PROTOCOL_VERSIONS, RUNS,
+    CHANNELS, Channels as Announced, Hello, MEMORY, Manifest, PROTOCOL_VERSIONS, RUNS, SHORT,
     SectionManifest, Verdict, ZSTD,
 };
 use crate::problem::Problem;
 use crate::verify;
+use crate::vmstate::Audience;
 use crate::wire::command::{Command, PING_MAGIC};
 use crate::wire::header::{self, Configuration};
 use crate::wire::return_path::Message;
@@ -65,6 +66,9 @@ impl Migration<'_> {
                 }
                 if hello.can(RUNS) {
                     self.out.allow_runs();
+                }
+                if hello.can(SHORT) {
+                    self.audience = Audience::MiniVmm;
                 }
                 self.agreed =
                     Some(verdict.prepared_for_ms).filter(|ms| *ms > 0).map(Duration::from_millis);

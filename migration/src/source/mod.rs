@@ -50,6 +50,7 @@ use crate::phase::Phase;
 use crate::stats::Report;
 use crate::throttle::{Rest, Throttle};
 use crate::transport::{Connection, Links, Sink};
+use crate::vmstate::Audience;
 use crate::wire::bounded_reason;
 use crate::wire::command::{Abort, Command};
 
@@ -184,6 +185,8 @@ struct Migration<'a> {
     round_trip: Duration,
     /// How long the destination waits for COMMIT after PREPARED.
     agreed: Option<Duration>,
+    /// What a mini-vmm's sections are written for.
+    audience: Audience,
     /// When it said PREPARED.
     prepared: Option<Instant>,
     /// Of the manifest's JSON, as it was sent.
@@ -213,6 +216,7 @@ impl<'a> Migration<'a> {
             id: None,
             round_trip: Duration::ZERO,
             agreed: None,
+            audience: Audience::Restore,
             prepared: None,
             manifest_digest: String::new(),
         }

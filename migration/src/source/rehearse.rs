@@ -10,7 +10,6 @@ use super::{Migration, SourceError};
 use crate::manifest::{Rehearse, Scrap};
 use crate::panics::asked_of_vm;
 use crate::problem::{Problem, kind};
-use crate::vmstate::Audience;
 use crate::wire::command::Command;
 use crate::wire::return_path::Message;
 use crate::wire::section::{self, NO_DESCRIPTION, PartType, SectionHeader};
@@ -97,7 +96,7 @@ impl Migration<'_> {
         let mut saved = Vec::new();
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
-            let body = section.save(Audience::MiniVmm);
+            let body = section.save(self.audience);
             saved.push((header, body.map_err(|source| SourceError::State { source })?));
         }
         Ok(Taken { saved, scraps: self.vm.scraps() })

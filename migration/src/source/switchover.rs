@@ -202,7 +202,7 @@ impl Migration<'_> {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
             let (body, description) = match peer {
                 Peer::MiniVmm => {
-                    let body = section.save(Audience::MiniVmm).map_err(failed)?;
+                    let body = section.save(self.audience).map_err(failed)?;
                     saved.sections.push((header, body));
                     continue;
                 }

@@ -16,10 +16,12 @@ use super::{FieldError, StateError, Words};
 pub enum Audience {
     /// A QEMU 7.2.
     Qemu,
-    /// A mini-vmm that restores a saved VM, in which a QEMU finds what is for it.
+    /// A mini-vmm that restores a saved VM, in which a QEMU finds what is for it, or one that has never heard of
+    /// shorter forms.
     Restore,
-    /// A mini-vmm that waits for it while the guest stands still: where QEMU's layouts have room for far more than
-    /// there is, it gets a `mini-vmm/…` subsection instead.
+    /// A mini-vmm that waits for it while the guest stands still, and has said that it reads shorter forms
+    /// ([`SHORT`](crate::manifest::SHORT)): where QEMU's layouts have room for far more than there is, it gets a
+    /// `mini-vmm/…` subsection instead. No digest of a layout tells of that one.
     MiniVmm,
 }
 

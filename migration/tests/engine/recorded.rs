@@ -16,7 +16,7 @@ use migration::manifest::{Hello, PROTOCOL_VERSIONS, Prepared, Running, Verdict};
 use migration::source::{self, Outcome};
 use migration::stats::Report;
 use migration::transport::Connection;
-use migration::vmstate::SliceSource;
+use migration::vmstate::{Audience, SliceSource};
 use migration::wire::return_path::Message;
 
 /// What a source of release 0.1.0 says, with `x-verify`, from the header to SETTLED.
@@ -216,6 +216,19 @@ fn with_a_newer_peer_the_best_version_that_both_speak_is_used() {
     assert_eq!(verdict, Verdict::default());
     let prepared: Prepared = serde_json::from_str(r#"{"later": 1}"#).unwrap();
     assert_eq!(prepared, Prepared::default());
+}
+
+#[test]
+fn sections_are_written_in_the_form_that_the_peer_reads() {
+    let forms = [(&["fate"][..], Audience::Restore), (&["short-sections"][..], Audience::MiniVmm)];
+    for (abilities, form) in forms {
+        let (outcome, source, _) = played(with_hello(PROTOCOL_VERSIONS, abilities));
+        assert!(matches!(outcome, Outcome::Completed(_)), "{outcome:?}");
+        for (id, device) in &source.devices {
+            let saved_for = device.lock().unwrap().saved_for.lock().unwrap().clone();
+            assert_eq!(saved_for, [form], "{id}, {abilities:?}");
+        }
+    }
 }
 
 #[test]

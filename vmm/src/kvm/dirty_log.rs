@@ -150,8 +150,8 @@ fn split(ram: &[Slot]) -> (Vec<Slot>, Option<Slot>) {
 }
 
 impl DirtyLog {
-    /// Of `ram`, which [`map`](Self::map) gives to the VM. With `ring` each vCPU has a dirty ring of
-    /// so many entries, a power of two; it comes before the first vCPU is created.
+    /// The slots of `ram`, which [`map`](Self::map) gives to the VM. With `ring` each vCPU has a dirty ring of
+    /// so many entries, a power of two; then this comes before the first vCPU is created.
     ///
     /// # Safety
     /// Every slot must lie in a mapping of this process that outlives the VM.
@@ -173,7 +173,7 @@ impl DirtyLog {
     }
 
     /// Maps all of it into the VM as RAM, not logged yet. Each slot is a grace period of the kernel's, together several
-    /// milliseconds of waiting.
+    /// milliseconds of waiting; vCPUs may be created meanwhile, and none may run.
     pub fn map(&self) -> Result<(), KvmError> {
         self.shadow().map()?;
         self.set_slots(false)

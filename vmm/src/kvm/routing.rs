@@ -24,7 +24,8 @@ const MAX_GSI: u32 = 1024;
 ///
 /// The kernel is given a table as a whole, and waits for whoever reads the one before. A driver changes a
 /// route at a time, and a guest that arrives has hundreds that nobody has used yet. So a change is noted, and the
-/// kernel given all of them when the next message is sent.
+/// kernel given all of them when the next message is sent. It refuses none for what is in it, as it would with
+/// KVM_CAP_X2APIC_API, which is not asked for.
 pub struct KvmRouting {
     vm: Arc<VmFd>,
     messages: Mutex<Messages>,

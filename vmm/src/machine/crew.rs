@@ -62,8 +62,8 @@ impl Hand {
         Ok(Self { jobs: Some(jobs), thread: Some(thread), place: Mutex::new(place) })
     }
 
-    /// Does `job`, elsewhere than on this processor if there is another one. The answer comes through the receiver;
-    /// none comes of a job that panics, nor of any after it.
+    /// Does `job`, which does not panic, elsewhere than on this processor if there is another one. The answer comes
+    /// through the receiver.
     pub(super) fn start<R: Send + 'static>(
         &self,
         job: impl FnOnce() -> R + Send + 'static,
@@ -73,7 +73,7 @@ impl Hand {
         let job: Job = Box::new(move || {
             let _ = answer.send(job());
         });
-        // One that has panicked takes none: the receiver hears of it.
+        // One that has panicked all the same takes none: the receiver hears of it.
         let _ = self.jobs.as_ref().map(|jobs| jobs.send(job));
         answers
     }
@@ -82,15 +82,16 @@ impl Hand {
     fn step_aside(&self) {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let (Some((place, kept_off)), Ok(here)) = (&mut *place, sched_getcpu()) else { return };
-        if kept_off.replace(here) == Some(here) {
+        if *kept_off == Some(here) {
             return;
         }
         let mut elsewhere = place.allowed;
         let others = elsewhere.unset(here).is_ok()
             && (0..CpuSet::count()).any(|cpu| elsewhere.is_set(cpu) == Ok(true));
         let to = if others { elsewhere } else { place.allowed };
-        if let Err(error) = sched_setaffinity(place.thread, &to) {
-            tracing::debug!(%error, "a thread stays where it is");
+        match sched_setaffinity(place.thread, &to) {
+            Ok(()) => *kept_off = Some(here),
+            Err(error) => tracing::debug!(%error, "a thread stays where it is"),
         }
     }
 }

@@ -240,15 +240,18 @@ impl Machine {
         }
     }
 
-    /// Lets devices and vCPUs go on. Gives the time at which all vCPUs were let go.
+    /// Lets devices and vCPUs go on; [`catch_up`](Self::catch_up) follows. Gives the time at which all vCPUs were let go.
     pub fn resume(&self) -> Instant {
         self.resume_devices();
         self.tell_guests_they_stood_still();
         self.bell.set_running(true);
-        let since = Vcpu::resume_all(&self.vcpus);
+        Vcpu::resume_all(&self.vcpus)
+    }
+
+    /// Does what a guest that has just been let run did not wait for. Nothing comes of it if it stands still again.
+    pub fn catch_up(&self) {
         self.board.catch_up();
         self.dismiss();
-        since
     }
 
     /// Lets the devices go on while the vCPUs stand still.

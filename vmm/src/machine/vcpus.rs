@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
 
 use arch::clock::ClockBase;
 use arch::cpuid::CpuProfile;
@@ -56,7 +57,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Has threads stand by for what is done for all vCPUs, until they run.
+    /// Has threads stand by for what is done for all vCPUs, until they run or are [not needed](Self::dismiss).
     pub fn muster(&self) {
         let mut crew = self.crew();
         if crew.is_none() {
@@ -70,7 +71,7 @@ impl Machine {
     }
 
     /// Sends them away.
-    pub(super) fn dismiss(&self) {
+    pub fn dismiss(&self) {
         let crew = self.crew().take();
         drop(crew);
     }
@@ -103,8 +104,10 @@ impl Machine {
             for vcpu in vcpus {
                 work.push((vcpu.paused()?.clone(), job(vcpu.index())));
             }
-            let share: Share<T, E> =
-                Box::new(move || work.into_iter().map(|(fd, job)| job(&fd)).collect());
+            let share: Share<T, E> = Box::new(move || {
+                let all = || work.into_iter().map(|(fd, job)| job(&fd)).collect();
+                catch_unwind(AssertUnwindSafe(all))
+            });
             shares.push((&vcpus[0], share));
         }
         let mut shares = shares.into_iter();
@@ -118,18 +121,20 @@ impl Machine {
                 None => (vcpu.index(), vcpu.start_job(move |_| share())),
             })
             .collect();
-        let mine = catch_unwind(AssertUnwindSafe(|| mine.map(|(_, share)| share())));
+        let mine = mine.map_or(Ok(Ok(Vec::new())), |(_, share)| share());
         // ... and all have ended before anyone hears of an error, and lets vCPUs run that they still work on.
         let others: Vec<_> =
             others.into_iter().map(|(index, answer)| (index, answer.recv())).collect();
-        let mine = mine.unwrap_or_else(|panic| resume_unwind(panic));
-        let mut answers = mine.unwrap_or(Ok(Vec::new())).map_err(E::into)?;
-        for (index, answer) in others {
-            answers.extend(answer.map_err(|_| VcpuError::Stopped(index))?.map_err(E::into)?);
+        let answer = |done: thread::Result<Result<Vec<T>, E>>| {
+            done.unwrap_or_else(|panicked| resume_unwind(panicked)).map_err(E::into)
+        };
+        let mut answers = answer(mine)?;
+        for (index, done) in others {
+            answers.extend(answer(done.map_err(|_| VcpuError::Stopped(index))?)?);
         }
         Ok(answers)
     }
 }
 
-/// What one thread does for its share of the vCPUs.
-type Share<T, E> = Box<dyn FnOnce() -> Result<Vec<T>, E> + Send>;
+/// What one thread does for its share of the vCPUs; a panic is the caller's.
+type Share<T, E> = Box<dyn FnOnce() -> thread::Result<Result<Vec<T>, E>> + Send>;

@@ -41,6 +41,12 @@ pub(super) struct Arriving<'a> {
     ready: bool,
 }
 
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        self.vm.machine.dismiss();
+    }
+}
+
 impl<'a> Arriving<'a> {
     /// For a source that has connected to `listener`, or what comes from elsewhere.
     pub(super) fn new(vm: Arc<Vm>, listener: Option<&'a Listener>, trial: Trial) -> Self {
@@ -258,7 +264,8 @@ impl DestinationVm for Arriving<'_> {
         if let Some(Err(entry)) = self.ledger.as_ref().map(|ledger| ledger.mark(Mark::Start)) {
             tracing::error!("the guest runs, and the source's ledger says otherwise: {entry:?}");
         }
-        // It runs, whatever becomes of this.
+        // It runs, whatever becomes of these.
+        let _ = guarded(|| self.vm.machine.catch_up());
         let rounds = Rounds::from(&self.vm.migration.lock().parameters);
         let _ = guarded(|| self.vm.machine.board.announce(rounds, None));
         Ok(since)

@@ -38,6 +38,12 @@ pub(super) struct Leaving {
     ledger: Option<LedgerPage>,
 }
 
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.vm.machine.dismiss();
+    }
+}
+
 impl Leaving {
     pub(super) fn new(vm: Arc<Vm>) -> Self {
         Self { vm, before: None, left: LeftDisks::default(), throttle: None, ledger: None }
@@ -185,6 +191,7 @@ impl SourceVm for Leaving {
         life.state = before;
         if before == RunState::Running {
             self.vm.start_running(&mut life);
+            self.vm.machine.catch_up();
         }
         Ok(())
     }

@@ -405,10 +405,47 @@ fn a_busy_device_moves_with_every_field() {
     // Its doorbells come when it runs already, and it has rung before.
     assert!(guest.io_events.0.lock().unwrap().is_empty());
     guest.function.lock().unwrap().catch_up();
+    guest.function.lock().unwrap().update_doorbells();
     let doorbells = source.io_events.0.lock().unwrap().clone();
     assert_eq!((doorbells.len(), &*guest.io_events.0.lock().unwrap()), (6, &doorbells));
     assert_eq!(guest.wait_used(0, 1), [(head, 21)]);
     assert_eq!(&guest.bytes(id, 21), b"serial-of-disk0\0\0\0\0\0\0");
+}
+
+/// Where the subsection of a short form begins that has its queues.
+fn few_queues(short: &[u8]) -> usize {
+    let name = b"mini-vmm/virtqueues";
+    short.windows(name.len()).position(|w| w == name).expect("a short form") - 2
+}
+
+#[test]
+fn queues_that_are_not_the_devices_are_refused() {
+    let (source, _file) = busy();
+    let (full, short) = (source.save(), source.save_for(Audience::MiniVmm));
+    let at = few_queues(&short);
+    let refused = |body: &[u8]| source.load(body).unwrap_err().to_string();
+
+    let error = refused(&[&full, &short[at..]].concat());
+    assert!(error.contains("mini-vmm/virtqueues") && error.contains("QEMU's arrays"), "{error}");
+
+    // Behind type, length, name and version: two rings of three, whose bytes are gone too.
+    let rings = at + 2 + 19 + 4;
+    assert_eq!(short[rings..rings + 2], [0, 3]);
+    let two = [&short[..rings], &[0, 2], &short[rings + 2..rings + 34], &short[rings + 50..]];
+    let error = refused(&two.concat());
+    assert!(error.contains("mini-vmm/virtqueues.rings: expected 3, found 2"), "{error}");
+
+    // Behind the rings and four words: no modern queue.
+    let vqs = rings + 2 + 3 * 16 + 4 * 4;
+    assert_eq!(short[vqs..vqs + 2], [0, 3]);
+    let error = refused(&[&short[..vqs], &[0, 0]].concat());
+    assert!(error.contains("mini-vmm/virtqueues.vqs: expected 3, found 0"), "{error}");
+
+    let mut many = short.clone();
+    many[vqs..vqs + 2].copy_from_slice(&[4, 1]);
+    let error = refused(&many);
+    assert!(error.contains("1025 elements, at most 1024"), "{error}");
+    source.load(&short).unwrap();
 }
 
 #[test]

@@ -28,11 +28,14 @@ pub(crate) struct FakeDevice {
     pub(crate) state: FakeState,
     /// What happens to the state when it is restored, for a device with a defect.
     pub(crate) forgetful: bool,
+    /// Whom the state was saved for.
+    pub(crate) saved_for: Mutex<Vec<Audience>>,
 }
 
 impl Migratable for FakeDevice {
     type State = FakeState;
-    fn save(&self, _: Audience) -> Result<FakeState, FieldError> {
+    fn save(&self, audience: Audience) -> Result<FakeState, FieldError> {
+        self.saved_for.lock().unwrap().push(audience);
         Ok(self.state.clone())
     }
     fn check(&self, state: &FakeState) -> Result<(), FieldError> {

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use crate::guest::Machine;
+use crate::vmstate::Audience;
 
 /// Of the smallest guest, without round trips. This and the next two were measured over loopback
 /// (docs/performance.md, "The pause").
@@ -17,8 +18,10 @@ const VCPU: Duration = Duration::from_micros(500);
 const VIRTIO_DEVICE: Duration = Duration::from_micros(200);
 /// Bytes of a vCPU's sections.
 const VCPU_BYTES: u64 = 8 << 10;
-/// Bytes of a virtio device's section: it has 45 bytes for each of QEMU's 1024 possible queues.
+/// Bytes of a virtio device's section: it has 45 bytes for each of QEMU's 1024 possible queues,
 const VIRTIO_BYTES: u64 = 46 << 10;
+/// or those that there are.
+const SHORT_VIRTIO_BYTES: u64 = 1 << 10;
 /// Bytes of all other sections together.
 const OTHER_BYTES: u64 = 24 << 10;
 /// Round trips with the guest stopped: one for the last pages, PREPARED, and COMMIT.
@@ -34,21 +37,26 @@ pub struct HandOver {
 }
 
 impl HandOver {
-    /// Of this machine, where an answer takes `round_trip`: zero where nobody answers.
-    pub fn of(machine: &(impl Machine + ?Sized), round_trip: Duration) -> Self {
+    /// Of this machine, whose sections are for `audience`, where an answer takes `round_trip`: zero where nobody
+    /// answers.
+    pub fn of(machine: &(impl Machine + ?Sized), audience: Audience, round_trip: Duration) -> Self {
         let is_virtio = |name: &str| name.contains("virtio");
         let sections = machine.sections();
         let virtio = sections.iter().filter(|section| is_virtio(&section.id().idstr)).count();
         let (vcpus, virtio) = (machine.vcpus(), u32::try_from(virtio).unwrap_or(u32::MAX));
         let state = VCPU.saturating_mul(vcpus).saturating_add(VIRTIO_DEVICE.saturating_mul(virtio));
         let bytes = |count: u32, each: u64| u64::from(count).saturating_mul(each);
+        let virtio_bytes = match audience {
+            Audience::MiniVmm => SHORT_VIRTIO_BYTES,
+            Audience::Restore | Audience::Qemu => VIRTIO_BYTES,
+        };
         Self {
             fixed: SMALLEST
                 .saturating_add(state)
                 .saturating_add(round_trip.saturating_mul(ROUND_TRIPS)),
             bytes: OTHER_BYTES
                 .saturating_add(bytes(vcpus, VCPU_BYTES))
-                .saturating_add(bytes(virtio, VIRTIO_BYTES)),
+                .saturating_add(bytes(virtio, virtio_bytes)),
         }
     }
 

@@ -23,10 +23,11 @@ use crate::dirty::DirtyBitmap;
 use crate::estimate::HandOver;
 use crate::forecast::{Forecast, Measured};
 use crate::guest::{DirtyTracker, GuestRam, PAGE_SIZE, SourceVm};
-use crate::manifest::{PREFLIGHT, REHEARSE, Verdict};
+use crate::manifest::{PREFLIGHT, REHEARSE, SHORT, Verdict};
 use crate::params::OnTimeout;
 use crate::problem::{Problem, kind};
 use crate::transport::Connection;
+use crate::vmstate::Audience;
 use crate::wire::command::Command;
 use crate::wire::limits::MAX_PROBE;
 use crate::wire::return_path::Message;
@@ -136,6 +137,9 @@ impl Migration<'_> {
         if questions.rehearse && !hello.can(REHEARSE) {
             return Err(SourceError::NoRehearsal { program: hello.program });
         }
+        if hello.can(SHORT) {
+            self.audience = Audience::MiniVmm;
+        }
         let Verdict { problems: fatal, warnings, left_out, .. } = self.verdict(&hello, true)?;
         problems.extend(fatal);
         let mut forecast = None;
@@ -186,7 +190,7 @@ impl Migration<'_> {
                 return Ok(Err(Problem::new(kind::NO_FORECAST, "the forecast", "-", why, "")));
             }
         };
-        let hand_over = HandOver::of(&*self.vm, round_trip);
+        let hand_over = HandOver::of(&*self.vm, self.audience, round_trip);
         let measured =
             Measured { ram_bytes, data_bytes, bandwidth, round_trip, hand_over, dirtied };
         let parameters = &self.parameters;

@@ -28,8 +28,8 @@ pub trait MsiController: Send + Sync {
 
 /// One MSI-X vector.
 pub trait MsiVector: Send + Sync {
-    /// Routes the vector to `message`, or nowhere, from the next [`trigger`](Self::trigger) on.
-    fn set_message(&self, message: Option<MsiMessage>);
+    /// Routes the vector to `message`, from the next [`trigger`](Self::trigger) on.
+    fn set_message(&self, message: MsiMessage);
     /// Sends the message.
     fn trigger(&self) -> io::Result<()>;
 }

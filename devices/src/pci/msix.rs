@@ -66,7 +66,7 @@ impl Vector {
         }
         let message = self.message();
         if self.routed != Some(message) {
-            self.route.set_message(Some(message));
+            self.route.set_message(message);
             self.routed = Some(message);
         }
         if self.pending {

@@ -67,8 +67,8 @@ impl MsiController for FakeMsi {
 }
 
 impl MsiVector for FakeVector {
-    fn set_message(&self, message: Option<MsiMessage>) {
-        *self.message.lock().unwrap() = message;
+    fn set_message(&self, message: MsiMessage) {
+        *self.message.lock().unwrap() = Some(message);
     }
     fn trigger(&self) -> io::Result<()> {
         let message = self.message.lock().unwrap().expect("a vector without a route fires");

@@ -142,9 +142,9 @@ struct Vector {
 }
 
 impl MsiVector for Vector {
-    fn set_message(&self, message: Option<MsiMessage>) {
+    fn set_message(&self, message: MsiMessage) {
         let mut messages = self.routing.lock();
-        if messages.insert(self.gsi, message) != Some(message) {
+        if messages.insert(self.gsi, Some(message)).flatten() != Some(message) {
             self.routing.stale.store(true, Ordering::Release);
         }
     }
@@ -204,7 +204,7 @@ mod tests {
         vcpu.set_lapic(&lapic).unwrap();
 
         let controller = KvmMsi(KvmRouting::new(vm).unwrap());
-        let message = |data| Some(MsiMessage { address: 0xfee0_0000, data });
+        let message = |data| MsiMessage { address: 0xfee0_0000, data };
         let (one, other) = (controller.allocate().unwrap(), controller.allocate().unwrap());
         one.set_message(message(0x41));
         other.set_message(message(0x42));

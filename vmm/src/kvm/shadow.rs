@@ -114,18 +114,14 @@ impl Shadow {
         Self { vm, ram, first_id, shown, split: false, logging: false, lost: false }
     }
 
-    /// Gives a VM that has none of it yet all of it as RAM.
-    pub(super) fn map(&self) -> Result<(), KvmError> {
-        self.set_whole()
-    }
-
     /// The slot of all segments.
     fn whole(&self) -> Option<Slot> {
         let (guest_address, len) = (START, END - START);
         self.ram.map(|ram| Slot { id: self.first_id, guest_address, len, ..ram })
     }
 
-    fn set_whole(&self) -> Result<(), KvmError> {
+    /// Gives a VM that has none of it all of it as RAM, in one slot.
+    pub(super) fn map(&self) -> Result<(), KvmError> {
         let Some(slot) = self.whole() else { return Ok(()) };
         let flags = if self.logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         // SAFETY: the slot lies in RAM, for which the caller of `new` vouched.
@@ -262,7 +258,7 @@ impl Shadow {
         self.logging = on;
         self.lost = false;
         if !self.split {
-            return self.set_whole();
+            return self.map();
         }
         for (index, view) in self.shown.segments.iter().enumerate() {
             if matches!(view, View::Ram) {

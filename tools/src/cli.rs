@@ -408,20 +408,10 @@ impl Cli {
 
 /// Builds the product as it is shipped and lets it show itself.
 fn demo(args: &[String]) -> Result<u8> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut run = std::process::Command::new(cargo);
-    run.args([
-        "run",
-        "--release",
-        "--quiet",
-        "--package",
-        "vmm",
-        "--bin",
-        "mini-vmm",
-        "--",
-        "demo",
-    ]);
-    let status = run.args(args).status().doing(|| "run cargo".to_owned())?;
+    let program = xtask::suite::build_vmm(&["--release"])?;
+    let mut command = std::process::Command::new(&program);
+    let status = command.arg("demo").args(args).status();
+    let status = status.map_err(|source| xtask::process::start_error(&command, source))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 

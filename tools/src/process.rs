@@ -34,6 +34,19 @@ pub fn run(command: &mut Command) -> Result<()> {
     Err(Error::Failed { command: line(command), status, output: String::new() })
 }
 
+/// Runs a command whose standard output is wanted and which says on the terminal how it fares.
+///
+/// # Errors
+/// `Start` when it can't be started, `Failed` when it fails.
+pub fn output_told(command: &mut Command) -> Result<String> {
+    let done = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let done = done.map_err(|source| start_error(command, source))?;
+    if done.status.success() {
+        return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
+    }
+    Err(Error::Failed { command: line(command), status: done.status, output: String::new() })
+}
+
 /// The error for a command that could not be started.
 pub fn start_error(command: &Command, source: std::io::Error) -> Error {
     Error::Start { program: command.get_program().to_string_lossy().into_owned(), source }

@@ -154,10 +154,14 @@ fn dependencies() -> Result<()> {
 }
 
 /// Builds `mini-vmm` with these options of `cargo build` more, and says where it is.
+///
+/// What cargo says of its progress, and of another cargo that it waits for, is shown: a first
+/// build takes minutes.
 pub fn build_vmm(options: &[&str]) -> Result<PathBuf> {
     let mut command = Command::new(cargo_program());
-    command.args(["build", "--package", "vmm", "--bin", "mini-vmm", "--message-format=json"]);
-    let messages = process::output(command.arg("--quiet").args(options))?;
+    command.args(["build", "--package", "vmm", "--bin", "mini-vmm"]);
+    command.arg("--message-format=json-render-diagnostics").args(options);
+    let messages = process::output_told(&mut command)?;
     let built = messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())

@@ -12,7 +12,7 @@
 //! throttle, between two passes; none behind a pause or a failure
 //! share_memory, in the place of all that reads pages                  the guest runs
 //! exercise                                                            the guest runs
-//! pause → drain → Section::save for every section → fetch → …         the guest stands still
+//! pause → drain → read_state → fetch → … → Section::save for all      the guest stands still
 //! release_disks → hand_over                                           the other side runs it
 //!                 reacquire_disks → resume                            or this side goes on
 //! offer_memory, reclaim_memory: behind release_disks, ahead of reacquire_disks, if it was shared
@@ -315,6 +315,10 @@ pub trait SourceVm: Machine {
     /// disks, and leaves every device such that it writes nothing any more, neither to guest
     /// memory nor to its back end. After a failure [`resume`](Self::resume) is called.
     fn drain(&mut self) -> Result<(), VmError>;
+
+    /// Called once after [`drain`](Self::drain): reads what the hypervisor holds of vCPUs and devices, which may
+    /// make it write to guest memory. What [`Section::save`] does behind it changes nothing there.
+    fn read_state(&mut self) -> Result<(), VmError>;
 
     /// Back to the run state that [`pause`](Self::pause) found: devices first, then vCPUs if they
     /// were running.

@@ -18,9 +18,9 @@ use crate::throttle::Rest;
 /// |---|---|---|
 /// | pause | the vCPUs stop | |
 /// | drain | devices finish, disks are flushed | |
-/// | vcpu-state | every section is saved | |
+/// | vcpu-state | vCPUs and what else the hypervisor holds are read | |
 /// | last-pages | the last dirty pages are sent | and received |
-/// | devices | sections are sent | received and decoded |
+/// | devices | sections are written and sent | received and decoded |
 /// | prepared | the destination's word is awaited | everything is applied and checked |
 /// | commit | disks are released | COMMIT is awaited, disks are taken |
 /// | running | COMMIT is sent, and the guest runs over there | the vCPUs start |

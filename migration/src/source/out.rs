@@ -240,6 +240,11 @@ impl<'a> Out<'a> {
         self.parts.len() + 2 > MAX_PARTS || self.len >= most || self.pages >= MAX_PAGES
     }
 
+    /// Bytes that have been collected for the next write.
+    pub(super) fn collected(&self) -> usize {
+        self.len
+    }
+
     /// Writes what has been collected.
     pub(super) fn flush(&mut self, what: &'static str) -> Result<(), SourceError> {
         if self.parts.is_empty() {

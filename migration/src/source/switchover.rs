@@ -5,7 +5,7 @@
 //! ```text
 //! pause vCPUs        no new requests to devices
 //! drain devices      nothing is in flight, disks are flushed, nobody writes to RAM any more
-//! save every section reading vCPU state can make the hypervisor write to guest memory (kvmclock)
+//! read vCPU state    which can make the hypervisor write to guest memory (kvmclock)
 //! last bitmap        so it comes after
 //! last pages, device sections, end of the stream
 //! PREPARED → release disks → COMMIT → shut(0)             to a mini-vmm
@@ -36,7 +36,13 @@ use crate::wire::command::{Command, Commit};
 use crate::wire::return_path::Message;
 use crate::wire::section::{self, NO_DESCRIPTION, PartType, SectionHeader};
 
-/// What there is beside RAM, as it goes out.
+/// What is being sent behind the last pages.
+const SECTIONS: &str = "the device sections";
+/// Bytes of sections in one write: less than a vCPU has, so that one is loaded while the next is written, and more
+/// than most devices have, so that a write costs less than what it holds.
+const SECTIONS_AT_ONCE: usize = 4 << 10;
+
+/// What there is beside RAM, as it goes out to who can't be told what fails.
 #[derive(Default)]
 struct Saved {
     sections: Vec<(SectionHeader, Vec<u8>)>,
@@ -165,65 +171,89 @@ impl Migration<'_> {
     fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
         let stats = self.control.stats();
         stats.step(Step::VcpuState);
-        let mut saved = self.save_sections(peer)?;
+        self.vm.read_state().map_err(SourceError::vm("reading the vCPUs' state"))?;
+        // Who can't be told why the rest does not come gets nothing before all of it is there.
+        let saved = match peer {
+            Peer::MiniVmm => None,
+            Peer::Qemu | Peer::Nobody => Some(self.save_sections(peer)?),
+        };
 
         stats.step(Step::LastPages);
         // The log goes on: to stop it takes KVM a grace period for each slot, and the guest waits.
         self.send_last_pages(passes)?;
-        let digests = self.digests(peer, &saved)?;
+        let digests = self.ram_digests(peer)?;
 
         stats.step(Step::Devices);
-        for (header, body) in std::mem::take(&mut saved.sections) {
-            self.out.put(|out| section::write_header(out, PartType::Full, &header));
-            self.out.give(body);
-            self.out.put(|out| section::write_footer(out, header.id));
-        }
-        let description = if peer == Peer::MiniVmm {
-            if let Some(digests) = digests {
-                self.out.command(&Command::Verify(digests));
+        let description = match saved {
+            None => {
+                self.send_sections(digests)?;
+                String::new()
             }
-            self.out.put(|out| section::write_end(out, NO_DESCRIPTION));
-            self.send("the device sections")?;
-            String::new()
-        } else {
-            // The other side loads them while they are being described.
-            self.send("the device sections")?;
-            self.describe(peer, saved, digests)?
+            Some(mut saved) => {
+                for (header, body) in std::mem::take(&mut saved.sections) {
+                    self.put_section(&header, body);
+                }
+                // The other side loads them while they are being described.
+                self.send(SECTIONS)?;
+                self.describe(peer, saved, digests)?
+            }
         };
         self.check()?;
         Ok(description)
     }
 
-    /// Reads the state of everything but RAM.
+    fn put_section(&mut self, header: &SectionHeader, body: Vec<u8>) {
+        self.out.put(|out| section::write_header(out, PartType::Full, header));
+        self.out.give(body);
+        self.out.put(|out| section::write_footer(out, header.id));
+    }
+
+    /// Writes section after section for a mini-vmm, which reads one while the next is written.
+    fn send_sections(&mut self, mut digests: Option<Digests>) -> Result<(), SourceError> {
+        for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
+            let header = SectionHeader { id, key: section.id(), version: section.version() };
+            let body = section.save(self.audience);
+            let body = body.map_err(|source| SourceError::State { source })?;
+            if let Some(digests) = &mut digests {
+                digests.sections.push(SectionDigest {
+                    id: header.key.idstr.clone(),
+                    instance: header.key.instance,
+                    digest: verify::section_digest(header.version, &body),
+                });
+            }
+            self.put_section(&header, body);
+            if self.out.collected() >= SECTIONS_AT_ONCE {
+                self.send(SECTIONS)?;
+            }
+        }
+        if let Some(digests) = digests {
+            self.out.command(&Command::Verify(digests));
+        }
+        self.out.put(|out| section::write_end(out, NO_DESCRIPTION));
+        self.send(SECTIONS)
+    }
+
+    /// Writes down the state of everything but RAM, for a QEMU or a saved VM.
     fn save_sections(&mut self, peer: Peer) -> Result<Saved, SourceError> {
         let failed = |source| SourceError::State { source };
         let mut saved = Saved::default();
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };
-            let (body, description) = match peer {
-                Peer::MiniVmm => {
-                    let body = section.save(self.audience).map_err(failed)?;
-                    saved.sections.push((header, body));
-                    continue;
-                }
-                Peer::Qemu => section.save_described(Audience::Qemu).map_err(failed)?,
-                Peer::Nobody => {
-                    let full = section.save_described(Audience::Restore).map_err(failed)?;
-                    match section.save_described(Audience::Qemu) {
-                        Ok((body, _)) if body == full.0 => full,
-                        Ok(plain) => {
-                            let (key, version) = (&header.key, header.version);
-                            saved.fuller.push(FullerSection::new(key, version, full.0));
-                            plain
-                        }
-                        Err(error) => {
-                            let error = crate::wire::error_chain(&error);
-                            tracing::warn!(
-                                error,
-                                "only a mini-vmm will be able to take the saved VM"
-                            );
-                            full
-                        }
+            let (body, description) = if peer == Peer::Qemu {
+                section.save_described(Audience::Qemu).map_err(failed)?
+            } else {
+                let full = section.save_described(Audience::Restore).map_err(failed)?;
+                match section.save_described(Audience::Qemu) {
+                    Ok((body, _)) if body == full.0 => full,
+                    Ok(plain) => {
+                        let (key, version) = (&header.key, header.version);
+                        saved.fuller.push(FullerSection::new(key, version, full.0));
+                        plain
+                    }
+                    Err(error) => {
+                        let error = crate::wire::error_chain(&error);
+                        tracing::warn!(error, "only a mini-vmm will be able to take the saved VM");
+                        full
                     }
                 }
             };
@@ -233,8 +263,9 @@ impl Migration<'_> {
         Ok(saved)
     }
 
-    /// What `--verify` compares, if it is asked for and somebody will.
-    fn digests(&self, peer: Peer, saved: &Saved) -> Result<Option<Digests>, SourceError> {
+    /// What `--verify` compares of memory, if it is asked for and somebody will; a mini-vmm compares what it is
+    /// asked for by, too.
+    fn ram_digests(&self, peer: Peer) -> Result<Option<Digests>, SourceError> {
         if !self.parameters.verify || peer == Peer::Qemu {
             return Ok(None);
         }
@@ -242,15 +273,6 @@ impl Migration<'_> {
         let mut digests = ram.map_err(|source| SourceError::Memory { source })?;
         if peer == Peer::MiniVmm {
             digests.manifest = self.manifest_digest.clone();
-            digests.sections = saved
-                .sections
-                .iter()
-                .map(|(header, body)| SectionDigest {
-                    id: header.key.idstr.clone(),
-                    instance: header.key.instance,
-                    digest: verify::section_digest(header.version, body),
-                })
-                .collect();
         }
         Ok(Some(digests))
     }

@@ -13,6 +13,7 @@ use migration::destination::DestinationError;
 use migration::params::Parameters;
 use migration::phase::Phase;
 use migration::source::{Outcome, SourceError};
+use migration::stats::Step;
 use migration::transport::{Address, Connection, Listener, TransportError};
 use migration::vmstate::SectionId;
 use migration::wire::return_path::{Failed, Message};
@@ -78,6 +79,8 @@ fn whatever_fails_on_the_source_before_the_commit_leaves_the_guest_running() {
     for (fault, words) in [
         (Fault::Pause, "pausing the vCPUs failed: Pause was told to fail: the reason behind it"),
         (Fault::Drain, "finishing the devices' requests failed: Drain"),
+        (Fault::ReadState, "reading the vCPUs' state failed: ReadState"),
+        (Fault::LastSection, "0000:00:02.0/virtio-net: it was told to fail"),
         (Fault::ReleaseDisks, "giving up the disks' locks failed: ReleaseDisks"),
     ] {
         let (mut source, destination, _) = two_vms(64);
@@ -91,6 +94,24 @@ fn whatever_fails_on_the_source_before_the_commit_leaves_the_guest_running() {
         assert_eq!(control.info().status, Some(Phase::Failed));
         assert!(control.info().error_desc.unwrap().contains(words));
     }
+}
+
+/// Sections are sent while others are written: the destination has some of them when one can't be.
+#[test]
+fn a_section_that_cannot_be_written_behind_others_that_were_sent_leaves_the_guest_running() {
+    let (mut source, mut destination, _) = two_vms(64);
+    for vm in [&mut source, &mut destination] {
+        vm.devices.extend((0..200).map(|n| (SectionId::new("disk", n), Arc::default())));
+    }
+    source.fault = Fault::LastSection;
+    let there = crate::common::control();
+    let ended = migrate(source, destination, pair(), (control(), there.clone()));
+    let words = "disk (instance 199): it was told to fail";
+    assert_kept(&ended, words);
+    let said = ended.arrived.as_ref().unwrap_err().error.chain();
+    assert!(said.contains("the source gave up") && said.contains(words), "{said}");
+    let steps: Vec<_> = there.report().steps.iter().map(|(step, _)| *step).collect();
+    assert!(steps.contains(&Step::Devices), "none had come: {steps:?}");
 }
 
 #[test]

@@ -29,7 +29,8 @@ fn a_quiet_guest_arrives() {
     // When a pass has ended, while the source hears of that and may go on.
     assert!(history.iter().any(|what| what == "destination exercises"), "{history:?}");
     history.retain(|what| what != "destination exercises");
-    let expected = ["source runs", "pause", "drain", "destination runs", "handed over"];
+    let expected =
+        ["source runs", "pause", "drain", "read state", "destination runs", "handed over"];
     assert_eq!(history, expected);
 }
 

@@ -46,6 +46,7 @@ fn a_source_that_panics_before_the_order_goes_on_with_its_guest() {
         (Fault::Pause, "the guest was stopped"),
         (Fault::Paused, "the guest was stopped"),
         (Fault::Drain, "the guest was stopped"),
+        (Fault::ReadState, "the guest's state was sent"),
         (Fault::Sections, "the guest's state was sent"),
         (Fault::ReleaseDisks, "giving up the disks' locks failed"),
     ] {

@@ -112,6 +112,7 @@ fn todays_destination_takes_a_vm_from_the_recorded_source() {
     let mut source = source;
     migration::guest::SourceVm::pause(&mut source).unwrap();
     migration::guest::SourceVm::drain(&mut source).unwrap();
+    migration::guest::SourceVm::read_state(&mut source).unwrap();
     migration::guest::SourceVm::release_disks(&mut source).unwrap();
     let control = control();
     destination::run(&mut there, connection(b), &control).unwrap();

@@ -184,6 +184,11 @@ impl SourceVm for Leaving {
         Ok(())
     }
 
+    fn read_state(&mut self) -> Result<(), VmError> {
+        let read = self.vm.kvm_state.snapshot(&self.vm.machine);
+        read.map(drop).map_err(|e| VmError::with("the vCPUs' state could not be read", e))
+    }
+
     fn resume(&mut self) -> Result<(), VmError> {
         self.vm.kvm_state.forget();
         let mut life = self.vm.life();

@@ -1,5 +1,6 @@
 //! A VM that is to go wrong where it is told, and a world that notices when two sides run the same one.
 
+use std::any::Any;
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -15,7 +16,9 @@ use migration::handover::ledger::{Entry, Ledger, Mark};
 use migration::manifest::{Problem, Scrap};
 use migration::throttle::Rest;
 use migration::transport::Connection;
-use migration::vmstate::{FieldError, Section, SectionId, SectionOf};
+use migration::vmstate::{
+    Audience, ByteSource, Description, FieldError, Section, SectionId, SectionOf, StateError,
+};
 
 use super::guest::{FakeDevice, FakeState, Guest, OtherDevice};
 use super::memory::{FakeLog, FakeRam, GIVES_WAY};
@@ -104,8 +107,11 @@ pub(crate) enum Fault {
     /// It stands still, and says that it does not.
     Paused,
     Drain,
+    ReadState,
     /// When it stands still.
     Sections,
+    /// The last section can't be written, when it stands still.
+    LastSection,
     LeftDisks,
     HandOver,
     ReleaseDisks,
@@ -265,6 +271,47 @@ impl FakeVm {
     }
 }
 
+/// A device whose state can't be written down.
+struct Unwritable(Box<dyn Section>);
+
+impl Unwritable {
+    fn error(&self) -> StateError {
+        let (section, what) = (self.id().to_string(), "it was told to fail".to_owned());
+        StateError::Device { section, what, source: None }
+    }
+}
+
+impl Section for Unwritable {
+    fn id(&self) -> SectionId {
+        self.0.id()
+    }
+    fn version(&self) -> u32 {
+        self.0.version()
+    }
+    fn min_version(&self) -> u32 {
+        self.0.min_version()
+    }
+    fn save(&self, _: Audience) -> Result<Vec<u8>, StateError> {
+        Err(self.error())
+    }
+    fn decode(
+        &self,
+        version: u32,
+        source: &mut dyn ByteSource,
+    ) -> Result<Box<dyn Any + Send>, StateError> {
+        self.0.decode(version, source)
+    }
+    fn apply(&mut self, state: Box<dyn Any + Send>) -> Result<(), StateError> {
+        self.0.apply(state)
+    }
+    fn save_described(&self, _: Audience) -> Result<(Vec<u8>, Description), StateError> {
+        Err(self.error())
+    }
+    fn layout_digest(&self) -> u64 {
+        self.0.layout_digest()
+    }
+}
+
 impl Machine for FakeVm {
     fn machine_type(&self) -> String {
         self.machine.clone()
@@ -295,6 +342,12 @@ impl Machine for FakeVm {
                 self.devices[0].0.clone(),
                 Arc::new(Mutex::new(OtherDevice)),
             ));
+        }
+        if self.fault == Fault::LastSection
+            && self.world.runs().is_none()
+            && let Some(last) = sections.pop()
+        {
+            sections.push(Box::new(Unwritable(last)));
         }
         sections
     }
@@ -348,9 +401,16 @@ impl SourceVm for FakeVm {
     fn drain(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Drain)?;
         // A request in flight ends: it is written to guest memory, and the state changes.
-        self.ram.write(0, 5 * PAGE_SIZE + 100, b"used ring");
+        self.ram.write(0, 5 * PAGE_SIZE + 100, b"used ");
         self.devices[2].1.lock().unwrap().state.counter += 1;
         self.world.note("drain");
+        Ok(())
+    }
+    fn read_state(&mut self) -> Result<(), VmError> {
+        self.fault(Fault::ReadState)?;
+        // To read a vCPU's state makes KVM write to guest memory.
+        self.ram.write(0, 5 * PAGE_SIZE + 105, b"ring");
+        self.world.note("read state");
         Ok(())
     }
     fn resume(&mut self) -> Result<(), VmError> {

@@ -91,7 +91,7 @@ impl ClockState {
         let advanced = self.advance_at(realtime_ns());
         let clock = self.clock.saturating_add(advanced);
         let data = kvm_clock_data { clock, ..Default::default() };
-        vm.set_clock(&data).map_err(vm_error(format!("KVM_SET_CLOCK({clock} ns)")))?;
+        vm.set_clock(&data).map_err(vm_error(format_args!("KVM_SET_CLOCK({clock} ns)")))?;
         Ok(ClockBase { advanced, source: *self, here: Self::capture(vm)? })
     }
 }
@@ -159,26 +159,22 @@ impl VcpuState {
         let khz = if self.tsc_khz == 0 { khz_here } else { self.tsc_khz };
         let tsc = self.tsc_after(base, khz);
         let unscaled = host.tsc_khz.is_some_and(|native| tsc_khz_close(khz_here, native));
-        let offset_here =
-            sys::tsc_offset(vcpu).map_err(vcpu_error(index, "KVM_GET_DEVICE_ATTR(TSC offset)"))?;
+        let mut msrs = Vec::new();
         match base.here.host_tsc {
-            Some(host_tsc) if unscaled && offset_here.is_some() => {
+            Some(host_tsc) if unscaled && host.tsc_offset => {
                 let offset = tsc.wrapping_sub(host_tsc);
                 sys::set_tsc_offset(vcpu, offset).map_err(vcpu_error(
                     index,
-                    format!("KVM_SET_DEVICE_ATTR(TSC offset {offset:#x})"),
+                    format_args!("KVM_SET_DEVICE_ATTR(TSC offset {offset:#x})"),
                 ))?;
             }
-            _ => msr::write(index, vcpu, &[Msr { index: msr::IA32_TSC, value: tsc }])?,
+            _ => msrs.push(Msr { index: msr::IA32_TSC, value: tsc }),
         }
-        if let Some(value) = self.tsc_deadline {
-            msr::write(index, vcpu, &[Msr { index: msr::IA32_TSC_DEADLINE, value }])?;
-        }
+        msrs.extend(self.tsc_deadline.map(|value| Msr { index: msr::IA32_TSC_DEADLINE, value }));
         // One for the whole VM; zero is a guest that has not asked for it.
         let wall_clock = self.msrs.iter().find(|msr| msr.index == msr::KVM_WALL_CLOCK);
-        if let Some(wall_clock) = wall_clock.filter(|msr| index == 0 && msr.value != 0) {
-            msr::write(index, vcpu, &[*wall_clock])?;
-        }
+        msrs.extend(wall_clock.filter(|msr| index == 0 && msr.value != 0));
+        msr::write(index, vcpu, &msrs)?;
         if host.kvmclock_ctrl {
             // EINVAL: this guest has not switched kvmclock on.
             match vcpu.kvmclock_ctrl() {

@@ -1,5 +1,7 @@
 //! What can go wrong between this crate and KVM, in words that name the call, the vCPU and the value.
 
+use std::fmt::Display;
+
 /// The operating system's reason for refusing an ioctl.
 pub type Errno = vmm_sys_util::errno::Error;
 
@@ -60,14 +62,13 @@ fn msr_name(index: u32) -> String {
     }
 }
 
-/// Turns an ioctl's error into one that says what was being done, and to which vCPU.
-pub(crate) fn vcpu_error(vcpu: u32, what: impl Into<String>) -> impl FnOnce(Errno) -> KvmError {
-    let what = what.into();
-    move |source| KvmError::Vcpu { vcpu, what, source }
+/// Turns an ioctl's error into one that says what was being done, and to which vCPU. `what` is made into text only if
+/// there is an error: a guest waits for most of these calls.
+pub(crate) fn vcpu_error(vcpu: u32, what: impl Display) -> impl FnOnce(Errno) -> KvmError {
+    move |source| KvmError::Vcpu { vcpu, what: what.to_string(), source }
 }
 
-/// Turns an ioctl's error into one that says what was being done.
-pub(crate) fn vm_error(what: impl Into<String>) -> impl FnOnce(Errno) -> KvmError {
-    let what = what.into();
-    move |source| KvmError::Vm { what, source }
+/// Turns an ioctl's error into one that says what was being done; its text is made as late as that.
+pub(crate) fn vm_error(what: impl Display) -> impl FnOnce(Errno) -> KvmError {
+    move |source| KvmError::Vm { what: what.to_string(), source }
 }

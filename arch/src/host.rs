@@ -1,8 +1,8 @@
 //! What the host's KVM can do, asked once, and the VM-wide switches that a migratable VM needs.
 
 use kvm_bindings::{
-    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_SREGS2, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-    KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_SREGS2, KVM_CAP_VCPU_ATTRIBUTES,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -29,6 +29,8 @@ pub struct KvmHost {
     pub nested_state_size: usize,
     /// The TSC can be given any frequency.
     pub tsc_scaling: bool,
+    /// What KVM adds to the host's TSC for a vCPU's can be read and set (Linux 5.16).
+    pub tsc_offset: bool,
     /// Frequency of the host's TSC in kHz, which new vCPUs get; `None` on kernels before 5.17.
     pub tsc_khz: Option<u32>,
     /// `KVM_GET_VCPU_EVENTS` tells exceptions and their payload apart from injected ones.
@@ -56,6 +58,7 @@ impl KvmHost {
             xsave_size: size(Cap::Xsave2),
             nested_state_size: size(Cap::NestedState),
             tsc_scaling: vm.check_extension(Cap::TscControl),
+            tsc_offset: vm.check_extension_raw(KVM_CAP_VCPU_ATTRIBUTES.into()) > 0,
             tsc_khz: sys::vm_tsc_khz(vm),
             exception_payload: vm.check_extension_raw(KVM_CAP_EXCEPTION_PAYLOAD.into()) > 0,
             triple_fault: vm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0,
@@ -133,6 +136,7 @@ mod tests {
             xsave_size: 0,
             nested_state_size: 0,
             tsc_scaling: false,
+            tsc_offset: true,
             tsc_khz: Some(2_600_000),
             exception_payload: true,
             triple_fault: true,

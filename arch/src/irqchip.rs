@@ -44,7 +44,7 @@ impl IrqchipState {
     pub fn capture(vm: &VmFd) -> Result<Self, KvmError> {
         let get = |chip_id: u32, name: &str| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            vm.get_irqchip(&mut chip).map_err(vm_error(format!("KVM_GET_IRQCHIP({name})")))?;
+            vm.get_irqchip(&mut chip).map_err(vm_error(format_args!("KVM_GET_IRQCHIP({name})")))?;
             Ok::<_, KvmError>(chip.chip)
         };
         let master = get(KVM_IRQCHIP_PIC_MASTER, "master PIC")?;
@@ -70,7 +70,7 @@ impl IrqchipState {
     /// into the LAPICs at once, and setting these afterwards would lose it.
     pub fn restore(&self, vm: &VmFd) -> Result<(), KvmError> {
         let set = |chip: kvm_irqchip, name: &str| {
-            vm.set_irqchip(&chip).map_err(vm_error(format!("KVM_SET_IRQCHIP({name})")))
+            vm.set_irqchip(&chip).map_err(vm_error(format_args!("KVM_SET_IRQCHIP({name})")))
         };
         for (chip_id, name, pic, elcr_mask) in [
             (KVM_IRQCHIP_PIC_MASTER, "master PIC", self.pic[0], ELCR_MASK[0]),
@@ -90,7 +90,7 @@ impl IrqchipState {
             redirtbl: self.ioapic.redirection.map(|bits| kvm_ioapic_state__bindgen_ty_1 { bits }),
         };
         set(chip, "IOAPIC")?;
-        vm.set_pit2(&self.pit).map_err(vm_error(format!(
+        vm.set_pit2(&self.pit).map_err(vm_error(format_args!(
             "KVM_SET_PIT2(modes {:?}, flags {:#x})",
             self.pit.channels.map(|channel| channel.mode),
             self.pit.flags

@@ -92,7 +92,7 @@ pub fn read(vcpu_index: u32, vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>,
         // The kernel stops at the first register that it cannot read, and says how many it read.
         let read = vcpu
             .get_msrs(&mut msrs)
-            .map_err(vcpu_error(vcpu_index, format!("KVM_GET_MSRS({:#x}…)", batch[0])))?
+            .map_err(vcpu_error(vcpu_index, format_args!("KVM_GET_MSRS({:#x}…)", batch[0])))?
             .min(batch.len());
         values
             .extend(msrs.as_slice()[..read].iter().map(|e| Msr { index: e.index, value: e.data }));
@@ -149,7 +149,7 @@ fn write_each(
             .set_msrs(&msrs)
             .map_err(vcpu_error(
                 vcpu_index,
-                format!("KVM_SET_MSRS({:#x} to {:#x}…)", batch[0].index, batch[0].value),
+                format_args!("KVM_SET_MSRS({:#x} to {:#x}…)", batch[0].index, batch[0].value),
             ))?
             .min(batch.len());
         rest = &rest[written..];

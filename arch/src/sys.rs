@@ -22,7 +22,6 @@ ioctl_ior_nr!(KVM_X86_GET_MCE_CAP_SUPPORTED, KVMIO, 0x9d, u64);
 ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
-ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
 
 /// Size of the nested state's header in bytes.
 pub(crate) const NESTED_HEADER: usize = size_of::<kvm_nested_state>();
@@ -120,17 +119,13 @@ fn tsc_offset_attr(value: &mut u64) -> kvm_device_attr {
     }
 }
 
-/// What KVM adds to the (scaled) host TSC for this vCPU; `None` on kernels before 5.16.
-pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> Result<Option<u64>, Errno> {
+/// What KVM adds to the (scaled) host TSC for this vCPU. Only where `KVM_CAP_VCPU_ATTRIBUTES` is there.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, Errno> {
     let mut value = 0u64;
     let attr = tsc_offset_attr(&mut value);
-    // SAFETY: HAS_DEVICE_ATTR only reads the kvm_device_attr.
-    if unsafe { ioctl_with_ref(vcpu, KVM_HAS_DEVICE_ATTR(), &attr) } < 0 {
-        return Ok(None);
-    }
     // SAFETY: the kernel writes one u64 at `addr`, which points at `value`, alive until the end.
     done(unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attr) })?;
-    Ok(Some(value))
+    Ok(value)
 }
 
 /// Sets what [`tsc_offset`] reads.

@@ -155,7 +155,7 @@ impl VcpuNeeds {
         area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&self.xstate.to_le_bytes());
         sys::set_xsave(spare, host.xsave_size, &area).map_err(vcpu_error(
             self.index,
-            format!("KVM_SET_XSAVE2(components {:#x}, MXCSR {:#x})", self.xstate, self.mxcsr),
+            format_args!("KVM_SET_XSAVE2(components {:#x}, MXCSR {:#x})", self.xstate, self.mxcsr),
         ))
     }
 }

@@ -22,10 +22,12 @@ pub fn init_vcpu(
     host: &KvmHost,
 ) -> Result<(), CpuidError> {
     let cpuid = profile.for_vcpu(index, count)?;
-    vcpu.set_cpuid2(&cpuid)
-        .map_err(vcpu_error(index, format!("KVM_SET_CPUID2({} leaves)", cpuid.as_slice().len())))?;
+    vcpu.set_cpuid2(&cpuid).map_err(vcpu_error(
+        index,
+        format_args!("KVM_SET_CPUID2({} leaves)", cpuid.as_slice().len()),
+    ))?;
     sys::setup_mce(vcpu, host.mcg_cap)
-        .map_err(vcpu_error(index, format!("KVM_X86_SETUP_MCE({:#x})", host.mcg_cap)))?;
+        .map_err(vcpu_error(index, format_args!("KVM_X86_SETUP_MCE({:#x})", host.mcg_cap)))?;
     Ok(())
 }
 

@@ -101,7 +101,8 @@ impl VcpuState {
         // - LAPIC before the MSRs: reading the page moves posted interrupts into it.
         // - NESTED_STATE before VCPU_EVENTS: an exception meant for the inner guest is told by the
         //   events.
-        // - TSC and its deadline side by side and late, as near to the clock's capture as can be.
+        // - The TSC and its deadline side by side, and all MSRs late for their sake: as near to the clock's
+        //   capture as can be.
         // - VCPU_EVENTS last: any of the calls above may have queued something.
         let mp_state = vcpu.get_mp_state().map_err(vcpu_error(index, "KVM_GET_MP_STATE"))?.mp_state;
         let regs = vcpu.get_regs().map_err(vcpu_error(index, "KVM_GET_REGS"))?;
@@ -112,15 +113,22 @@ impl VcpuState {
         let debug = vcpu.get_debug_regs().map_err(vcpu_error(index, "KVM_GET_DEBUGREGS"))?;
         let lapic = vcpu.get_lapic().map_err(vcpu_error(index, "KVM_GET_LAPIC"))?;
         let nested = get_nested(index, vcpu, host, &sregs)?;
-        let msrs = msr::read(index, vcpu, &host.msrs)?;
         let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
         // With a scaled TSC the offset says nothing without the ratio.
         let unscaled = host.tsc_khz.is_some_and(|host| tsc_khz_close(tsc_khz, host));
-        let tsc_offset = sys::tsc_offset(vcpu)
-            .map_err(vcpu_error(index, "KVM_GET_DEVICE_ATTR(TSC offset)"))?
-            .filter(|_| unscaled);
-        let tsc_deadline = msr::read_one(index, vcpu, msr::IA32_TSC_DEADLINE)?;
-        let tsc = msr::read_one(index, vcpu, msr::IA32_TSC)?.unwrap_or(0);
+        let tsc_offset = match host.tsc_offset && unscaled {
+            true => Some(
+                sys::tsc_offset(vcpu)
+                    .map_err(vcpu_error(index, "KVM_GET_DEVICE_ATTR(TSC offset)"))?,
+            ),
+            false => None,
+        };
+        let mut wanted = host.msrs.clone();
+        wanted.extend([msr::IA32_TSC_DEADLINE, msr::IA32_TSC]);
+        let mut msrs = msr::read(index, vcpu, &wanted)?;
+        let mut take = |index| msrs.pop_if(|msr| msr.index == index).map(|msr| msr.value);
+        let tsc = take(msr::IA32_TSC).unwrap_or(0);
+        let tsc_deadline = take(msr::IA32_TSC_DEADLINE);
         let events = vcpu.get_vcpu_events().map_err(vcpu_error(index, "KVM_GET_VCPU_EVENTS"))?;
         let known = usize::try_from(xcrs.nr_xcrs).unwrap_or(0).min(xcrs.xcrs.len());
         Ok(Self {
@@ -162,18 +170,18 @@ impl VcpuState {
         let index = self.index;
         self.restore_tsc_khz(vcpu, host)?;
         vcpu.set_regs(&self.regs)
-            .map_err(vcpu_error(index, format!("KVM_SET_REGS(rip {:#x})", self.regs.rip)))?;
+            .map_err(vcpu_error(index, format_args!("KVM_SET_REGS(rip {:#x})", self.regs.rip)))?;
         set_sregs(index, vcpu, host, &self.sregs)?;
         self.restore_nested(vcpu, host)?;
         self.restore_fpu(vcpu, host)?;
         vcpu.set_debug_regs(&self.debug).map_err(vcpu_error(
             index,
-            format!("KVM_SET_DEBUGREGS(DR6 {:#x}, DR7 {:#x})", self.debug.dr6, self.debug.dr7),
+            format_args!("KVM_SET_DEBUGREGS(DR6 {:#x}, DR7 {:#x})", self.debug.dr6, self.debug.dr7),
         ))?;
         let lapic = kvm_lapic_state { regs: self.lapic.0.map(|byte| byte as _) };
         vcpu.set_lapic(&lapic).map_err(vcpu_error(
             index,
-            format!(
+            format_args!(
                 "KVM_SET_LAPIC(id {:#x}, APIC base {:#x})",
                 self.lapic.get(0x20),
                 self.sregs.apic_base
@@ -188,7 +196,7 @@ impl VcpuState {
             return Err(self.unsupported("MP state", "0 to 4", self.mp_state));
         }
         vcpu.set_mp_state(kvm_mp_state { mp_state: self.mp_state })
-            .map_err(vcpu_error(index, format!("KVM_SET_MP_STATE({})", self.mp_state)))?;
+            .map_err(vcpu_error(index, format_args!("KVM_SET_MP_STATE({})", self.mp_state)))?;
         self.restore_events(vcpu, host)
     }
 
@@ -222,7 +230,7 @@ impl VcpuState {
             ));
         }
         vcpu.set_tsc_khz(self.tsc_khz)
-            .map_err(vcpu_error(self.index, format!("KVM_SET_TSC_KHZ({})", self.tsc_khz)))
+            .map_err(vcpu_error(self.index, format_args!("KVM_SET_TSC_KHZ({})", self.tsc_khz)))
     }
 
     fn restore_nested(&self, vcpu: &VcpuFd, host: &KvmHost) -> Result<(), KvmError> {
@@ -241,7 +249,7 @@ impl VcpuState {
         }
         sys::set_nested_state(vcpu, nested).map_err(vcpu_error(
             self.index,
-            format!("KVM_SET_NESTED_STATE({} bytes)", nested.len()),
+            format_args!("KVM_SET_NESTED_STATE({} bytes)", nested.len()),
         ))
     }
 
@@ -259,7 +267,7 @@ impl VcpuState {
         let area = &self.xsave[..self.xsave.len().min(size)];
         sys::set_xsave(vcpu, host.xsave_size, area).map_err(vcpu_error(
             self.index,
-            format!("KVM_SET_XSAVE(components {:#x})", xstate_bv(area)),
+            format_args!("KVM_SET_XSAVE(components {:#x})", xstate_bv(area)),
         ))?;
         let mut xcrs = kvm_xcrs::default();
         if self.xcrs.len() > xcrs.xcrs.len() {
@@ -271,7 +279,7 @@ impl VcpuState {
         }
         let xcr0 = self.xcrs.first().map_or(0, |(_, value)| *value);
         vcpu.set_xcrs(&xcrs)
-            .map_err(vcpu_error(self.index, format!("KVM_SET_XCRS(XCR0 {xcr0:#x})")))
+            .map_err(vcpu_error(self.index, format_args!("KVM_SET_XCRS(XCR0 {xcr0:#x})")))
     }
 
     fn restore_events(&self, vcpu: &VcpuFd, host: &KvmHost) -> Result<(), KvmError> {
@@ -297,7 +305,7 @@ impl VcpuState {
         }
         vcpu.set_vcpu_events(&events).map_err(vcpu_error(
             self.index,
-            format!(
+            format_args!(
                 "KVM_SET_VCPU_EVENTS(flags {:#x}, {:?}, {:?})",
                 events.flags, events.exception, events.interrupt
             ),
@@ -347,14 +355,21 @@ fn get_sregs(index: u32, vcpu: &VcpuFd, host: &KvmHost) -> Result<kvm_sregs2, Kv
     })
 }
 
+/// Those of the special registers for which they are refused, if they are.
+struct Named<'a>(&'a kvm_sregs2);
+
+impl std::fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kvm_sregs2 { cr0, cr3, cr4, efer, apic_base, .. } = self.0;
+        write!(f, "CR0 {cr0:#x}, CR3 {cr3:#x}, CR4 {cr4:#x}, EFER {efer:#x}, ")?;
+        write!(f, "APIC base {apic_base:#x}")
+    }
+}
+
 fn set_sregs(index: u32, vcpu: &VcpuFd, host: &KvmHost, s: &kvm_sregs2) -> Result<(), KvmError> {
-    let values = format!(
-        "CR0 {:#x}, CR3 {:#x}, CR4 {:#x}, EFER {:#x}, APIC base {:#x}",
-        s.cr0, s.cr3, s.cr4, s.efer, s.apic_base
-    );
     if host.sregs2 {
         return sys::set_sregs2(vcpu, s)
-            .map_err(vcpu_error(index, format!("KVM_SET_SREGS2({values})")));
+            .map_err(vcpu_error(index, format_args!("KVM_SET_SREGS2({})", Named(s))));
     }
     // Without SREGS2 the kernel reads the PDPTEs from guest memory, as the processor did.
     let old = kvm_sregs {
@@ -377,7 +392,7 @@ fn set_sregs(index: u32, vcpu: &VcpuFd, host: &KvmHost, s: &kvm_sregs2) -> Resul
         apic_base: s.apic_base,
         interrupt_bitmap: [0; 4],
     };
-    vcpu.set_sregs(&old).map_err(vcpu_error(index, format!("KVM_SET_SREGS({values})")))
+    vcpu.set_sregs(&old).map_err(vcpu_error(index, format_args!("KVM_SET_SREGS({})", Named(s))))
 }
 
 /// The nested state, if the guest has made itself a hypervisor. Without the capability such a

@@ -91,6 +91,7 @@ fn context() -> WireContext {
             xsave_size: 4096,
             nested_state_size: 0,
             tsc_scaling: false,
+            tsc_offset: true,
             tsc_khz: None,
             exception_payload: true,
             triple_fault: true,

@@ -188,6 +188,7 @@ mod tests {
             xsave_size: 0,
             nested_state_size: 0,
             tsc_scaling: false,
+            tsc_offset: true,
             tsc_khz: None,
             exception_payload: true,
             triple_fault: true,

@@ -218,7 +218,7 @@ impl KvmState {
         let virtual_ns = arrived.timer.as_ref().ok_or(missing("timer", 0))?.cpu_clock_offset;
         // What is saved from now on is what KVM has then.
         *lock(&self.snapshot) = None;
-        // Devices that look at the time while they are restored must see the one that came.
+        // Devices that look at the time when they go on must see the one that came.
         machine.clock.set(virtual_ns);
 
         let context = machine.wire_context(virtual_ns);

@@ -80,9 +80,15 @@ impl Timers {
     /// Expires what is due and arms the host's timers for what comes next.
     fn serve(&self) {
         let mut next = [None::<i64>; 2];
-        if self.bell.running.load(Ordering::Acquire) {
+        let running = || self.bell.running.load(Ordering::Acquire);
+        if running() {
             for device in &self.devices {
                 let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+                // Looked at with the lock that a machine that stops takes of each device: what one did behind that
+                // would be seen by some of what is saved then, and not by all.
+                if !running() {
+                    break;
+                }
                 let clock = device.timer_clock();
                 let now = self.now(clock);
                 if device.next_deadline().is_some_and(|at| at <= now) {
@@ -143,5 +149,48 @@ impl MutEventSubscriber for Timers {
             let _ = self.realtime_timer.wait();
         }
         self.serve();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Is always due; when it expires, the machine stops.
+    struct Stops {
+        bell: Arc<TimerBell>,
+        expired: usize,
+    }
+
+    impl Timed for Stops {
+        fn timer_clock(&self) -> TimerClock {
+            TimerClock::Virtual
+        }
+        fn next_deadline(&self) -> Option<i64> {
+            Some(0)
+        }
+        fn expire(&mut self, _: i64) {
+            self.expired += 1;
+            self.bell.set_running(false);
+        }
+    }
+
+    /// What a device does when the state of others has been read already is lost.
+    #[test]
+    fn nothing_expires_once_the_machine_stands_still() {
+        let bell = TimerBell::new().unwrap();
+        let devices: [Arc<Mutex<Stops>>; 2] =
+            std::array::from_fn(|_| Arc::new(Mutex::new(Stops { bell: bell.clone(), expired: 0 })));
+        let timed = devices.iter().map(|d| d.clone() as Arc<Mutex<dyn Timed>>).collect();
+        let timers = Timers::new(bell.clone(), Arc::default(), timed).unwrap();
+        timers.serve();
+        let expired = || devices.each_ref().map(|d| d.lock().unwrap().expired);
+        assert_eq!(expired(), [0, 0]);
+        bell.set_running(true);
+        timers.serve();
+        assert_eq!(expired(), [1, 0]);
+        bell.set_running(true);
+        timers.serve();
+        assert_eq!(expired(), [2, 0]);
     }
 }

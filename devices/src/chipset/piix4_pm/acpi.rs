@@ -82,6 +82,13 @@ impl AcpiRegisters {
         waits.then(|| ns_of(self.overflow_at))
     }
 
+    /// When the timer interrupts, or has done so since its status was last cleared: what is saved. It is the same at
+    /// every moment; whether the status is set by then is found by who looks at it next.
+    pub(super) fn saved_deadline_ns(&self) -> Option<i64> {
+        let waits = self.enable & pm1::TIMER != 0 && self.status & pm1::TIMER == 0;
+        waits.then(|| ns_of(self.overflow_at))
+    }
+
     pub(super) fn sci_enabled(&self) -> bool {
         self.control & control::SCI_ENABLE != 0
     }

@@ -176,7 +176,6 @@ impl Migratable for Piix4Pm {
     type State = PmState;
 
     fn save(&self, _: Audience) -> Result<PmState, FieldError> {
-        let now = self.clock.virtual_ns();
         let slots = &self.pci_hotplug.slots;
         let devs = self.cpu_hotplug.cpus.iter().map(|cpu| CpuState {
             is_inserting: cpu.inserting,
@@ -193,12 +192,12 @@ impl Migratable for Piix4Pm {
         });
         Ok(PmState {
             parent_obj: self.config.save(false),
-            pm1_sts: self.acpi.status(now),
+            pm1_sts: self.acpi.status,
             pm1_en: self.acpi.enable,
             pm1_cnt: self.acpi.control,
             apm: Apm { apmc: self.apm_control, apms: self.apm_status },
             smb: self.smbus.clone(),
-            timer: Timer(self.acpi.deadline_ns(now)),
+            timer: Timer(self.acpi.saved_deadline_ns()),
             overflow_time: self.acpi.overflow_at,
             gpe: Gpe { sts: self.acpi.gpe_status, en: self.acpi.gpe_enable },
             hotplug_select: self.pci_hotplug.select,

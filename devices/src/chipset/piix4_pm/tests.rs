@@ -222,6 +222,30 @@ fn state_travels_whole_and_the_ports_move_with_it() {
     assert!(to.power.requests().is_empty());
 }
 
+/// A stopped machine's clock goes on, and what is read of the interrupt controllers is of another moment than what is
+/// saved here: the timer's status must be found out by whoever runs, or the interrupt is raised by neither.
+#[test]
+fn a_timer_that_turns_over_while_the_machine_stands_still_interrupts_where_it_runs() {
+    let from = Rig::placed();
+    from.write(0x604, 1);
+    from.write(0x602, 1);
+    // Its status is cleared, and comes again after half a turn: 2.34 s.
+    from.write(0x600, 1);
+    assert!(!from.sci.is_high());
+    let state = |rig: &Rig| rig.pm.lock().unwrap().save(Audience::Restore).unwrap();
+    let stopped = state(&from);
+    from.clock.advance(3 * SECOND);
+    assert_eq!(state(&from), stopped, "it is the same at whichever moment it is saved");
+
+    let to = Rig::with_cpus(2);
+    to.pm.lock().unwrap().restore(stopped).unwrap();
+    assert!(!to.sci.is_high(), "the interrupt controllers come later, and know of none");
+    to.clock.advance(3 * SECOND);
+    to.pm.lock().unwrap().resume();
+    assert!(to.sci.is_high());
+    assert_eq!(to.word(0x600) & 1, 1);
+}
+
 #[test]
 fn the_section_has_one_element_per_vcpu() {
     for (cpus, length) in [(1, 2408 + 24 + 35), (2, 2408 + 24 + 45)] {

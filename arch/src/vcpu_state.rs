@@ -123,8 +123,7 @@ impl VcpuState {
             ),
             false => None,
         };
-        let mut wanted = host.msrs.clone();
-        wanted.extend([msr::IA32_TSC_DEADLINE, msr::IA32_TSC]);
+        let wanted = [&host.msrs[..], &[msr::IA32_TSC_DEADLINE, msr::IA32_TSC]].concat();
         let mut msrs = msr::read(index, vcpu, &wanted)?;
         let mut take = |index| msrs.pop_if(|msr| msr.index == index).map(|msr| msr.value);
         let tsc = take(msr::IA32_TSC).unwrap_or(0);

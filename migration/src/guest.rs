@@ -12,7 +12,8 @@
 //! throttle, between two passes; none behind a pause or a failure
 //! share_memory, in the place of all that reads pages                  the guest runs
 //! exercise                                                            the guest runs
-//! pause → drain → read_state → fetch → … → Section::save for all      the guest stands still
+//! pause → drain → read_state                                          the guest stands still
+//!   → fetch → … → Section::save for all; for a QEMU and a file the other way round
 //! release_disks → hand_over                                           the other side runs it
 //!                 reacquire_disks → resume                            or this side goes on
 //! offer_memory, reclaim_memory: behind release_disks, ahead of reacquire_disks, if it was shared
@@ -317,7 +318,7 @@ pub trait SourceVm: Machine {
     fn drain(&mut self) -> Result<(), VmError>;
 
     /// Called once after [`drain`](Self::drain): reads what the hypervisor holds of vCPUs and devices, which may
-    /// make it write to guest memory. What [`Section::save`] does behind it changes nothing there.
+    /// make it write to guest memory. [`Section::save`] then only writes down what was read.
     fn read_state(&mut self) -> Result<(), VmError>;
 
     /// Back to the run state that [`pause`](Self::pause) found: devices first, then vCPUs if they

@@ -18,7 +18,7 @@ use crate::throttle::Rest;
 /// |---|---|---|
 /// | pause | the vCPUs stop | |
 /// | drain | devices finish, disks are flushed | |
-/// | vcpu-state | vCPUs and what else the hypervisor holds are read | |
+/// | vcpu-state | vCPUs and what else the hypervisor holds are read; for a QEMU, sections are written too | |
 /// | last-pages | the last dirty pages are sent | and received |
 /// | devices | sections are written and sent | received and decoded |
 /// | prepared | the destination's word is awaited | everything is applied and checked |

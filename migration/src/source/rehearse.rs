@@ -93,7 +93,7 @@ impl Migration<'_> {
     /// Reads everything that a destination gets beside RAM. The guest stands still.
     fn take(&mut self) -> Result<Taken, SourceError> {
         self.vm.drain().map_err(SourceError::vm("finishing the devices' requests"))?;
-        self.vm.read_state().map_err(SourceError::vm("reading the vCPUs' state"))?;
+        self.vm.read_state().map_err(SourceError::vm("reading the machine's state"))?;
         let mut saved = Vec::new();
         for (section, id) in self.vm.sections().into_iter().zip(RAM_SECTION_ID + 1..) {
             let header = SectionHeader { id, key: section.id(), version: section.version() };

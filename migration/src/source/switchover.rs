@@ -171,7 +171,7 @@ impl Migration<'_> {
     fn send_rest(&mut self, peer: Peer, passes: &mut Passes) -> Result<String, SourceError> {
         let stats = self.control.stats();
         stats.step(Step::VcpuState);
-        self.vm.read_state().map_err(SourceError::vm("reading the vCPUs' state"))?;
+        self.vm.read_state().map_err(SourceError::vm("reading the machine's state"))?;
         // Who can't be told why the rest does not come gets nothing before all of it is there.
         let saved = match peer {
             Peer::MiniVmm => None,

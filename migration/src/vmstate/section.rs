@@ -101,7 +101,8 @@ pub trait Section: Send {
     fn version(&self) -> u32;
     /// The oldest version that is read.
     fn min_version(&self) -> u32;
-    /// The section's body, without header and footer.
+    /// The section's body, without header and footer. Writes nothing to guest memory, and asks the hypervisor nothing
+    /// that would: on its way to a mini-vmm a section is saved behind the last pages.
     fn save(&self, audience: Audience) -> Result<Vec<u8>, StateError>;
     /// Reads a body of the given version and checks it. Touches nothing.
     fn decode(

@@ -70,7 +70,15 @@ fn wire(budget: Budget, flip: Option<usize>) -> (Connection, Connection, Passed)
 }
 
 fn run(budget: Budget, verify: bool) -> (Ended, Vec<u8>, Vec<u8>) {
-    let (source, destination, _) = two_vms(24);
+    run_with(budget, verify, 0)
+}
+
+/// Two VMs with so many devices more than usual.
+fn run_with(budget: Budget, verify: bool, more: u32) -> (Ended, Vec<u8>, Vec<u8>) {
+    let (mut source, mut destination, _) = two_vms(24);
+    for vm in [&mut source, &mut destination] {
+        vm.add_devices(more);
+    }
     let (a, b, passed) = wire(budget, None);
     let control = control_with(|p| p.verify = verify);
     let ended = migrate(source, destination, (a, b), (control, crate::common::control()));
@@ -96,6 +104,23 @@ fn check(ended: &Ended, committed: bool, at: &str) {
             assert_eq!(ended.arrived.is_ok(), world.runs() == Some("destination"), "{at}");
         }
         Outcome::KeptStopped { .. } => panic!("{at}: {:?}", ended.outcome),
+    }
+}
+
+/// Sections go out as they are written, many in one write.
+#[test]
+fn the_sections_of_many_devices_are_cut_anywhere() {
+    const DEVICES: u32 = 200;
+    let (ended, forth, _) = run_with(ALL, false, DEVICES);
+    assert_moved(&ended);
+    let first = forth.windows(7).position(|w| w == b"\x03cpu\0\0\0").expect("the first section");
+    let commit = forth.windows(5).rposition(|w| w == b"\x08\x4d\x03\0\x04").expect("COMMIT");
+    assert!(commit - first > 2 * 4096, "several writes: {first} to {commit}");
+    for cut in (first..commit).step_by(211) {
+        let (ended, passed, _) = run_with(Budget { forth: cut, ..ALL }, false, DEVICES);
+        assert_eq!(passed.len(), cut);
+        check(&ended, false, &format!("cut after {cut} bytes forth"));
+        assert!(matches!(ended.outcome, Outcome::Kept { .. }), "cut after {cut} bytes forth");
     }
 }
 

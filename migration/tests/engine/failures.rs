@@ -79,7 +79,7 @@ fn whatever_fails_on_the_source_before_the_commit_leaves_the_guest_running() {
     for (fault, words) in [
         (Fault::Pause, "pausing the vCPUs failed: Pause was told to fail: the reason behind it"),
         (Fault::Drain, "finishing the devices' requests failed: Drain"),
-        (Fault::ReadState, "reading the vCPUs' state failed: ReadState"),
+        (Fault::ReadState, "reading the machine's state failed: ReadState"),
         (Fault::LastSection, "0000:00:02.0/virtio-net: it was told to fail"),
         (Fault::ReleaseDisks, "giving up the disks' locks failed: ReleaseDisks"),
     ] {
@@ -101,7 +101,7 @@ fn whatever_fails_on_the_source_before_the_commit_leaves_the_guest_running() {
 fn a_section_that_cannot_be_written_behind_others_that_were_sent_leaves_the_guest_running() {
     let (mut source, mut destination, _) = two_vms(64);
     for vm in [&mut source, &mut destination] {
-        vm.devices.extend((0..200).map(|n| (SectionId::new("disk", n), Arc::default())));
+        vm.add_devices(200);
     }
     source.fault = Fault::LastSection;
     let there = crate::common::control();

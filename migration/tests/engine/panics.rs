@@ -48,6 +48,7 @@ fn a_source_that_panics_before_the_order_goes_on_with_its_guest() {
         (Fault::Drain, "the guest was stopped"),
         (Fault::ReadState, "the guest's state was sent"),
         (Fault::Sections, "the guest's state was sent"),
+        (Fault::LastSection, "the guest's state was sent"),
         (Fault::ReleaseDisks, "giving up the disks' locks failed"),
     ] {
         let (ended, here, there) = with(fault, Fault::None);

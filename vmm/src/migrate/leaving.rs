@@ -186,7 +186,7 @@ impl SourceVm for Leaving {
 
     fn read_state(&mut self) -> Result<(), VmError> {
         let read = self.vm.kvm_state.snapshot(&self.vm.machine);
-        read.map(drop).map_err(|e| VmError::with("the vCPUs' state could not be read", e))
+        read.map(drop).map_err(|e| VmError::with("KVM did not give it", e))
     }
 
     fn resume(&mut self) -> Result<(), VmError> {

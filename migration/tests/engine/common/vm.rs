@@ -161,6 +161,8 @@ pub(crate) struct FakeVm {
     /// Further connections that wait to be taken.
     pub(crate) beside: Vec<Connection>,
     guest: Option<Guest>,
+    /// Its devices stand still, and what the hypervisor holds has not been read.
+    unread: bool,
     /// The source's memory, which this side is to go on in.
     adopted: Option<Arc<FakeRam>>,
     /// Where the source hangs.
@@ -210,9 +212,15 @@ impl FakeVm {
             other_layout: false,
             beside: Vec::new(),
             guest: None,
+            unread: false,
             adopted: None,
             link: None,
         }
+    }
+
+    /// Has so many devices more.
+    pub(crate) fn add_devices(&mut self, count: u32) {
+        self.devices.extend((0..count).map(|n| (SectionId::new("disk", n), Arc::default())));
     }
 
     /// Gives every page and device a content of its own, and lets it run.
@@ -272,10 +280,14 @@ impl FakeVm {
 }
 
 /// A device whose state can't be written down.
-struct Unwritable(Box<dyn Section>);
+struct Unwritable {
+    section: Box<dyn Section>,
+    panics: bool,
+}
 
 impl Unwritable {
     fn error(&self) -> StateError {
+        assert!(!self.panics, "{:?} was told to panic", Fault::LastSection);
         let (section, what) = (self.id().to_string(), "it was told to fail".to_owned());
         StateError::Device { section, what, source: None }
     }
@@ -283,13 +295,13 @@ impl Unwritable {
 
 impl Section for Unwritable {
     fn id(&self) -> SectionId {
-        self.0.id()
+        self.section.id()
     }
     fn version(&self) -> u32 {
-        self.0.version()
+        self.section.version()
     }
     fn min_version(&self) -> u32 {
-        self.0.min_version()
+        self.section.min_version()
     }
     fn save(&self, _: Audience) -> Result<Vec<u8>, StateError> {
         Err(self.error())
@@ -299,16 +311,16 @@ impl Section for Unwritable {
         version: u32,
         source: &mut dyn ByteSource,
     ) -> Result<Box<dyn Any + Send>, StateError> {
-        self.0.decode(version, source)
+        self.section.decode(version, source)
     }
     fn apply(&mut self, state: Box<dyn Any + Send>) -> Result<(), StateError> {
-        self.0.apply(state)
+        self.section.apply(state)
     }
     fn save_described(&self, _: Audience) -> Result<(Vec<u8>, Description), StateError> {
         Err(self.error())
     }
     fn layout_digest(&self) -> u64 {
-        self.0.layout_digest()
+        self.section.layout_digest()
     }
 }
 
@@ -332,6 +344,7 @@ impl Machine for FakeVm {
         if self.world.runs().is_none() {
             self.fault(Fault::Sections).expect("only a panic makes sense here");
         }
+        assert!(!self.unread, "to save what was not read can write to memory that has been sent");
         let mut sections: Vec<Box<dyn Section>> = self
             .devices
             .iter()
@@ -347,7 +360,7 @@ impl Machine for FakeVm {
             && self.world.runs().is_none()
             && let Some(last) = sections.pop()
         {
-            sections.push(Box::new(Unwritable(last)));
+            sections.push(Box::new(Unwritable { section: last, panics: self.panics }));
         }
         sections
     }
@@ -403,6 +416,7 @@ impl SourceVm for FakeVm {
         // A request in flight ends: it is written to guest memory, and the state changes.
         self.ram.write(0, 5 * PAGE_SIZE + 100, b"used ");
         self.devices[2].1.lock().unwrap().state.counter += 1;
+        self.unread = true;
         self.world.note("drain");
         Ok(())
     }
@@ -410,11 +424,13 @@ impl SourceVm for FakeVm {
         self.fault(Fault::ReadState)?;
         // To read a vCPU's state makes KVM write to guest memory.
         self.ram.write(0, 5 * PAGE_SIZE + 105, b"ring");
+        self.unread = false;
         self.world.note("read state");
         Ok(())
     }
     fn resume(&mut self) -> Result<(), VmError> {
         self.fault(Fault::Resume)?;
+        self.unread = false;
         if self.was_running && self.world.runs() != Some(self.who) {
             self.world.run(self.who);
             if let Some(guest) = &self.guest {

@@ -188,8 +188,10 @@ mod tests {
             hand_over: HandOver::Gap(10.0),
             steps: vec![],
         };
-        for (downtime, off) in [(10.0, 0.0), (8.0, 0.0), (9.0, 0.0), (7.5, 0.5), (12.0, 2.0)] {
-            assert_eq!(moved.off(downtime), Some(off), "{downtime}");
+        for (less, off) in
+            [(0.0, 0.0), (TICK_MS, 0.0), (TICK_MS / 2.0, 0.0), (TICK_MS + 0.5, 0.5), (-2.0, 2.0)]
+        {
+            assert_eq!(moved.off(10.0 - less), Some(off), "less than the gap by {less}");
         }
         let moved = Moved { hand_over: HandOver::Short, ..moved };
         assert_eq!(moved.off(10.0), None);

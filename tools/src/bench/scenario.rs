@@ -13,8 +13,9 @@ pub struct Scenario {
     pub bandwidth: u64,
 }
 
-/// The time between two ticks of the guest, in ms.
-pub const TICK_MS: f64 = 2.0;
+/// The time between two ticks of the guest, in ms: as short as those of most kernels (`CONFIG_HZ=1000`), for what
+/// a guest is kept waiting is known no better than by its ticks.
+pub const TICK_MS: f64 = 1.0;
 /// Bytes a second that no link reaches: no limit for anyone.
 pub const UNLIMITED: u64 = 100 << 30;
 /// Bytes a second of a link of 10 Gbit/s, as hosts have.
@@ -29,7 +30,7 @@ pub const USUAL: usize = 2;
 
 impl Scenario {
     /// The scenario of this name for a guest of this size. In each, no page of RAM is zero and
-    /// the guest ticks 500 times a second, so that it feels gaps of 2 ms and more.
+    /// the guest ticks 1000 times a second, so that it feels gaps of 1 ms and more.
     ///
     /// - `idle`: nothing is written but what the ticks write.
     /// - `dirty`: an eighth of memory is rewritten at 20,000 pages (78 MiB) a second.

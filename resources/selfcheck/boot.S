@@ -1,5 +1,7 @@
 /* From the 32-bit PVH entry, and from a SIPI, to 64-bit C; and the interrupt entries. */
 
+#include "tick.h"
+
 #define CODE32 0x08
 #define CODE64 0x10
 #define DATA   0x18
@@ -111,9 +113,40 @@ load_interrupts:
     lidt (%rdi)
     ret
 
+    /* A tick that comes in time, by the TSC and with the clock's parameters as they were, is counted, and no more: a
+     * guest that is idle must be so where each instruction is interpreted. Whatever else it is, and each so many-th,
+     * goes the whole way. */
     .globl tick_entry
 tick_entry:
-    .irp reg, rax, rcx, rdx, rsi, rdi, r8, r9, r10, r11
+    push %rax
+    push %rcx
+    push %rdx
+    mov %rsp, %rcx                  /* this vCPU's struct, as this_cpu() finds it */
+    sub $stacks, %rcx
+    shr $12, %rcx
+    imul $CPU_SIZE, %rcx, %rcx
+    decl cpus + CPU_QUICK(%rcx)
+    js whole_tick
+    mov cpus + CPU_CLOCK_VERSION(%rcx), %eax
+    cmp cpus + CPU_TICK_VERSION(%rcx), %eax
+    jne whole_tick
+    rdtsc
+    shl $32, %rdx
+    or %rax, %rdx
+    mov %rdx, %rax
+    sub cpus + CPU_TICK_TSC(%rcx), %rax
+    cmp quick_limit, %rax           /* unsigned: a TSC that went back is no quick tick */
+    jae whole_tick
+    mov %rdx, cpus + CPU_TICK_TSC(%rcx)
+    incq cpus + CPU_TICKS(%rcx)
+    mov $LAPIC_EOI, %eax
+    movl $0, (%rax)
+    pop %rdx
+    pop %rcx
+    pop %rax
+    iretq
+whole_tick:
+    .irp reg, rsi, rdi, r8, r9, r10, r11
     push %\reg
     .endr
     sub $8, %rsp
@@ -128,7 +161,7 @@ tick_entry:
     .globl device_entry
 device_entry:                       /* nothing but the end of the interrupt */
     push %rax
-    mov $0xfee000b0, %eax
+    mov $LAPIC_EOI, %eax
     movl $0, (%rax)
     pop %rax
     iretq

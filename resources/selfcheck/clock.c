@@ -35,41 +35,62 @@ void clock_init_cpu(struct cpu *cpu)
         wrmsr(MSR_KVM_SYSTEM_TIME, (u64)&cpu->pvclock | 1);
 }
 
-static u64 kvmclock(struct pvclock *clock)
+/* What the clock said at a TSC, by what it is computed from. */
+static inline u64 ns_at(const struct pvclock *clock, u64 tsc)
+{
+    u64 delta = tsc - clock->tsc;
+    s8 shift = clock->shift;
+    delta = shift < 0 ? delta >> -shift : delta << shift;
+    return clock->system_ns + (u64)((unsigned __int128)delta * clock->multiplier >> 32);
+}
+
+static inline u64 kvmclock(const struct pvclock *clock, u64 *tsc)
 {
     u64 ns;
     u32 version;
     do {
         version = clock->version;
         barrier();
-        u64 delta = rdtsc() - clock->tsc;
-        s8 shift = clock->shift;
-        delta = shift < 0 ? delta >> -shift : delta << shift;
-        ns = clock->system_ns + (u64)((unsigned __int128)delta * clock->multiplier >> 32);
+        *tsc = rdtsc();
+        ns = ns_at(clock, *tsc);
         barrier();
     } while (version & 1 || version != clock->version);
     return ns;
 }
 
-/* The guest's own clock. */
-u64 clock_now(struct cpu *cpu)
+/* The guest's own clock, and the TSC that says so. */
+static inline u64 clock_at(struct cpu *cpu, u64 *tsc)
 {
     if (clock_is_kvm)
-        return kvmclock(&cpu->pvclock);
+        return kvmclock(&cpu->pvclock, tsc);
+    *tsc = rdtsc();
     if (!tsc_khz)
         return 0;
     u64 ns, high; /* of the 128-bit product; the compiler would want a library for this division */
-    asm("mulq %3; divq %4" : "=&a"(ns), "=&d"(high) : "0"(rdtsc()), "r"(1000000UL), "r"(tsc_khz) : "cc");
+    asm("mulq %3; divq %4" : "=&a"(ns), "=&d"(high) : "0"(*tsc), "r"(1000000UL), "r"(tsc_khz) : "cc");
     return ns;
 }
 
-/* The host's real time: KVM says anew, at each writing of the MSR, what time it was at clock 0. */
-u64 clock_real(struct cpu *cpu)
+u64 clock_now(struct cpu *cpu)
+{
+    u64 tsc;
+    return clock_at(cpu, &tsc);
+}
+
+/* What the guest's clock said when the TSC was that and the clock was computed from these. */
+u64 clock_then(const struct pvclock *params, u64 tsc)
+{
+    return ns_at(params, tsc);
+}
+
+/* What is to be added to the guest's clock for the host's real time: KVM says anew, at each writing of the MSR, what
+ * time it was at clock 0. */
+u64 clock_wall(void)
 {
     if (!clock_has_real)
-        return clock_now(cpu);
+        return 0;
     wrmsr(MSR_KVM_WALL_CLOCK, (u64)&wall);
-    return wall.seconds * 1000000000UL + wall.ns + clock_now(cpu);
+    return wall.seconds * 1000000000UL + wall.ns;
 }
 
 void clock_wait(struct cpu *cpu, u64 ns)
@@ -111,26 +132,38 @@ void clock_calibrate(struct cpu *cpu)
         fail("clock does not run: tsc_khz=%u timer_khz=%u", tsc_khz, timer_khz);
 }
 
-static void judge(struct cpu *cpu, const char *what, u64 own, u64 other, u64 found, u64 skew)
+__attribute__((noinline, noreturn, cold)) static void went_back(struct cpu *cpu, const char *what, u64 least,
+                                                                u64 found, int of_other)
 {
-    if (found < own)
-        fail("%s vcpu=%u expected>=%x found=%x", what, (u64)cpu->index, own, found);
-    if (found < other && other - found > skew)
-        fail("%s vcpu=%u expected>=%x found=%x (another vCPU's, less the skew allowed)", what,
-             (u64)cpu->index, other - skew, found);
+    fail(of_other ? "%s vcpu=%u expected>=%x found=%x (another vCPU's, less the skew allowed)"
+                  : "%s vcpu=%u expected>=%x found=%x",
+         what, (u64)cpu->index, least, found);
 }
 
 /* Judges this vCPU's TSC and clock; interrupts are off. Gives the clock. */
 u64 clock_check(struct cpu *cpu)
 {
-    struct cpu *other = &cpus[cpu->index + 1 < params.vcpus ? cpu->index + 1 : 0];
-    u64 other_tsc = other->last_tsc, other_clock = other->last_clock;
-    barrier();
-    u64 tsc = rdtsc(), now = clock_now(cpu);
-    judge(cpu, "tsc", cpu->last_tsc, other_tsc, tsc, params.skew * tsc_khz / 1000);
-    judge(cpu, "clock", cpu->last_clock, other_clock, now, params.skew * 1000);
-    if (now < other_clock && other_clock - now > cpu->skew_ns)
-        cpu->skew_ns = other_clock - now;
+    u64 other_tsc = 0, other_clock = 0, tsc;
+    int others = params.vcpus > 1;
+    if (others) {
+        struct cpu *other = &cpus[cpu->index + 1 < params.vcpus ? cpu->index + 1 : 0];
+        other_tsc = other->last_tsc, other_clock = other->last_clock;
+        barrier();
+    }
+    u64 now = clock_at(cpu, &tsc);
+    if (tsc < cpu->last_tsc)
+        went_back(cpu, "tsc", cpu->last_tsc, tsc, 0);
+    if (now < cpu->last_clock)
+        went_back(cpu, "clock", cpu->last_clock, now, 0);
+    if (others) {
+        u64 skew_tsc = params.skew * tsc_khz / 1000, skew_ns = params.skew * 1000;
+        if (tsc < other_tsc && other_tsc - tsc > skew_tsc)
+            went_back(cpu, "tsc", other_tsc - skew_tsc, tsc, 1);
+        if (now < other_clock && other_clock - now > skew_ns)
+            went_back(cpu, "clock", other_clock - skew_ns, now, 1);
+        if (now < other_clock && other_clock - now > cpu->skew_ns)
+            cpu->skew_ns = other_clock - now;
+    }
     cpu->last_tsc = tsc;
     cpu->last_clock = now;
     return now;

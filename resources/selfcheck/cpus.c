@@ -8,7 +8,7 @@
 
 /* Local APIC registers (Intel SDM vol. 3, 11.4.1). */
 #define LAPIC 0xfee00000UL
-#define EOI 0xb0
+#define EOI (LAPIC_EOI - LAPIC)
 #define SPURIOUS 0xf0
 #define COMMAND 0x300
 #define COMMAND_HIGH 0x310
@@ -23,7 +23,22 @@
 #define COMMAND_STARTUP 0x4600
 #define COMMAND_PENDING (1 << 12)
 
+/* So often in a second, at least, a tick goes the whole way, if there are as many: the clocks are judged and the serial
+ * port is read. All do with a clock that is not KVM's. */
+#define WHOLE_HZ 125
+
 struct cpu cpus[MAX_CPUS];
+/* A tick that comes later than this after the last one, by the TSC, is no quick one: a quarter more than a period. 0
+ * until the timer is started. */
+u64 quick_limit;
+
+_Static_assert(sizeof(struct cpu) == CPU_SIZE, "tick.h");
+#define AT(field, offset) _Static_assert(__builtin_offsetof(struct cpu, field) == offset, "tick.h")
+AT(pvclock.version, CPU_CLOCK_VERSION);
+AT(ticks, CPU_TICKS);
+AT(tick_tsc, CPU_TICK_TSC);
+AT(tick_pvclock.version, CPU_TICK_VERSION);
+AT(quick, CPU_QUICK);
 
 static struct {
     u16 offset0, selector;
@@ -110,48 +125,66 @@ void timer_start(void)
     lapic_set(TIMER_DIVIDE, DIVIDE_BY_1);
     lapic_set(LVT_TIMER, TIMER_PERIODIC | VECTOR_TICK);
     lapic_set(TIMER_INITIAL, timer_khz * 1000 / params.hz);
+    quick_limit = tsc_khz * 1250 / params.hz;
     interrupts_on();
 }
 
-static void longest(u64 *last, u64 now, volatile u64 *gap, volatile u64 *max)
+static inline void longest(s64 since, volatile u64 *gap, volatile u64 *max)
 {
-    u64 since = *last && now > *last ? now - *last : 0;
-    if (since > *gap)
-        *gap = since;
-    if (since > *max)
-        *max = since;
-    *last = now;
+    if (since <= (s64)*gap) /* which is never more than the longest of all */
+        return;
+    *gap = since;
+    if (*gap > *max)
+        *max = *gap;
 }
 
 /* The longest times between two ticks of the first vCPU, by the host's real time, in no order. */
 struct gap gaps[GAPS];
+/* The shortest of them, which the next longer one takes the place of, and how long it is. */
+static u32 shortest;
+static volatile u64 shortest_ns;
 
 void gaps_forget(void)
 {
     for (u32 i = 0; i < GAPS; i++)
         gaps[i].ns = 0;
+    shortest_ns = 0;
 }
 
-static void note_gap(u64 ns, u64 end)
+__attribute__((noinline)) static void note_gap(u64 ns, u64 end)
 {
-    static u32 shortest;
-    if (ns <= gaps[shortest].ns)
-        return;
     gaps[shortest] = (struct gap){ ns, end };
     for (u32 i = 0; i < GAPS; i++)
         if (gaps[i].ns < gaps[shortest].ns)
             shortest = i;
+    shortest_ns = gaps[shortest].ns;
 }
 
+/* A tick that may be late, or at which it is time to look. The gap is that since the last tick, quick or not: what the
+ * clocks said then follows from the TSC then, and from what they were computed from. */
 void on_tick(void)
 {
     struct cpu *cpu = this_cpu();
-    longest(&cpu->tick_clock, clock_check(cpu), &cpu->gap, &cpu->max_gap);
-    if (!cpu->index) {
-        u64 last = cpu->tick_real, now = clock_real(cpu);
-        longest(&cpu->tick_real, now, &cpu->real_gap, &cpu->max_real_gap);
-        if (last && now > last)
-            note_gap(now - last, now);
+    int first = !cpu->tick_tsc;
+    u64 last = clock_is_kvm ? clock_then(&cpu->tick_pvclock, cpu->tick_tsc) : cpu->tick_now;
+    u64 last_wall = cpu->tick_wall, now;
+    u32 version;
+    do {
+        version = cpu->pvclock.version;
+        now = clock_check(cpu);
+        cpu->tick_pvclock = cpu->pvclock;
+    } while (cpu->pvclock.version != version);
+    cpu->tick_tsc = cpu->last_tsc;
+    cpu->tick_now = now;
+    cpu->quick = clock_is_kvm ? (s32)(params.hz / WHOLE_HZ) - 1 : 0;
+    if (!cpu->index)
+        cpu->tick_wall = clock_wall();
+    if (!first) {
+        longest(now - last, &cpu->gap, &cpu->max_gap);
+        s64 real = now - last + (cpu->tick_wall - last_wall); /* real time may be set back */
+        longest(real, &cpu->real_gap, &cpu->max_real_gap);
+        if (!cpu->index && real > (s64)shortest_ns)
+            note_gap(real, now + cpu->tick_wall);
     }
     cpu->ticks++;
     lapic_set(EOI, 0);

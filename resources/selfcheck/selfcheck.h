@@ -2,11 +2,15 @@
 #ifndef SELFCHECK_H
 #define SELFCHECK_H
 
+#include "tick.h"
+
 typedef unsigned char u8;
 typedef signed char s8;
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef int s32;
 typedef unsigned long u64;
+typedef long s64;
 
 #define MAX_CPUS 64
 #define PAGE 4096UL
@@ -104,10 +108,17 @@ struct cpu {
     u32 index;
     volatile u32 alive;
 
+    /* Its ticks: how many there were, and the TSC at the last one. Of the last that went the whole way (boot.S): what
+     * was to be added to the clock for the host's real time, what the clock was computed from, and what it said; so
+     * many of the next ones may go the quick way. */
+    volatile u64 ticks;
+    u64 tick_tsc, tick_wall;
+    struct pvclock tick_pvclock;
+    s32 quick;
+    u64 tick_now;
+
     /* Its time, written with interrupts off only. */
     volatile u64 last_tsc, last_clock;
-    volatile u64 ticks;
-    u64 tick_clock, tick_real;
     volatile u64 gap, max_gap;           /* ns between ticks by the guest's clock */
     volatile u64 real_gap, max_real_gap; /* by the host's real time */
     volatile u64 skew_ns;
@@ -154,7 +165,8 @@ __attribute__((noreturn)) void halt_for_ever(void);
 void clock_init(void);
 void clock_init_cpu(struct cpu *cpu);
 u64 clock_now(struct cpu *cpu);
-u64 clock_real(struct cpu *cpu);
+u64 clock_wall(void);
+u64 clock_then(const struct pvclock *params, u64 tsc);
 void clock_wait(struct cpu *cpu, u64 ns);
 void clock_calibrate(struct cpu *cpu);
 u64 clock_check(struct cpu *cpu);

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -273,10 +274,12 @@ impl Shared {
                 WireError::BrokenOff { source, .. } => lost(index)(source),
                 other => other.into(),
             })?;
+            let any = !packet.offsets.is_empty() || !packet.zeros.is_empty();
+            if any && block.0 != packet.block {
+                block = find(ram, packet.block)?;
+            }
+            clear_pages(ram, &block, &packet.zeros)?;
             if !packet.offsets.is_empty() {
-                if block.0 != packet.block {
-                    block = find(ram, packet.block)?;
-                }
                 match packet.zstd {
                     None => read_pages(&mut reader, ram, &block, &packet.offsets)?,
                     Some(len) => compressed.read(&mut reader, ram, &block, &packet.offsets, len)?,
@@ -290,6 +293,7 @@ impl Shared {
             let moved = &mut state.moved;
             moved.bytes = moved.bytes.saturating_add(bytes);
             moved.normal_pages = moved.normal_pages.saturating_add(packet.offsets.len() as u64);
+            moved.zero_pages = moved.zero_pages.saturating_add(packet.zeros.len() as u64);
             let way = !state.hurry && !packet.sync;
             if std::mem::replace(&mut gives_way, way) != way {
                 // Not while it has what others wait for.
@@ -340,37 +344,63 @@ pub(super) fn end_of_page(name: &str, len: u64, offset: u64) -> Result<u64, Dest
     })
 }
 
-/// The pages behind a packet's head, neighbours together.
+/// The stretches of a block that pages at these offsets make, neighbours together.
+fn stretches<'a>(
+    (name, _, len): &'a (String, usize, u64),
+    offsets: &'a [u64],
+) -> impl Iterator<Item = Result<Range<u64>, DestinationError>> + 'a {
+    let mut offsets = offsets.iter().peekable();
+    std::iter::from_fn(move || {
+        let start = *offsets.next()?;
+        let mut end = end_of_page(name, *len, start);
+        while let Ok(at) = end
+            && offsets.next_if_eq(&&at).is_some()
+        {
+            end = end_of_page(name, *len, at);
+        }
+        Some(end.map(|end| start..end))
+    })
+}
+
+/// The pages behind a packet's head.
 fn read_pages(
     reader: &mut StreamReader,
     ram: &dyn GuestRam,
-    (name, block, len): &(String, usize, u64),
+    block: &(String, usize, u64),
     offsets: &[u64],
 ) -> Result<(), DestinationError> {
-    let mut run = 0..0u64;
-    for offset in offsets {
-        let end = end_of_page(name, *len, *offset)?;
-        if run.end == *offset && !run.is_empty() {
-            run.end = end;
-        } else {
-            read_run(reader, ram, *block, &run, 0)?;
-            run = *offset..end;
-        }
+    let mut stretches = stretches(block, offsets).peekable();
+    while let Some(stretch) = stretches.next() {
+        // Behind the last page another packet's head is expected.
+        let ahead = if stretches.peek().is_none() { Packet::LEN } else { 0 };
+        read_run(reader, ram, block.1, &stretch?, ahead)?;
     }
-    // Behind the last page another packet's head is expected.
-    read_run(reader, ram, *block, &run, Packet::LEN)
+    Ok(())
+}
+
+/// Pages of which a packet says no more than that they are zero.
+fn clear_pages(
+    ram: &dyn GuestRam,
+    block: &(String, usize, u64),
+    offsets: &[u64],
+) -> Result<(), DestinationError> {
+    // Checked before anything is written.
+    let stretches: Vec<_> = stretches(block, offsets).collect::<Result<_, _>>()?;
+    for stretch in stretches {
+        let len = stretch.end.saturating_sub(stretch.start);
+        let filled = ram.fill(block.1, stretch.start, len, 0);
+        filled.map_err(|source| DestinationError::Memory { source })?;
+    }
+    Ok(())
 }
 
 fn read_run(
     reader: &mut StreamReader,
     ram: &dyn GuestRam,
     block: usize,
-    run: &std::ops::Range<u64>,
+    run: &Range<u64>,
     ahead: usize,
 ) -> Result<(), DestinationError> {
-    if run.is_empty() {
-        return Ok(());
-    }
     let at = reader.offset();
     let len = usize::try_from(run.end.saturating_sub(run.start)).unwrap_or(usize::MAX);
     let read = reader.read_ram(ram, block, run.start, len, ahead);

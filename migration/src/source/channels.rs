@@ -365,7 +365,8 @@ impl Shared {
 
     fn head(&self, sync: bool, block: &str, offsets: &[u64], zstd: Option<usize>) -> Packet {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        Packet { sync, number, block: block.to_owned(), offsets: offsets.to_vec(), zstd }
+        let (block, offsets) = (block.to_owned(), offsets.to_vec());
+        Packet { sync, number, block, offsets, zeros: vec![], zstd }
     }
 }
 

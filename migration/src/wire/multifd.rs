@@ -1,4 +1,5 @@
-//! Pages on connections of their own: QEMU 7.2's multifd, plain or through [zstd](super::zstd).
+//! Pages on connections of their own: QEMU 7.2's multifd, plain or through [zstd](super::zstd); and, to be read, that of
+//! QEMU 9.0 and later, whose packets may name zero pages as well.
 //!
 //! ```text
 //! main connection                          each further one
@@ -33,6 +34,8 @@ const COMPRESSION: u32 = 0x1f << 1;
 const BY_ZSTD: u32 = 2 << 1;
 /// Bytes of a block's name.
 const NAME: usize = 256;
+/// Bytes behind the number of zero pages that mean nothing. QEMU 7.2's have none of either: all 32 are zero.
+const RESERVED: usize = 28;
 /// Most connections that are taken or made.
 pub const MAX_CHANNELS: usize = 16;
 
@@ -83,6 +86,10 @@ pub struct Packet {
     pub block: String,
     /// Where the pages belong, in bytes; at most [`MAX_PAGES`].
     pub offsets: Vec<u64>,
+    /// Pages that are all zero, of which nothing else is sent; with the others at most [`MAX_PAGES`]. A QEMU names them
+    /// here from 9.0 on, where it looks for them by `zero-page-detection=multifd` (of pc-i440fx-7.2 only if it is told
+    /// to, and then also to who does not know them). A source of this project names them on the main connection.
+    pub zeros: Vec<u64>,
     /// So many bytes of the connection's zstd stream follow, instead of the pages; at most
     /// [`MAX_COMPRESSED`].
     pub zstd: Option<usize>,
@@ -95,6 +102,8 @@ impl Packet {
     /// Its bytes, up to the pages.
     pub fn write(&self, out: &mut Vec<u8>) {
         let offsets = self.offsets.get(..MAX_PAGES).unwrap_or(&self.offsets);
+        let room = MAX_PAGES.saturating_sub(offsets.len());
+        let zeros = self.zeros.get(..room).unwrap_or(&self.zeros);
         let name = self.block.as_bytes();
         let name = name.get(..NAME.saturating_sub(1)).unwrap_or(name);
         let pages = offsets.len() as u32;
@@ -109,11 +118,13 @@ impl Packet {
             out.extend_from_slice(&word.to_be_bytes());
         }
         out.extend_from_slice(&self.number.to_be_bytes());
-        out.extend_from_slice(&[0; 32]);
+        out.extend_from_slice(&(zeros.len() as u32).to_be_bytes());
+        out.extend_from_slice(&[0; RESERVED]);
         out.extend_from_slice(name);
         out.resize(out.len().saturating_add(NAME.saturating_sub(name.len())), 0);
-        for n in 0..MAX_PAGES {
-            out.extend_from_slice(&offsets.get(n).copied().unwrap_or(0).to_be_bytes());
+        let all = offsets.iter().chain(zeros).copied().chain(std::iter::repeat(0));
+        for offset in all.take(MAX_PAGES) {
+            out.extend_from_slice(&offset.to_be_bytes());
         }
     }
 
@@ -149,26 +160,30 @@ impl Packet {
             None
         };
         let number = read_u64(source, "a packet's number")?;
-        read_array::<32>(source, "a packet's head")?;
+        let zeros = count(source, "the number of zero pages in a packet")?;
+        read_array::<RESERVED>(source, "a packet's head")?;
         let name = read_array::<NAME>(source, "a packet's block")?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         let block = String::from_utf8_lossy(name).into_owned();
-        let mut offsets = Vec::with_capacity(pages);
-        for n in 0..room {
-            let offset = read_u64(source, "a page's offset")?;
-            if n < pages {
-                offsets.push(offset);
-            }
-        }
-        if offsets.len() < pages {
+        let all = pages.saturating_add(zeros);
+        if all > room {
             return Err(WireError::TooLarge {
                 what: "the number of pages in a packet",
                 offset,
-                found: pages as u64,
+                found: all as u64,
                 max: room as u64,
             });
         }
-        Ok(Self { sync: flags & SYNC != 0, number, block, offsets, zstd })
+        let mut offsets = Vec::with_capacity(all);
+        for n in 0..room {
+            let offset = read_u64(source, "a page's offset")?;
+            if n < all {
+                offsets.push(offset);
+            }
+        }
+        // There are as many as were counted.
+        let zeros = offsets.split_off(pages.min(offsets.len()));
+        Ok(Self { sync: flags & SYNC != 0, number, block, offsets, zeros, zstd })
     }
 }
 
@@ -213,7 +228,8 @@ mod tests {
         for pages in [0, 1, MAX_PAGES as u64] {
             let offsets = (0..pages).map(|n| n * 0x2000).collect();
             let block = "pc.ram".into();
-            let packet = Packet { sync: pages == 1, number: 5, block, offsets, zstd: None };
+            let zeros = vec![];
+            let packet = Packet { sync: pages == 1, number: 5, block, offsets, zeros, zstd: None };
             out.clear();
             packet.write(&mut out);
             // 320 + 8 for each of 128 offsets.
@@ -238,10 +254,33 @@ mod tests {
     }
 
     #[test]
+    fn zero_pages_stand_behind_the_others() {
+        let (block, offsets, zeros) = ("b".into(), vec![0x1000, 0x5000], vec![0x2000, 0, 0x9000]);
+        let packet = Packet { sync: false, number: 1, block, offsets, zeros, zstd: None };
+        let mut out = Vec::new();
+        packet.write(&mut out);
+        assert_eq!(out.len(), Packet::LEN);
+        // Both counts, and the length of what follows, which is that of the pages that are there.
+        assert_eq!((&out[16..20], &out[32..36]), (&[0, 0, 0, 2][..], &[0, 0, 0, 3][..]));
+        assert_eq!(out[20..24], 0x2000u32.to_be_bytes());
+        for (n, offset) in [0x1000u64, 0x5000, 0x2000, 0, 0x9000, 0].into_iter().enumerate() {
+            assert_eq!(out[320 + 8 * n..][..8], offset.to_be_bytes(), "{n}");
+        }
+        assert_eq!(Packet::read(&mut SliceSource::new(&out)).unwrap(), packet);
+        // As many as there is room for, of either kind.
+        let all: Vec<u64> = (0..MAX_PAGES as u64).map(|n| n << 12).collect();
+        let full = Packet { offsets: vec![], zeros: all, ..packet };
+        out.clear();
+        full.write(&mut out);
+        assert_eq!(Packet::read(&mut SliceSource::new(&out)).unwrap(), full);
+    }
+
+    #[test]
     fn what_a_packet_may_not_say_is_refused() {
         let mut good = Vec::new();
         let (block, offsets) = ("b".into(), vec![0]);
-        let packet = Packet { sync: false, number: 0, block, offsets, zstd: Some(1 << 20) };
+        let (zeros, zstd) = (vec![], Some(1 << 20));
+        let packet = Packet { sync: false, number: 0, block, offsets, zeros, zstd };
         packet.write(&mut good);
         for (at, byte, word) in [
             (0, 0x12, "magic"),
@@ -255,6 +294,9 @@ mod tests {
             (15, 129, "room"),
             (19, 129, "number of pages"),
             (15, 0, "number of pages"),
+            (35, 128, "number of pages"),
+            (35, 129, "number of zero pages"),
+            (32, 1, "number of zero pages"),
         ] {
             let mut bad = good.clone();
             bad[at] = byte;

@@ -235,76 +235,126 @@ fn a_cancel_reaches_a_source_whose_connections_are_stuck() {
 fn page(number: u64, sync: bool, at: Option<(u64, u8)>) -> Vec<u8> {
     let mut out = Vec::new();
     let offsets = at.iter().map(|(offset, _)| *offset).collect();
-    Packet { sync, number, block: "pc.ram".into(), offsets, zstd: None }.write(&mut out);
+    let (block, zeros) = ("pc.ram".into(), vec![]);
+    Packet { sync, number, block, offsets, zeros, zstd: None }.write(&mut out);
     if let Some((_, byte)) = at {
         out.extend_from_slice(&[byte; PAGE_SIZE as usize]);
     }
     out
 }
 
-#[test]
-fn an_older_page_never_lies_over_a_newer_one() {
-    let (_, mut destination, _) = two_vms(16);
-    let ram = destination.ram.clone();
-    let mut ends = Vec::new();
-    let mut open = |channel| {
-        let (mut mine, its) = UnixStream::pair().unwrap();
-        let mut first = Vec::new();
-        Initial { uuid: [0; 16], channel, token: [0; 16] }.write(&mut first);
-        mine.write_all(&first).unwrap();
-        ends.push(Connection::from_unix(its, "unix:channel".into()));
-        mine
-    };
-    let (mut slow, mut quick) = (open(0), open(1));
-    destination.beside = ends;
-    let (mut main, there) = UnixStream::pair().unwrap();
-
-    // As a QEMU speaks: nothing of ours, and two connections that were announced on this side.
+/// A packet that says only that these pages are zero, as QEMUs do from 9.0 on.
+fn zeros(number: u64, zeros: &[u64]) -> Vec<u8> {
     let mut out = Vec::new();
-    let machine = MACHINE.to_owned();
-    header::write(&mut out, &Configuration { machine, ..Configuration::default() });
-    let key = SectionId::new("ram", 0);
-    section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
-    ram::write_blocks(&mut out, &ram.blocks());
-    ram::write_eos(&mut out);
-    section::write_footer(&mut out, 2);
-    for _ in 0..2 {
-        section::write_part_header(&mut out, PartType::Part, 2);
+    let (block, zeros) = ("pc.ram".into(), zeros.to_vec());
+    Packet { sync: false, number, block, offsets: vec![], zeros, zstd: None }.write(&mut out);
+    out
+}
+
+fn byte(ram: &dyn GuestRam, offset: u64) -> u8 {
+    let mut byte = [0];
+    ram.copy_out(0, offset, &mut byte).unwrap();
+    byte[0]
+}
+
+/// A source that speaks as a QEMU does, nothing of ours: a first connection on which sections of RAM have come, and
+/// none of their pages, and two further ones, announced on the destination's side.
+struct QemuLike {
+    main: UnixStream,
+    pages: [UnixStream; 2],
+    ram: std::sync::Arc<dyn GuestRam>,
+    receiving: thread::JoinHandle<Result<(), String>>,
+}
+
+impl QemuLike {
+    fn begin(sections: usize) -> Self {
+        let (_, mut destination, _) = two_vms(16);
+        let ram = destination.ram.clone();
+        let pages = [0, 1].map(|channel| {
+            let (mut mine, its) = UnixStream::pair().unwrap();
+            let mut first = Vec::new();
+            Initial { uuid: [0; 16], channel, token: [0; 16] }.write(&mut first);
+            mine.write_all(&first).unwrap();
+            destination.beside.push(Connection::from_unix(its, "unix:channel".into()));
+            mine
+        });
+        let (mut main, there) = UnixStream::pair().unwrap();
+        let mut out = Vec::new();
+        let machine = MACHINE.to_owned();
+        header::write(&mut out, &Configuration { machine, ..Configuration::default() });
+        let key = SectionId::new("ram", 0);
+        section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
+        ram::write_blocks(&mut out, &ram.blocks());
         ram::write_eos(&mut out);
         section::write_footer(&mut out, 2);
+        for _ in 0..sections {
+            section::write_part_header(&mut out, PartType::Part, 2);
+            ram::write_eos(&mut out);
+            section::write_footer(&mut out, 2);
+        }
+        main.write_all(&out).unwrap();
+        let there = Connection::from_unix(there, "unix:main".into());
+        let control = control_with(|p| {
+            p.multifd = true;
+            p.stall_timeout = Duration::from_secs(20);
+        });
+        let receiving = thread::spawn(move || {
+            let result = destination::run(&mut destination, there, &control);
+            result.map(drop).map_err(|failure| failure.error.chain())
+        });
+        Self { main, pages, ram, receiving }
     }
-    main.write_all(&out).unwrap();
+
+    /// A byte of the destination's memory.
+    fn byte(&self, offset: u64) -> u8 {
+        byte(&*self.ram, offset)
+    }
+
+    /// Hangs up, and gives why the destination gave up.
+    fn end(self) -> String {
+        drop((self.main, self.pages));
+        join(self.receiving).unwrap_err()
+    }
+}
+
+#[test]
+fn an_older_page_never_lies_over_a_newer_one() {
+    let source = QemuLike::begin(2);
+    let [mut slow, mut quick] = source.pages.each_ref().map(|end| end.try_clone().unwrap());
     // The quick one is a section ahead: the new page, and one that tells that it has been read.
     quick.write_all(&page(0, true, None)).unwrap();
     quick.write_all(&page(1, true, None)).unwrap();
     quick.write_all(&page(4, true, Some((0x3000, 2)))).unwrap();
     slow.write_all(&page(2, true, None)).unwrap();
-
-    let there = Connection::from_unix(there, "unix:main".into());
-    let control = control_with(|p| {
-        p.multifd = true;
-        p.stall_timeout = Duration::from_secs(20);
-    });
-    let watch = ram.clone();
-    let receiving = thread::spawn(move || {
-        let result = destination::run(&mut destination, there, &control);
-        result.map(drop).map_err(|failure| failure.error.chain())
-    });
-    let byte = |offset: u64| {
-        let mut byte = [0];
-        watch.copy_out(0, offset, &mut byte).unwrap();
-        byte[0]
-    };
     // Time enough for one that did not wait to write the new page before the old one comes.
     thread::sleep(Duration::from_millis(300));
-    assert_eq!(byte(0x3000), 0, "read before the section in front of it had ended");
+    assert_eq!(source.byte(0x3000), 0, "read before the section in front of it had ended");
     slow.write_all(&page(3, true, Some((0x3000, 1)))).unwrap();
     slow.write_all(&page(5, true, None)).unwrap();
-    wait_for("the newer page", || byte(0x3000) == 2);
-    drop((main, slow, quick));
-    let words = join(receiving).unwrap_err();
+    wait_for("the newer page", || source.byte(0x3000) == 2);
+    drop((slow, quick));
+    let ram = source.ram.clone();
+    let words = source.end();
     assert!(words.contains("broke off"), "{words}");
-    assert_eq!(byte(0x3000), 2);
+    assert_eq!(byte(&*ram, 0x3000), 2);
+}
+
+#[test]
+fn a_page_that_a_later_qemu_says_is_zero_becomes_so() {
+    let mut source = QemuLike::begin(1);
+    let last = 0xf000;
+    for (number, at) in [(0, 0x3000), (1, 0x4000), (2, 0x6000), (3, last)] {
+        source.pages[0].write_all(&page(number, false, Some((at, 7)))).unwrap();
+    }
+    wait_for("the pages", || source.byte(last) == 7);
+    source.pages[0].write_all(&zeros(4, &[0x3000, 0x4000, last])).unwrap();
+    wait_for("the zero pages", || source.byte(last) == 0);
+    assert_eq!([0x3000, 0x4fff, 0x6000].map(|at| source.byte(at)), [0, 0, 7]);
+    source.pages[0].write_all(&zeros(5, &[0x6000, 0x10000])).unwrap();
+    let ram = source.ram.clone();
+    let words = source.end();
+    assert!(words.contains("Illegal RAM offset 0x10000"), "{words}");
+    assert_eq!(byte(&*ram, 0x6000), 7, "done before the packet was checked");
 }
 
 #[test]
@@ -327,8 +377,9 @@ fn a_first_connection_that_has_nothing_to_say_for_long_is_not_taken_for_dead() {
 /// A packet that says that `bytes` are the page at `offset`, compressed.
 fn compressed(offset: u64, bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    let (block, offsets) = ("pc.ram".into(), vec![offset]);
-    Packet { sync: false, number: 0, block, offsets, zstd: Some(bytes.len()) }.write(&mut out);
+    let (block, offsets, zeros) = ("pc.ram".into(), vec![offset], vec![]);
+    let zstd = Some(bytes.len());
+    Packet { sync: false, number: 0, block, offsets, zeros, zstd }.write(&mut out);
     out.extend_from_slice(bytes);
     out
 }
@@ -341,8 +392,8 @@ fn a_packet_is_checked_before_anything_is_written() {
     for (what, packet) in [
         ("Unknown ramblock", {
             let mut out = Vec::new();
-            let (block, offsets) = ("nvram".into(), vec![0]);
-            Packet { sync: false, number: 0, block, offsets, zstd: None }.write(&mut out);
+            let (block, offsets, zeros) = ("nvram".into(), vec![0], vec![]);
+            Packet { sync: false, number: 0, block, offsets, zeros, zstd: None }.write(&mut out);
             out
         }),
         ("Illegal RAM offset 0x10000", page(0, false, Some((0x10000, 1)))),

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use super::locks::is_locked;
 use crate::guest::number;
 use crate::wait;
 
@@ -109,12 +110,15 @@ impl Witness {
         );
     }
 
-    /// What was seen: every record was written once, by a guest that went on from the one before. Gives
-    /// how many there are.
+    /// What was seen, when no process has the image any more: every record was written once, by a guest
+    /// that went on from the one before. Gives how many there are.
     ///
     /// # Errors
-    /// What was otherwise.
+    /// What was otherwise, also if some process still may write.
     pub fn testify(mut self) -> Result<u64, String> {
+        if is_locked(&self.path) {
+            return Err("the image is still locked: its guest may write while it is looked at".into());
+        }
         self.end.store(true, Ordering::Release);
         let watcher = self.watcher.take().ok_or("nobody watched")?;
         let seen = watcher.join().map_err(|_| "the witness panicked".to_owned())?;

@@ -113,6 +113,22 @@ pub trait GuestRam: Send + Sync {
         full: &mut dyn FnMut() -> io::Result<()>,
     ) -> io::Result<()>;
 
+    /// Puts at most `len` bytes, which an empty `pipe` holds, into it by reference, and returns how many; at least
+    /// one. Whoever takes them out of there, or of the socket to which they go on, gets what is in memory then: a page
+    /// is sent so when it was cleared in the log before ([`DirtyTracker`]), or when nobody writes to it any more. An
+    /// implementer may copy instead, and one that can't do it at all says `Unsupported`, and is asked
+    /// [`write_parts`](Self::write_parts).
+    fn lend(
+        &self,
+        pipe: BorrowedFd<'_>,
+        block: usize,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        let _ = (pipe, block, offset, len);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// One vectored read from `from` into the parts, in order. Returns how many bytes came, as
     /// `readv` does: 0 is the end of the stream, fewer than asked for is no error. An interrupted
     /// call is repeated; `WouldBlock` (a receive timeout, or an empty pipe) is returned as it is.

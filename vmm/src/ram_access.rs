@@ -139,6 +139,30 @@ impl GuestRam for Ram {
         Ok(())
     }
 
+    fn lend(
+        &self,
+        pipe: BorrowedFd<'_>,
+        block: usize,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        let roms = roms(self, block);
+        let mut iov = Vec::with_capacity(2);
+        self.stretches(roms.as_ref(), block, offset, len as u64, |p, n| iov.push(iovec(p, n)))?;
+        loop {
+            // SAFETY: every element is a stretch of this RAM's mappings or of `roms`. The kernel takes references to
+            // their pages, which stay whole when the mappings end, and only reads from them.
+            let n = unsafe { libc::vmsplice(pipe.as_raw_fd(), iov.as_ptr(), iov.len(), 0) };
+            if n >= 0 {
+                return Ok(n as usize);
+            }
+            let e = io::Error::last_os_error();
+            if e.kind() != io::ErrorKind::Interrupted {
+                return Err(e);
+            }
+        }
+    }
+
     fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize> {
         let roms = self.roms().list();
         let mut iov = Vec::with_capacity(parts.len() + 1);
@@ -337,166 +361,4 @@ impl PageDiscard for Ram {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{Read, Write};
-    use std::os::fd::AsFd;
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-
-    fn timeout() -> io::Result<()> {
-        Err(io::ErrorKind::WouldBlock.into())
-    }
-
-    fn ram() -> Ram {
-        Ram::new(4 << 20, 40).unwrap()
-    }
-
-    /// Private memory, and such as can be given to another process.
-    fn both() -> [Ram; 2] {
-        [ram(), Ram::new_shared(4 << 20, 40).unwrap()]
-    }
-
-    #[test]
-    fn pages_go_out_and_come_in_between_headers() {
-        let ram = ram();
-        ram.copy_in(0, 0x3000, &[7; 8192]).unwrap();
-        let (a, mut b) = UnixStream::pair().unwrap();
-        let parts = [
-            IoPart::Bytes(b"head"),
-            IoPart::Ram { block: 0, offset: 0x3ffe, len: 4 },
-            IoPart::Bytes(b""),
-            IoPart::Bytes(b"tail"),
-        ];
-        ram.write_parts(a.as_fd(), &parts, &mut timeout).unwrap();
-        let mut got = [0; 12];
-        b.read_exact(&mut got).unwrap();
-        assert_eq!(&got, b"head\x07\x07\x07\x07tail");
-
-        b.write_all(b"xyPAGE").unwrap();
-        let mut head = [0; 2];
-        let n = ram
-            .read_parts(
-                a.as_fd(),
-                &mut [
-                    ReadPart::Bytes(&mut head),
-                    ReadPart::Ram { block: 0, offset: 0x10_0000, len: 4096 },
-                ],
-            )
-            .unwrap();
-        let mut page = [0; 5];
-        ram.copy_out(0, 0x10_0000, &mut page).unwrap();
-        assert_eq!((n, &head, &page), (6, b"xy", b"PAGE\0"));
-        a.shutdown(std::net::Shutdown::Both).unwrap();
-    }
-
-    #[test]
-    fn zeroes_go_where_something_was_and_allocate_nothing_else() {
-        both().iter().for_each(zeroes_allocate_nothing);
-    }
-
-    fn zeroes_allocate_nothing(ram: &Ram) {
-        let all = |ram: &Ram| ram.absent(0, 0, 4 << 20).expect("the host tells");
-        let present = |ram: &Ram| {
-            let absent: u32 = all(ram).iter().map(|word| word.count_ones()).sum();
-            1024 - absent
-        };
-        assert_eq!(present(ram), 0);
-        ram.fill(0, 0, 4 << 20, 0).unwrap();
-        assert_eq!(present(ram), 0, "zero was zero");
-        ram.copy_in(0, 0x20_1000, &[7; 4096]).unwrap();
-        // One page, or a huge one.
-        let touched = present(ram);
-        assert!((1..=512).contains(&touched), "{touched}");
-        assert!(!has(&all(ram), 0x201));
-        ram.fill(0, 0, 4 << 20, 0).unwrap();
-        assert!(ram.is_zero(0, 0x20_1000));
-        assert_eq!(present(ram), touched);
-        ram.fill(0, 0x1ffe, 4, 9).unwrap();
-        let mut bytes = [1; 6];
-        ram.copy_out(0, 0x1ffd, &mut bytes).unwrap();
-        assert_eq!(bytes, [0, 9, 9, 9, 9, 0]);
-        assert!(!has(&all(ram), 1) && ram.fill(0, 4 << 20, 1, 0).is_err());
-    }
-
-    #[test]
-    fn more_parts_than_one_call_takes_all_arrive() {
-        let ram = ram();
-        for page in 0..700u64 {
-            ram.copy_in(0, page * 4096, &[page as u8; 4096]).unwrap();
-        }
-        let (a, mut b) = UnixStream::pair().unwrap();
-        let reader = std::thread::spawn(move || {
-            let mut all = Vec::new();
-            b.read_to_end(&mut all).map(|_| all)
-        });
-        let parts: Vec<_> = (0..700)
-            .flat_map(|page| {
-                [IoPart::Bytes(b"h"), IoPart::Ram { block: 0, offset: page * 4096, len: 4096 }]
-            })
-            .collect();
-        ram.write_parts(a.as_fd(), &parts, &mut timeout).unwrap();
-        drop(a);
-        let all = reader.join().unwrap().unwrap();
-        assert_eq!(all.len(), 700 * 4097);
-        for (page, record) in all.chunks(4097).enumerate() {
-            assert_eq!(record[0], b'h');
-            assert!(record[1..].iter().all(|b| *b == page as u8), "page {page}");
-        }
-    }
-
-    #[test]
-    fn zero_is_seen_and_filling_writes_every_byte() {
-        let ram = ram();
-        assert!(ram.is_zero(0, 0x5000));
-        ram.copy_in(0, 0x5fff, &[1]).unwrap();
-        assert!(!ram.is_zero(0, 0x5000) && ram.is_zero(0, 0x6000));
-        ram.fill(0, 0x5000, 4096, 0).unwrap();
-        assert!(ram.is_zero(0, 0x5000));
-        ram.fill(0, 0x6ffc, 8, 9).unwrap();
-        let mut got = [0; 10];
-        ram.copy_out(0, 0x6ffb, &mut got).unwrap();
-        assert_eq!(got, [0, 9, 9, 9, 9, 9, 9, 9, 9, 0]);
-    }
-
-    #[test]
-    fn populating_changes_nothing_and_takes_any_range() {
-        let ram = ram();
-        ram.copy_in(0, 0x5000, &[7; 16]).unwrap();
-        ram.populate(0, 0, ram.size());
-        ram.populate(0, ram.size(), 1);
-        ram.populate(9, 0, 4096);
-        let mut got = [0; 17];
-        ram.copy_out(0, 0x5000, &mut got).unwrap();
-        assert_eq!((&got[..16], got[16]), (&[7; 16][..], 0));
-    }
-
-    #[test]
-    fn discarded_pages_read_as_zeros_and_their_neighbours_stay() {
-        for ram in both() {
-            ram.copy_in(0, 0x4000, &[7; 4 * 4096]).unwrap();
-            ram.discard(0x5000, 2 * 4096).unwrap();
-            if ram.shared().is_some() {
-                // They are nobody's any more, also not in the file.
-                let absent = ram.absent(0, 0x4000, 4 * 4096);
-                assert_eq!(absent, Some(vec![0b0110]));
-            }
-            let zero = |page: u64| ram.is_zero(0, page * 4096);
-            assert_eq!([4, 5, 6, 7].map(zero), [false, true, true, false]);
-            for (address, len) in [(ram.size() - 4096, 8192), (1 << 32, 4096), (u64::MAX, 4096)] {
-                assert!(ram.discard(address, len).is_err(), "{address:#x}+{len:#x}");
-            }
-        }
-    }
-
-    #[test]
-    fn nothing_outside_of_the_block_is_reached() {
-        let ram = ram();
-        let len = ram.size();
-        assert!(ram.copy_in(0, len - 1, &[0; 2]).is_err());
-        assert!(ram.copy_in(0, u64::MAX, &[0; 2]).is_err());
-        assert!(ram.copy_in(1, 0, &[0; 2]).is_err());
-        assert!(ram.fill(0, len, 1, 1).is_err());
-        assert!(!ram.is_zero(0, len));
-    }
-}
+mod tests;

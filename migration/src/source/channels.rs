@@ -22,6 +22,7 @@ use crate::control::Control;
 use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
 use crate::panics::guarded;
 use crate::stats::Moved;
+use crate::transport::lender::Lender;
 use crate::transport::{Connection, is_stall};
 use crate::wire::multifd::{Initial, MAX_PAGES, Packet};
 use crate::wire::zstd::Compressor;
@@ -246,12 +247,12 @@ impl Shared {
 
     /// One connection's thread.
     fn serve(&self, index: usize, connection: &Connection) {
-        let mut head = Vec::new();
+        let (mut head, mut lender) = (Vec::new(), Lender::default());
         let mut smaller = self.zstd.map(Smaller::new);
         while let Some(job) = self.next(index) {
             let written = guarded(|| match &job {
                 Job::Chunk(chunk) => match &mut smaller {
-                    None => self.send(connection, chunk, &mut head),
+                    None => self.send(connection, chunk, &mut head, &mut lender),
                     Some(smaller) => self.send_smaller(connection, chunk, &mut head, smaller),
                 },
                 Job::Sync => self.send_sync(connection, &mut head),
@@ -311,7 +312,13 @@ impl Shared {
         }
     }
 
-    fn send(&self, to: &Connection, chunk: &Chunk, head: &mut Vec<u8>) -> io::Result<Moved> {
+    fn send(
+        &self,
+        to: &Connection,
+        chunk: &Chunk,
+        head: &mut Vec<u8>,
+        lender: &mut Lender,
+    ) -> io::Result<Moved> {
         let mut moved = Moved::default();
         let name = self.names.get(chunk.block).map_or("", String::as_str);
         for offsets in chunk.offsets.chunks(MAX_PAGES) {
@@ -323,7 +330,7 @@ impl Shared {
                 parts.push(IoPart::Ram { block: chunk.block, offset, len });
             }
             let mut full = || Err(io::ErrorKind::WouldBlock.into());
-            self.ram.write_parts(to.as_fd(), &parts, &mut full)?;
+            lender.write_parts(&*self.ram, to.as_fd(), &parts, &mut full)?;
             let pages = offsets.len() as u64;
             moved.normal_pages += pages;
             moved.bytes += head.len() as u64 + pages * PAGE_SIZE;

@@ -10,6 +10,7 @@ use super::SourceError;
 use crate::control::Control;
 use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
 use crate::stats::Moved;
+use crate::transport::lender::Lender;
 use crate::transport::{Connection, Settled, Sink, is_stall};
 use crate::wire::command::Command;
 use crate::wire::ram::{PAGE, RUN, ZERO, write_eos, write_record, write_run};
@@ -54,6 +55,7 @@ pub(super) enum Channel<'a> {
 /// The stream on its way out.
 pub(super) struct Out<'a> {
     channel: Channel<'a>,
+    lender: Lender,
     ram: Arc<dyn GuestRam>,
     control: &'a Control,
     bytes: Vec<u8>,
@@ -86,6 +88,7 @@ impl<'a> Out<'a> {
     pub(super) fn new(channel: Channel<'a>, ram: Arc<dyn GuestRam>, control: &'a Control) -> Self {
         Self {
             channel,
+            lender: Lender::default(),
             ram,
             control,
             bytes: Vec::with_capacity(16 << 10),
@@ -270,7 +273,7 @@ impl<'a> Out<'a> {
             Channel::Connection(connection) => {
                 // Its send timeout is over.
                 let mut full = || Err(io::ErrorKind::WouldBlock.into());
-                self.ram.write_parts(connection.as_fd(), &parts, &mut full)
+                self.lender.write_parts(&*self.ram, connection.as_fd(), &parts, &mut full)
             }
             Channel::Sink(Some(sink)) => {
                 let mut full = || sink.wait_writable(patience, &given_up);

@@ -13,7 +13,9 @@
 pub(crate) mod arrival;
 mod command;
 pub mod descriptor;
+pub mod lender;
 mod listener;
+mod one_host;
 mod pipe;
 mod reader;
 mod saving;
@@ -27,10 +29,9 @@ pub use sink::{Settled, Sink};
 pub use stream_error::StreamError;
 pub use supply::Supply;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -176,7 +177,7 @@ impl Connection {
                     .map_err(|source| TransportError::Resolve { host: host.clone(), source })?;
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
                 for to in resolved {
-                    match TcpStream::connect_timeout(&to, timeout) {
+                    match one_host::connect(to, timeout) {
                         Ok(stream) => return Self::from_tcp(stream, to),
                         Err(error) => last = error,
                     }
@@ -198,8 +199,8 @@ impl Connection {
             setsockopt(&stream, sockopt::KeepAlive, &true)?;
             setsockopt(&stream, sockopt::TcpKeepIdle, &KEEPALIVE_S)?;
             setsockopt(&stream, sockopt::TcpKeepInterval, &KEEPALIVE_S)?;
-            if same_host(stream.local_addr()?.ip(), peer.ip()) {
-                without_bbr(&stream);
+            if one_host::is_both(stream.local_addr()?.ip(), peer.ip()) {
+                one_host::without_bbr(&stream);
             }
             Ok(())
         };
@@ -299,58 +300,7 @@ impl Write for &Connection {
     }
 }
 
-/// Whether nothing lies between the two ends of a connection but one kernel.
-fn same_host(here: IpAddr, there: IpAddr) -> bool {
-    here == there || there.to_canonical().is_loopback()
-}
-
-/// Between two processes of one host there is no network to be fair to, and no queue to keep short: what
-/// paces its sending, as BBR does, leaves half of what the processors could copy. Reno is in every kernel,
-/// and anybody may choose it; on a connection that began with BBR it is still paced, by twice what it has found
-/// it can send.
-fn without_bbr(stream: &TcpStream) {
-    if let Err(error) = setsockopt(stream, sockopt::TcpCongestion, &OsString::from("reno")) {
-        tracing::debug!(%error, "the host's own congestion control is kept");
-    }
-}
-
 /// Whether an error says that the peer stood still for the whole timeout.
 pub fn is_stall(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::TcpListener;
-
-    use super::*;
-
-    #[test]
-    fn inside_a_host_reno_is_asked_for() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let to = listener.local_addr().unwrap();
-        let plain = TcpStream::connect(to).unwrap();
-        let usual = setsockopt(&plain, sockopt::TcpCongestion, &OsString::from("cubic"))
-            .map_or_else(|_| OsString::from("reno"), |()| OsString::from("cubic"));
-        assert_eq!(nix::sys::socket::getsockopt(&plain, sockopt::TcpCongestion).unwrap(), usual);
-        let here = Connection::from_tcp(plain, to).unwrap();
-        let found = nix::sys::socket::getsockopt(&here, sockopt::TcpCongestion).unwrap();
-        assert_eq!(found, "reno");
-    }
-
-    #[test]
-    fn a_host_is_told_from_a_network() {
-        for (here, there, same) in [
-            ("127.0.0.1", "127.0.0.1", true),
-            ("127.0.0.1", "127.0.0.2", true),
-            ("192.0.2.1", "192.0.2.1", true),
-            ("192.0.2.1", "192.0.2.2", false),
-            ("::1", "::1", true),
-            ("::ffff:127.0.0.1", "::ffff:127.0.0.1", true),
-            ("2001:db8::1", "2001:db8::2", false),
-        ] {
-            let found = same_host(here.parse().unwrap(), there.parse().unwrap());
-            assert_eq!(found, same, "{here} to {there}");
-        }
-    }
 }

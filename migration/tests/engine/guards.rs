@@ -38,6 +38,22 @@ fn pages_are_written_a_mebibyte_at_a_time_and_looked_at_once() {
 }
 
 #[test]
+fn pages_that_follow_each_other_are_lent_and_written_where_they_cannot_be() {
+    let (source, _) = moved();
+    let lent = count(&source.calls.lent);
+    assert!(lent >= PAGES * PAGE_SIZE, "{lent} bytes were lent of {MIB} MiB");
+
+    let (source, destination, _) = two_vms(PAGES);
+    source.ram.lends_nothing.store(true, Ordering::Relaxed);
+    for page in 0..PAGES {
+        source.ram.write(0, page * PAGE_SIZE, &[1]);
+    }
+    let ended = migrate(source, destination, tcp_pair(), (control(), control()));
+    assert_moved(&ended);
+    assert!(count(&ended.source.ram.calls.writes) <= MIB + 24);
+}
+
+#[test]
 fn memory_that_was_never_used_costs_no_look_and_hardly_a_byte() {
     // 280 MiB, so that it takes more than one leap.
     const MANY: u64 = 280 << 8;

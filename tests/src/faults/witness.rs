@@ -117,7 +117,9 @@ impl Witness {
     /// What was otherwise, also if some process still may write.
     pub fn testify(mut self) -> Result<u64, String> {
         if is_locked(&self.path) {
-            return Err("the image is still locked: its guest may write while it is looked at".into());
+            return Err(
+                "the image is still locked: its guest may write while it is looked at".into()
+            );
         }
         self.end.store(true, Ordering::Release);
         let watcher = self.watcher.take().ok_or("nobody watched")?;

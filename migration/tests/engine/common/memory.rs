@@ -15,6 +15,8 @@ use migration::guest::{DirtyTracker, GuestRam, IoPart, PAGE_SIZE, RamBlock, Read
 pub(crate) struct Calls {
     /// Vectored writes.
     pub(crate) writes: AtomicU64,
+    /// Bytes that were lent to a pipe, and not written.
+    pub(crate) lent: AtomicU64,
     /// Vectored reads.
     pub(crate) reads: AtomicU64,
     /// Looks at a page, whether it is zero.
@@ -45,6 +47,8 @@ pub(crate) struct FakeRam {
     found: AtomicU64,
     /// Whoever sends pages of it, or takes them in, panics.
     pub(crate) panics: AtomicBool,
+    /// It can only be written, as the memory of a host that has no such call.
+    pub(crate) lends_nothing: AtomicBool,
     /// It can't be read.
     pub(crate) unreadable: AtomicBool,
     /// Pages of the first block that the host has no memory for.
@@ -74,6 +78,7 @@ impl FakeRam {
             rings: AtomicBool::new(false),
             found: AtomicU64::new(0),
             panics: AtomicBool::new(false),
+            lends_nothing: AtomicBool::new(false),
             unreadable: AtomicBool::new(false),
             unused: Mutex::new(0..0),
             first_use: Mutex::new(None),
@@ -163,6 +168,24 @@ impl GuestRam for FakeRam {
             }
         }
         Ok(())
+    }
+
+    fn lend(
+        &self,
+        pipe: BorrowedFd<'_>,
+        block: usize,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        if self.lends_nothing.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.calls.writes.fetch_add(1, Ordering::Relaxed);
+        self.calls.lent.fetch_add(len as u64, Ordering::Relaxed);
+        self.moves();
+        self.check(block, offset, len as u64)?;
+        let at = offset as usize;
+        Ok(nix::unistd::write(pipe, &self.data.lock().unwrap()[block][at..at + len])?)
     }
 
     fn read_parts(&self, from: BorrowedFd<'_>, parts: &mut [ReadPart<'_>]) -> io::Result<usize> {

@@ -195,6 +195,14 @@ enum Lab {
 
 #[derive(Args)]
 struct BenchArgs {
+    /// Measure everything that there is a target for, and end with a table of all: an hour with 7 rounds
+    #[arg(
+        long,
+        conflicts_with_all = [
+            "scenarios", "channels", "smp", "verify", "dirty_ring", "local", "fresh_memory", "beside", "compare"
+        ]
+    )]
+    all: bool,
     /// How often each is measured
     #[arg(long, default_value_t = 7, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -443,7 +451,10 @@ impl BenchArgs {
             plots: self.plots,
             check: self.check,
         };
-        bench::run(&options, &report)
+        match self.all {
+            true => bench::all::run(&options, &report),
+            false => bench::run(&options, &report),
+        }
     }
 }
 

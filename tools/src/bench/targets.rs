@@ -1,5 +1,7 @@
 //! The results against the targets.
 
+use std::fmt;
+
 use super::figures::Metric;
 use super::report::Results;
 use super::rival::{Kind, LOCAL, kind_of};
@@ -30,68 +32,151 @@ const MAX_FIRST_INSTRUCTION_MS: f64 = 15.0;
 /// The guest's first word may come at most this long after exec, in ms.
 const MAX_FIRST_WORD_MS: f64 = 50.0;
 
+/// What is wanted of a figure.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Wanted {
+    /// It may be so much.
+    AtMost(f64),
+    /// It must be so much.
+    AtLeast(f64),
+}
+
+/// A figure for which there is a target, and what was found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Target {
+    /// The figure.
+    pub what: String,
+    /// Medians of its rounds, or what was computed of these; none where nothing was measured.
+    pub found: Option<f64>,
+    /// The least and the most of the rounds.
+    pub spread: Option<(f64, f64)>,
+    /// What is wanted.
+    pub wanted: Wanted,
+    /// Digits behind the point that mean something.
+    pub digits: usize,
+}
+
+impl Target {
+    /// Whether it is met; what was not measured is not.
+    pub fn is_met(&self) -> bool {
+        self.found.is_some_and(|found| match self.wanted {
+            Wanted::AtMost(most) => found <= most,
+            Wanted::AtLeast(least) => found >= least,
+        })
+    }
+
+    fn found(&self) -> String {
+        let digits = self.digits;
+        self.found.map_or("not measured".to_owned(), |found| format!("{found:.digits$}"))
+    }
+
+    fn wanted(&self) -> String {
+        let digits = self.digits;
+        match self.wanted {
+            Wanted::AtMost(most) => format!("at most {most:.digits$}"),
+            Wanted::AtLeast(least) => format!("at least {least:.digits$}"),
+        }
+    }
+}
+
+/// As a sentence about one that is missed.
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}, {} is wanted", self.what, self.found(), self.wanted())
+    }
+}
+
+/// All of them in Markdown.
+pub fn table(targets: &[Target]) -> String {
+    let mut text = "| | measured | wanted | |\n|---|---|---|---|\n".to_owned();
+    for target in targets {
+        let digits = target.digits;
+        let spread = target.spread.map_or(String::new(), |(least, most)| {
+            format!(" ({least:.digits$} .. {most:.digits$})")
+        });
+        let (found, wanted) = (target.found(), target.wanted());
+        let met = if target.is_met() { "met" } else { "**missed**" };
+        text.push_str(&format!("| {} | {found}{spread} | {wanted} | {met} |\n", target.what));
+    }
+    text
+}
+
 impl Results {
-    /// The targets that `ours` misses, each a sentence; all are for medians. Total time, downtime and gap may
-    /// be at most those of `theirs`.
+    /// The targets that `ours` misses, each a sentence.
     pub fn missed(&self, ours: &str, theirs: &str) -> Vec<String> {
-        let mut missed = Vec::new();
+        let targets = self.targets(ours, theirs);
+        targets.iter().filter(|target| !target.is_met()).map(Target::to_string).collect()
+    }
+
+    /// What was measured that there is a target for; all are for medians. Total time, downtime and gap may be at
+    /// most those of `theirs`.
+    pub fn targets(&self, ours: &str, theirs: &str) -> Vec<Target> {
+        let mut targets = Vec::new();
         for (scenario, _) in &self.scenarios {
             let idle = scenario == "idle";
             let median = |name: &str, metric| self.find(scenario, name, metric).map(|s| s.median);
-            let mut check = |name: &str, metric: Metric, most: Option<f64>| {
-                let found = median(name, metric);
-                if let Some((found, most)) = found.zip(most).filter(|(found, most)| found > most) {
-                    let (title, digits) = (metric.title(), metric.digits());
+            let mut add = |name: &str, metric: Metric, wanted: Option<Wanted>, whose: &str| {
+                if let Some((found, wanted)) = self.find(scenario, name, metric).zip(wanted) {
                     let who = if name == ours { String::new() } else { format!("{name}: ") };
-                    missed.push(format!(
-                        "{scenario}: {who}{title}: {found:.digits$}, at most {most:.digits$} is wanted"
-                    ));
+                    targets.push(Target {
+                        what: format!("{scenario}: {who}{}{whose}", metric.title()),
+                        found: Some(found.median),
+                        spread: Some((found.min, found.max)),
+                        wanted,
+                        digits: metric.digits(),
+                    });
                 }
             };
-            // Where the rate is limited, all take as long as the limit says.
-            if scenario != WORK {
-                for metric in [Metric::Total, Metric::Downtime, Metric::Gap] {
-                    check(ours, metric, median(theirs, metric));
-                }
-            }
+            let mut at_most = |name: &str, metric: Metric, most: Option<f64>| {
+                add(name, metric, most.map(Wanted::AtMost), "");
+            };
             if idle {
-                check(ours, Metric::Gap, Some(MAX_GAP_MS));
-                check(ours, Metric::OffSource, Some(MAX_OFF_MS));
-                let best = self.best_other(scenario).map(|best| best * MAX_OF_BEST);
-                for name in self.names().filter(|name| is_several(name, ours)) {
-                    check(name, Metric::Total, best);
-                }
+                at_most(ours, Metric::Gap, Some(MAX_GAP_MS));
+                at_most(ours, Metric::OffSource, Some(MAX_OFF_MS));
             }
             if scenario == "hot" {
-                check(ours, Metric::Downtime, Some(MAX_HOT_MS));
+                at_most(ours, Metric::Downtime, Some(MAX_HOT_MS));
             }
             for name in self.names().filter(|name| name.ends_with(LOCAL)) {
-                check(name, Metric::Downtime, Some(MAX_LOCAL_MS));
+                at_most(name, Metric::Downtime, Some(MAX_LOCAL_MS));
             }
-            check(ours, Metric::MemorySource, Some(MAX_MEMORY_MIB));
-            check(ours, Metric::MemoryDestination, Some(MAX_MEMORY_MIB));
-            check(ours, Metric::MemorySourceMoving, Some(MAX_MEMORY_MOVING_MIB));
-            check(ours, Metric::MemoryDestinationMoving, Some(MAX_MEMORY_MOVING_MIB));
-            check(ours, Metric::FirstInstruction, Some(MAX_FIRST_INSTRUCTION_MS));
-            check(ours, Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
-            let work = median(ours, Metric::Work);
-            if scenario == WORK && work.is_none_or(|work| work < MIN_WORK) {
-                let found = work.map_or("not measured".to_owned(), |work| format!("{work:.2}"));
-                let title = Metric::Work.title();
-                missed.push(format!("{scenario}: {title}: {found}, {MIN_WORK} is wanted"));
-            }
+            at_most(ours, Metric::MemorySource, Some(MAX_MEMORY_MIB));
+            at_most(ours, Metric::MemoryDestination, Some(MAX_MEMORY_MIB));
+            at_most(ours, Metric::MemorySourceMoving, Some(MAX_MEMORY_MOVING_MIB));
+            at_most(ours, Metric::MemoryDestinationMoving, Some(MAX_MEMORY_MOVING_MIB));
+            at_most(ours, Metric::FirstInstruction, Some(MAX_FIRST_INSTRUCTION_MS));
+            at_most(ours, Metric::FirstWord, Some(MAX_FIRST_WORD_MS));
             // The socket's speed.
-            if let Some(found) = median(ours, Metric::OfIperf)
-                && self.prealloc
-                && idle
-                && found < MIN_OF_IPERF
-            {
-                missed.push(format!(
-                    "{scenario}: {found:.2} of what iperf3 sends, {MIN_OF_IPERF} is wanted"
-                ));
+            if idle && self.prealloc {
+                add(ours, Metric::OfIperf, Some(Wanted::AtLeast(MIN_OF_IPERF)), "");
+            }
+            if idle {
+                let best = self.best_other(scenario);
+                let whose = format!(", {MAX_OF_BEST} of the best other program's");
+                let most = best.map(|best| Wanted::AtMost(best * MAX_OF_BEST));
+                for name in self.names().filter(|name| is_several(name, ours)) {
+                    add(name, Metric::Total, most, &whose);
+                }
+            }
+            // Where the rate is limited, all take as long as the limit says.
+            if scenario != WORK {
+                let whose = format!(", {theirs}'s");
+                for metric in [Metric::Total, Metric::Downtime, Metric::Gap] {
+                    add(ours, metric, median(theirs, metric).map(Wanted::AtMost), &whose);
+                }
+            } else if median(ours, Metric::Work).is_some() {
+                add(ours, Metric::Work, Some(Wanted::AtLeast(MIN_WORK)), "");
+            } else {
+                targets.push(Target {
+                    what: format!("{scenario}: {}", Metric::Work.title()),
+                    found: None,
+                    spread: None,
+                    wanted: Wanted::AtLeast(MIN_WORK),
+                    digits: Metric::Work.digits(),
+                });
             }
         }
-        missed
+        targets
     }
 
     /// The least total time of those who are no mini-vmm, whatever their connections, in ms.
@@ -140,7 +225,7 @@ mod tests {
     fn a_target_that_is_missed_is_named_and_one_that_is_met_is_not() {
         assert_eq!(results(15.0, 15.0).missed("ours", "theirs"), Vec::<String>::new());
         let missed = results(16.0, 15.0).missed("ours", "theirs");
-        assert_eq!(missed, ["idle: total, ms: 16, at most 15 is wanted"]);
+        assert_eq!(missed, ["idle: total, ms, theirs's: 16, at most 15 is wanted"]);
     }
 
     #[test]
@@ -177,6 +262,15 @@ mod tests {
     }
 
     #[test]
+    fn the_table_says_of_each_whether_it_is_met() {
+        let results = with("idle", &[("ours", Metric::Gap, 4.0), ("ours", Metric::OffSource, 2.0)]);
+        let table = table(&results.targets("ours", "theirs"));
+        let gap = "| idle: longest gap the guest felt, ms | 4.0 (4.0 .. 4.0) | at most 5.0 | met |";
+        assert!(table.contains(gap), "{table}");
+        assert!(table.contains("ms | 2.0 (2.0 .. 2.0) | at most 1.0 | **missed** |"), "{table}");
+    }
+
+    #[test]
     fn a_guest_that_told_nothing_of_its_work_misses_the_target() {
         let missed = with("work", &[]).missed("ours", "theirs");
         assert!(missed[0].contains("not measured"), "{missed:?}");
@@ -192,6 +286,7 @@ mod tests {
             with("idle", &[all, own].concat()).missed("ours", "theirs")
         };
         assert!(run(75.0).is_empty(), "{:?}", run(75.0));
-        assert_eq!(run(76.0), ["idle: ours×4: total, ms: 76, at most 75 is wanted"]);
+        let whose = "total, ms, 0.75 of the best other program's";
+        assert_eq!(run(76.0), [format!("idle: ours×4: {whose}: 76, at most 75 is wanted")]);
     }
 }

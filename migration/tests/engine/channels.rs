@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::*;
 use migration::destination;
-use migration::guest::{GuestRam, PAGE_SIZE};
+use migration::guest::{GuestRam, PAGE_SIZE, RamBlock};
 use migration::params::Compression;
 use migration::transport::{Connection, Links};
 use migration::vmstate::SectionId;
@@ -257,6 +257,28 @@ fn byte(ram: &dyn GuestRam, offset: u64) -> u8 {
     byte[0]
 }
 
+/// A further connection that has said whose it is: the source's end and the destination's.
+fn further(channel: u8) -> (UnixStream, UnixStream) {
+    let (mut mine, its) = UnixStream::pair().unwrap();
+    let mut first = Vec::new();
+    Initial { uuid: [0; 16], channel, token: [0; 16] }.write(&mut first);
+    mine.write_all(&first).unwrap();
+    (mine, its)
+}
+
+/// How a QEMU's stream of these blocks begins.
+fn beginning(blocks: &[RamBlock]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let machine = MACHINE.to_owned();
+    header::write(&mut out, &Configuration { machine, ..Configuration::default() });
+    let key = SectionId::new("ram", 0);
+    section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
+    ram::write_blocks(&mut out, blocks);
+    ram::write_eos(&mut out);
+    section::write_footer(&mut out, 2);
+    out
+}
+
 /// A source that speaks as a QEMU does, nothing of ours: a first connection on which sections of RAM have come, and
 /// none of their pages, and two further ones, announced on the destination's side.
 struct QemuLike {
@@ -271,22 +293,12 @@ impl QemuLike {
         let (_, mut destination, _) = two_vms(16);
         let ram = destination.ram.clone();
         let pages = [0, 1].map(|channel| {
-            let (mut mine, its) = UnixStream::pair().unwrap();
-            let mut first = Vec::new();
-            Initial { uuid: [0; 16], channel, token: [0; 16] }.write(&mut first);
-            mine.write_all(&first).unwrap();
+            let (mine, its) = further(channel);
             destination.beside.push(Connection::from_unix(its, "unix:channel".into()));
             mine
         });
         let (mut main, there) = UnixStream::pair().unwrap();
-        let mut out = Vec::new();
-        let machine = MACHINE.to_owned();
-        header::write(&mut out, &Configuration { machine, ..Configuration::default() });
-        let key = SectionId::new("ram", 0);
-        section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
-        ram::write_blocks(&mut out, &ram.blocks());
-        ram::write_eos(&mut out);
-        section::write_footer(&mut out, 2);
+        let mut out = beginning(&ram.blocks());
         for _ in 0..sections {
             section::write_part_header(&mut out, PartType::Part, 2);
             ram::write_eos(&mut out);
@@ -413,24 +425,14 @@ fn a_packet_is_checked_before_anything_is_written() {
         ("unexpected end of file", compressed(0, &one_page)[..1350].to_vec()),
     ] {
         let (_, mut destination, _) = two_vms(16);
-        let (mut channel, end) = UnixStream::pair().unwrap();
-        let mut first = Vec::new();
-        Initial { uuid: [0; 16], channel: 0, token: [0; 16] }.write(&mut first);
-        channel.write_all(&first).unwrap();
+        let (mut channel, end) = further(0);
         // It may hang up before all has been written.
         let packet = packet.get(..16 << 10).unwrap_or(&packet);
         channel.write_all(packet).unwrap();
         channel.shutdown(std::net::Shutdown::Write).unwrap();
         destination.beside.push(Connection::from_unix(end, "unix:channel".into()));
         let (mut main, there) = UnixStream::pair().unwrap();
-        let mut out = Vec::new();
-        let machine = MACHINE.to_owned();
-        header::write(&mut out, &Configuration { machine, ..Configuration::default() });
-        let key = SectionId::new("ram", 0);
-        section::write_header(&mut out, PartType::Start, &SectionHeader { id: 2, key, version: 4 });
-        ram::write_blocks(&mut out, &destination.ram.blocks());
-        ram::write_eos(&mut out);
-        main.write_all(&out).unwrap();
+        main.write_all(&beginning(&destination.ram.blocks())).unwrap();
         let control = control_with(|p| (p.multifd, p.multifd_channels) = (true, 1));
         let there = Connection::from_unix(there, "unix:main".into());
         let receiving = thread::spawn(move || {

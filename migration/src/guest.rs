@@ -113,7 +113,7 @@ pub trait GuestRam: Send + Sync {
         full: &mut dyn FnMut() -> io::Result<()>,
     ) -> io::Result<()>;
 
-    /// Puts at most `len` bytes, which an empty `pipe` holds, into it by reference, and returns how many; at least
+    /// Puts at most `len` bytes, for which `pipe` has room, into it by reference, and returns how many; at least
     /// one. Whoever takes them out of there, or of the socket to which they go on, gets what is in memory then: a page
     /// is sent so when it was cleared in the log before ([`DirtyTracker`]), or when nobody writes to it any more. An
     /// implementer may copy instead, and one that can't do it at all says `Unsupported`, and is asked

@@ -1,6 +1,7 @@
 //! When everything has come: compare, apply, agree with the source, and run.
 
-use std::time::Instant;
+use std::io;
+use std::time::{Duration, Instant};
 
 use crate::guest::VmError;
 use crate::handover::Peer;
@@ -17,9 +18,39 @@ use crate::wire::section::{self, PartType};
 
 use super::{Arrival, DestinationError};
 
+/// In which what the source has said already is read.
+const SAID_ALREADY: Duration = Duration::from_millis(20);
+
 impl Arrival<'_> {
     /// Compares, applies, builds.
     pub(super) fn prepare(&mut self) -> Result<(), DestinationError> {
+        self.prepare_all().map_err(|error| self.unless_given_up(error))
+    }
+
+    /// What the source has said meanwhile, in the place of an error that may come of it: one that gave up, because this
+    /// side stood still, has let its guest go on, and that writes to pages that were not read yet here.
+    fn unless_given_up(&mut self, error: DestinationError) -> DestinationError {
+        if self.answer.peer() == Peer::Qemu || self.prepared {
+            return error;
+        }
+        if self.answer.set_stall_timeout(SAID_ALREADY).is_err() {
+            return error;
+        }
+        let said = self.skip_description().and_then(|()| self.next_command());
+        let _ = self.answer.set_stall_timeout(self.parameters.stall_timeout);
+        let given_up = match said {
+            Ok(Command::Abort(abort)) => DestinationError::SourceGaveUp { reason: abort.reason },
+            Err(given_up @ DestinationError::SourceGaveUp { .. }) => given_up,
+            Err(DestinationError::Wire(hung_up)) if hung_up.io().is_some_and(is_end) => {
+                DestinationError::Wire(hung_up)
+            }
+            _ => return error,
+        };
+        tracing::warn!(error = %error.chain(), "the source had given up before");
+        given_up
+    }
+
+    fn prepare_all(&mut self) -> Result<(), DestinationError> {
         self.stand_still(Step::Prepared);
         self.touched = true;
         let mut prepared = Prepared::default();
@@ -129,4 +160,10 @@ impl Arrival<'_> {
 
 fn aborted() -> VmError {
     VmError::new("the migration was given up on this side")
+}
+
+/// Whether an error says that the source has hung up.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
 }

@@ -268,8 +268,10 @@ impl<'a> Out<'a> {
         let begin = Instant::now();
         let (control, patience) = (self.control, self.patience);
         let given_up = || control.cancelled().is_some();
+        // Until all of it is out; also if guest memory panics.
+        let broken = std::mem::replace(&mut self.broken, true);
         let result = match &self.channel {
-            _ if self.broken => Err(io::ErrorKind::BrokenPipe.into()),
+            _ if broken => Err(io::ErrorKind::BrokenPipe.into()),
             Channel::Connection(connection) => {
                 // Its send timeout is over.
                 let mut full = || Err(io::ErrorKind::WouldBlock.into());
@@ -291,8 +293,8 @@ impl<'a> Out<'a> {
         self.run = None;
         self.pages = 0;
         self.written_in_ram = self.in_ram;
+        self.broken = result.is_err();
         result.map_err(|source| {
-            self.broken = true;
             if let Channel::Sink(Some(sink)) = &mut self.channel {
                 let source = sink.explain(source, patience);
                 SourceError::NotSaved { during: what, source }

@@ -4,10 +4,18 @@
 //! long parts    memory ──lend──→ pipe ──splice──→ socket      pages by reference
 //! all others    ───────────vectored writes──────→ socket      copied by the kernel
 //! ```
-//! What is lent is read when it leaves the host, or, where the peer is on the same one, when the peer reads it. Until
-//! then the guest may write to it. That is right for a migration: a page is cleared in the dirty log before it is
-//! sent, so what is written to it behind that makes it dirty, and it is sent again; and a guest that stands still
-//! writes nothing. The kernel keeps lent pages for as long as it needs them, whatever becomes of this process.
+//! What is lent is read when it leaves the host (again, if it has to be sent again, until the peer has acknowledged
+//! it), or, where the peer is on the same one, when the peer reads it. Until then the guest may write to it. That is
+//! right for a migration:
+//!
+//! - While the guest runs, a page is cleared in the dirty log before it is sent, so that what is written to it behind that
+//!   makes it dirty, and it is sent again.
+//! - A guest that stands still writes nothing, and its destination runs nothing before it has read everything.
+//! - A guest that stays after all goes on writing to what is still under way. Whoever reads that runs nothing; what it
+//!   finds wrong may come of that, so it looks whether the source has given up first.
+//!
+//! The kernel keeps lent pages for as long as it needs them, whatever becomes of this process. Until then whoever has
+//! the other end and reads nothing can look at what they hold now, where a copy would be as old as the call.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,7 +25,7 @@ use nix::libc::MSG_MORE;
 use nix::sys::socket::{MsgFlags, send};
 use nix::unistd::pipe2;
 
-use crate::guest::{GuestRam, IoPart, PAGE_SIZE};
+use crate::guest::{GuestRam, IoPart};
 
 /// What is shorter is copied: two calls and a reference for each page take longer than to copy these. Measured:
 /// with 32 KiB about as long, with 64 KiB a third of the sender's time.
@@ -25,8 +33,6 @@ const LONG: usize = 64 << 10;
 /// How many bytes the pipe is to hold, by the page: what an unprivileged process may ask for (pipe(7),
 /// /proc/sys/fs/pipe-max-size).
 const ROOM: usize = 1 << 20;
-/// Pages that a pipe holds for which no more was granted (pipe(7)).
-const LEAST_ROOM: usize = 16;
 
 /// Writes to one connection, and has a pipe to itself.
 #[derive(Debug, Default)]
@@ -81,7 +87,8 @@ impl Lender {
                 break;
             };
             write_ahead(ram, out, before, full)?;
-            let lent = pipe.lend(ram, out, (*block, *offset, *len), !behind.is_empty(), full);
+            let more = behind.iter().any(|part| !is_empty(part));
+            let lent = pipe.lend(ram, out, (*block, *offset, *len), more, full);
             if lent.is_err() {
                 // What may be left in the pipe goes with it.
                 self.way = Way::Never;
@@ -126,7 +133,11 @@ impl Pipe {
             tracing::debug!(%error, "a pipe of {ROOM} bytes");
         }
         let room = fcntl(&to, FcntlArg::F_GETPIPE_SZ)?;
-        let room = usize::try_from(room).unwrap_or_default().max(LEAST_ROOM * PAGE_SIZE as usize);
+        let room = usize::try_from(room).unwrap_or_default();
+        // A user who has very many pipes gets such of a page or two (pipe(7), /proc/sys/fs/pipe-user-pages-soft).
+        if room < LONG {
+            return Err(io::Error::other(format!("a pipe holds no more than {room} bytes")));
+        }
         Ok(Self { from, to, room })
     }
 
@@ -142,9 +153,11 @@ impl Pipe {
         let mut lent = 0;
         while lent < len {
             let most = (len - lent).min(self.room);
-            let mut waits = ram
-                .lend(self.to.as_fd(), block, offset + lent as u64, most)
-                .map_err(|error| NotLent::Refused { error, lent })?;
+            let mut waits = match ram.lend(self.to.as_fd(), block, offset + lent as u64, most) {
+                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+                waits => waits,
+            }
+            .map_err(|error| NotLent::Refused { error, lent })?;
             let more = more || lent + waits < len;
             while waits > 0 {
                 match self.pass_on(out, waits, more) {
@@ -171,6 +184,13 @@ impl Pipe {
     fn pass_on(&self, out: BorrowedFd<'_>, len: usize, more: bool) -> io::Result<usize> {
         let flags = if more { SpliceFFlags::SPLICE_F_MORE } else { SpliceFFlags::empty() };
         Ok(splice(&self.from, None, out, None, len, flags)?)
+    }
+}
+
+fn is_empty(part: &IoPart<'_>) -> bool {
+    match part {
+        IoPart::Bytes(bytes) => bytes.is_empty(),
+        IoPart::Ram { len, .. } => *len == 0,
     }
 }
 

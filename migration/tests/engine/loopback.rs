@@ -76,6 +76,24 @@ fn a_write_between_fetching_and_clearing_the_log_is_not_lost() {
 }
 
 #[test]
+fn a_write_between_the_sending_of_a_page_and_its_reading_is_not_lost() {
+    for channels in [0, 3] {
+        let (mut source, mut destination, _) = two_vms(2048);
+        source.fill_with_noise();
+        source.ram.lend_by_reference();
+        *source.ram.late.lock().unwrap() = Some(70);
+        let connections = links(channels, &mut destination);
+        let control = control_with(|p| p.verify = true);
+        let ended =
+            migrate(source, destination, connections, (control.clone(), crate::common::control()));
+        assert_moved(&ended);
+        assert!(control.report().passes >= 2);
+        let at = 70 * PAGE_SIZE as usize;
+        assert_eq!(&ended.destination.ram.contents()[0][at..at + 4], b"late");
+    }
+}
+
+#[test]
 fn a_page_that_is_used_just_after_it_was_found_unused_is_not_lost() {
     const MANY: u64 = 20_000;
     for channels in [0, 3] {

@@ -23,8 +23,8 @@ const VCPUS: u64 = 4;
 pub struct All {
     /// Each part's name, and what was measured.
     pub parts: Vec<(String, Results)>,
-    /// What a move costs more for each MiB, vCPU and disk.
-    pub growth: Growth,
+    /// What a move costs more for each MiB, vCPU and disk; measured last.
+    pub growth: Option<Growth>,
 }
 
 /// The parts of a whole run, which differ from `common` in what they measure. The first is the largest.
@@ -46,23 +46,20 @@ fn parts(common: &Options) -> Vec<(&'static str, Options)> {
 /// # Errors
 /// Also if a guest was not what it was after a move, and with `report.check` for a missed target.
 pub fn run(common: &Options, report: &Report) -> Result<()> {
-    let mut found = Vec::new();
+    let mut all = All { parts: vec![], growth: None };
     for (name, options) in parts(common) {
         println!("\n=== {name}");
         let results = measure(&options)?;
         println!("\n{}\n{}", results.preface(), results.table());
-        if let (Some(dir), true) = (&report.plots, found.is_empty()) {
+        if let (Some(dir), true) = (&report.plots, all.parts.is_empty()) {
             results.draw(dir)?;
         }
-        found.push((name.to_owned(), results));
+        all.parts.push((name.to_owned(), results));
+        all.save(report)?;
     }
     println!("\n=== growth");
-    let growth = growth::found(&growth_options(common, report.plots.clone()))?;
-    let all = All { parts: found, growth };
-    if let Some(path) = &report.json {
-        let text = serde_json::to_string_pretty(&all).unwrap_or_default();
-        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))?;
-    }
+    all.growth = Some(growth::found(&growth_options(common, report.plots.clone()))?);
+    all.save(report)?;
     let targets = all.targets();
     println!("\n=== all targets, {} rounds\n\n{}", common.rounds, targets::table(&targets));
     let missed: Vec<String> =
@@ -82,6 +79,13 @@ fn growth_options(common: &Options, plots: Option<PathBuf>) -> growth::Options {
 }
 
 impl All {
+    /// Writes what there is, if it is wanted: an hour is long to lose all for the last part.
+    fn save(&self, report: &Report) -> Result<()> {
+        let Some(path) = &report.json else { return Ok(()) };
+        let text = serde_json::to_string_pretty(self).unwrap_or_default();
+        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))
+    }
+
     /// The targets of all parts, in order, each with its part's name.
     pub fn targets(&self) -> Vec<Target> {
         let part = |(name, results): &(String, Results)| {
@@ -92,7 +96,8 @@ impl All {
             };
             targets.into_iter().map(named).collect::<Vec<_>>()
         };
-        self.parts.iter().flat_map(part).chain(self.growth.targets()).collect()
+        let growth = self.growth.iter().flat_map(Growth::targets);
+        self.parts.iter().flat_map(part).chain(growth).collect()
     }
 }
 
@@ -144,7 +149,7 @@ mod tests {
         }];
         let machine = Machine { cpu: "c".into(), cpus: 1, memory_mib: 1, kernel: "k".into() };
         let growth = Growth { machine, version: "1".into(), rounds: 1, points: vec![] };
-        let all = All { parts: vec![("four vCPUs".into(), four)], growth };
+        let all = All { parts: vec![("four vCPUs".into(), four)], growth: Some(growth) };
         let text: Vec<String> = all.targets().iter().map(Target::to_string).collect();
         assert_eq!(
             text,

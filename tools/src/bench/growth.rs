@@ -339,7 +339,8 @@ impl Growth {
         let (least, most) = (line.first()?, line.last()?);
         let middle = line.iter().find(|point| point.0 == 2048.0).filter(|at| at.0 < most.0)?;
         let each = |point: &(f64, f64)| (point.1 - least.1) / (point.0 - least.0);
-        Some(each(most) / each(middle))
+        // Less than nothing is noise, of which no ratio says anything.
+        (each(middle) > 0.0).then(|| each(most) / each(middle))
     }
 
     /// The figures in Markdown.

@@ -1,14 +1,18 @@
 //! Memory in vectors, with a dirty log as KVM keeps one, or a ring.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use migration::dirty::DirtyBitmap;
 use migration::guest::{DirtyTracker, GuestRam, IoPart, PAGE_SIZE, RamBlock, ReadPart, VmError};
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// How often the engine has asked for what.
 #[derive(Default)]
@@ -47,6 +51,11 @@ pub(crate) struct FakeRam {
     found: AtomicU64,
     /// Whoever sends pages of it, or takes them in, panics.
     pub(crate) panics: AtomicBool,
+    /// The first block's bytes again, in a file whose pages can be lent by reference: whoever receives them gets what
+    /// is there by then.
+    by_reference: Mutex<Option<File>>,
+    /// A page of it that the guest writes as soon as it was lent, each time.
+    pub(crate) late: Mutex<Option<u64>>,
     /// It can only be written, as the memory of a host that has no such call.
     pub(crate) lends_nothing: AtomicBool,
     /// It can't be read.
@@ -78,6 +87,8 @@ impl FakeRam {
             rings: AtomicBool::new(false),
             found: AtomicU64::new(0),
             panics: AtomicBool::new(false),
+            by_reference: Mutex::new(None),
+            late: Mutex::new(None),
             lends_nothing: AtomicBool::new(false),
             unreadable: AtomicBool::new(false),
             unused: Mutex::new(0..0),
@@ -87,8 +98,7 @@ impl FakeRam {
 
     /// A write by the guest or a device: into memory, then into the log.
     pub(crate) fn write(&self, block: usize, offset: u64, bytes: &[u8]) {
-        let at = offset as usize;
-        self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
+        self.set(block, offset, bytes);
         if let Some(log) = &mut *self.log.lock().unwrap() {
             for page in offset / PAGE_SIZE..=(offset + bytes.len() as u64 - 1) / PAGE_SIZE {
                 log.set(block, page);
@@ -115,8 +125,31 @@ impl FakeRam {
         if GIVES_WAY.get() {
             self.calls.behind.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
+        self.set(block, offset, bytes);
+    }
+
+    fn set(&self, block: usize, offset: u64, bytes: &[u8]) {
         let at = offset as usize;
         self.data.lock().unwrap()[block][at..at + bytes.len()].copy_from_slice(bytes);
+        if let (0, Some(file)) = (block, &*self.by_reference.lock().unwrap()) {
+            file.write_all_at(bytes, offset).unwrap();
+        }
+    }
+
+    /// From here on the first block is lent by reference.
+    pub(crate) fn lend_by_reference(&self) {
+        let file = File::from(memfd_create("lent", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.write_all_at(&self.data.lock().unwrap()[0], 0).unwrap();
+        *self.by_reference.lock().unwrap() = Some(file);
+    }
+
+    /// Bytes of the first block to a pipe, if its pages can be lent.
+    fn refer(&self, pipe: BorrowedFd<'_>, offset: u64, len: usize) -> Option<io::Result<usize>> {
+        let file = self.by_reference.lock().unwrap();
+        let mut from = offset as i64;
+        let flags = SpliceFFlags::empty();
+        let lent = splice(file.as_ref()?, Some(&mut from), pipe, None, len, flags);
+        Some(lent.map_err(io::Error::from))
     }
 
     fn moves(&self) {
@@ -184,6 +217,17 @@ impl GuestRam for FakeRam {
         self.calls.lent.fetch_add(len as u64, Ordering::Relaxed);
         self.moves();
         self.check(block, offset, len as u64)?;
+        if block == 0
+            && let Some(lent) = self.refer(pipe, offset, len)
+        {
+            let late = *self.late.lock().unwrap();
+            if let Some(page) =
+                late.filter(|page| (offset..offset + len as u64).contains(&(page * PAGE_SIZE)))
+            {
+                self.write(0, page * PAGE_SIZE, b"late");
+            }
+            return lent;
+        }
         let at = offset as usize;
         Ok(nix::unistd::write(pipe, &self.data.lock().unwrap()[block][at..at + len])?)
     }

@@ -230,7 +230,7 @@ struct BenchArgs {
     /// Let destinations allocate the guest's memory as it comes, and not before
     #[arg(long)]
     fresh_memory: bool,
-    /// In each round of idle, look at both sides' memory in a slow move more, which counts for nothing else
+    /// In the first three rounds of idle, look at both sides' memory in a slow move more, which counts for nothing else
     #[arg(long)]
     beside: bool,
     /// One more program to measure, another mini-vmm or another QEMU (repeatable)

@@ -53,6 +53,8 @@ const WARM: u64 = 9;
 const WORK_BEFORE: Duration = Duration::from_secs(2);
 /// The scenario in which it is looked at what else a slow move needs: it comes to an end however slow it is.
 const SLOWLY: &str = "idle";
+/// In how many rounds, from the first on: memory hardly differs from one to the next, and these moves are slow.
+const LOOKED_AT: u32 = 3;
 /// How long a move takes in which both sides' memory is looked at, in s.
 const SLOW_SECONDS: u64 = 2;
 /// How often it is looked at, evenly over the move.
@@ -215,7 +217,11 @@ fn measure(options: &Options) -> Result<Results> {
             for rival in order {
                 last = Some(bench.one(rival, scenario, limit, last.take(), &mut samples)?);
                 // Memory that changes hands is not sent: there is no middle to look at.
-                if options.beside && scenario.name == SLOWLY && !rival.way.local {
+                if options.beside
+                    && round < LOOKED_AT
+                    && scenario.name == SLOWLY
+                    && !rival.way.local
+                {
                     last.take().map_or(Ok(()), Arrival::end)?;
                     bench.beside(rival, scenario, &mut samples)?;
                 }

@@ -97,8 +97,8 @@ do where the host's congestion control paces its streams. Printed are medians an
   total        as the source's query-migrate says
   downtime     as the source says, and as the destination says (only mini-vmm does)
   gap          the time between two timer interrupts of the guest's first vCPU, by the host's clock: \
-the longest of the whole move, and that across the hand-over
-  off          by how much a downtime contradicts the latter: it may be less by up to the 2 ms between \
+the longest of the whole move, and that across the hand-over (or the shortest of 32 that were longer)
+  off          by how much a downtime contradicts the latter: it may be less by up to the 1 ms between \
 two ticks, and not more
   throughput   the source's bytes by its total time
   memory       proportional set size of all mappings but guest RAM, from /proc/PID/smaps; while \

@@ -409,7 +409,11 @@ impl Bench<'_> {
                 add(Metric::HandOver, gap);
                 format!("{gap:.1} ms")
             }
-            HandOver::Short => "less than most".to_owned(),
+            // It was no longer than that.
+            HandOver::Short(most) => {
+                add(Metric::HandOver, most);
+                format!("{most:.1} ms at most")
+            }
         };
         moved.off(downtime).into_iter().for_each(|off| add(Metric::OffSource, off));
         if let Some(downtime) = moved.downtime_destination {

@@ -138,8 +138,8 @@ pub(super) fn move_guest(
 pub(super) enum HandOver {
     /// Its length, in ms.
     Gap(f64),
-    /// So many others were longer that it is not among them.
-    Short,
+    /// So many others were longer that it is not among them; the shortest of those, in ms.
+    Short(f64),
 }
 
 /// The longest gaps that a guest tells: how long, and when it ended, in µs.
@@ -158,7 +158,8 @@ fn gap_around(gaps: &[(f64, f64)], moment: u64) -> Option<HandOver> {
     }
     let before = gaps.iter().any(|(_, end)| *end < moment && *end > 0.0);
     let after = gaps.iter().any(|(_, end)| *end > moment);
-    (before && after).then_some(HandOver::Short)
+    let shortest = gaps.iter().map(|(gap, _)| gap / 1e3).fold(f64::INFINITY, f64::min);
+    (before && after).then_some(HandOver::Short(shortest))
 }
 
 /// The steps of the standstill in a side's report.
@@ -193,7 +194,7 @@ mod tests {
         {
             assert_eq!(moved.off(10.0 - less), Some(off), "less than the gap by {less}");
         }
-        let moved = Moved { hand_over: HandOver::Short, ..moved };
+        let moved = Moved { hand_over: HandOver::Short(3.0), ..moved };
         assert_eq!(moved.off(10.0), None);
     }
 
@@ -208,7 +209,7 @@ mod tests {
         assert_eq!(at(203_999), Some(HandOver::Gap(4.0)));
         assert_eq!(at(200_000), Some(HandOver::Gap(4.0)));
         // Between two that are told, and before and behind all of them.
-        assert_eq!(at(199_999), Some(HandOver::Short));
+        assert_eq!(at(199_999), Some(HandOver::Short(2.1)));
         assert_eq!((at(90_000), at(300_001)), (None, None));
         assert_eq!(gap_around(&[(0.0, 0.0)], 1), None);
     }

@@ -320,6 +320,19 @@ impl GuestRam for Ram {
 }
 
 impl Ram {
+    /// Bytes of it that the host has given memory to already; 0 where that is not quickly found out.
+    pub(crate) fn held(&self) -> u64 {
+        if let Some(memory) = self.shared() {
+            return memory.allocated().unwrap_or_default().min(self.size());
+        }
+        let mut pages = 0;
+        let asked = self.stretches(None, 0, 0, self.size(), |p, n| {
+            let all = n as u64 / PAGE_SIZE;
+            pages += pagemap::present(p as u64, all, all).unwrap_or_default();
+        });
+        if asked.is_ok() { pages * PAGE_SIZE } else { 0 }
+    }
+
     /// Whether the host has memory for no more than a quarter of it, as far as that is quickly found out.
     pub(crate) fn is_sparse(&self) -> bool {
         let most = self.size() / PAGE_SIZE / 4;

@@ -49,7 +49,10 @@ pub(super) fn compare(vm: &Vm, trial: &mut Trial, source: &Value) -> Vec<Problem
     problems.extend(machine.host.lacks(&theirs).into_iter().map(processor));
     problems.extend(kvm(&machine.host, &source));
     problems.extend(trial.run(vm, &source));
-    problems.extend(crate::memory::available().and_then(|free| memory(free, machine.ram.size())));
+    problems.extend(
+        crate::memory::available()
+            .and_then(|free| memory(free, machine.ram.size().saturating_sub(machine.ram.held()))),
+    );
     problems.extend(machine.board.try_backends().into_iter().map(|(name, t)| back_end(&name, t)));
     if problems.iter().all(|problem| !problem.fatal) {
         vm.kvm_state.promise(source.cpu);
@@ -141,9 +144,9 @@ fn kvm(here: &KvmHost, source: &Details) -> Vec<Problem> {
     problems
 }
 
-/// Whether the host has room. None of the VM's memory has been touched yet.
-fn memory(free: u64, ram: u64) -> Option<Problem> {
-    let needed = ram.saturating_add(OVERHEAD);
+/// Whether the host has room for so much of the VM's memory as it has not given yet: with `--prealloc` that is none.
+fn memory(free: u64, missing: u64) -> Option<Problem> {
+    let needed = missing.saturating_add(OVERHEAD);
     let problem = Problem::new(
         kind::HOST_MEMORY,
         "free memory of the destination's host",

@@ -240,6 +240,15 @@ fn zero_is_seen_and_filling_writes_every_byte() {
 }
 
 #[test]
+fn what_the_host_has_given_is_counted() {
+    for ram in both() {
+        assert_eq!(ram.held(), 0);
+        ram.populate(0, 0, ram.size());
+        assert_eq!(ram.held(), ram.size());
+    }
+}
+
+#[test]
 fn populating_changes_nothing_and_takes_any_range() {
     let ram = ram();
     ram.copy_in(0, 0x5000, &[7; 16]).unwrap();

@@ -195,7 +195,7 @@ enum Lab {
 
 #[derive(Args)]
 struct BenchArgs {
-    /// Measure everything that there is a target for, and end with a table of all: an hour with 7 rounds
+    /// Measure everything that there is a target for, and end with a table of all: more than an hour with 7 rounds
     #[arg(
         long,
         conflicts_with_all = [

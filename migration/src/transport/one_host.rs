@@ -29,13 +29,16 @@ pub(super) fn connect(to: SocketAddr, timeout: Duration) -> io::Result<TcpStream
     Ok(socket.into())
 }
 
-/// Whether this host would send to `to` from the same address. A UDP socket that is connected has looked that up, and
+/// Whether `to` is this host: a loopback address, or one from which this host would send to it. A UDP socket that is connected has looked that up, and
 /// sends nothing.
 fn is_here(to: SocketAddr) -> bool {
     let any: IpAddr = match to {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
+    if is_both(any, to.ip()) {
+        return true;
+    }
     let from = UdpSocket::bind((any, 0)).and_then(|socket| {
         socket.connect(to)?;
         socket.local_addr()

@@ -1,17 +1,16 @@
 //! `cargo xtask bench --all`: everything that there is a target for, one after the other on one machine, and one table
 //! at its end.
 
-use std::fs;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::growth::{self, Growth, Series};
-use super::report::Results;
+use super::report::{self, Results};
 use super::rival::Size;
 use super::targets::{self, Target};
 use super::{OURS, Options, Report, THEIRS, measure, tell_missed};
-use crate::error::{Doing, Result};
+use crate::error::Result;
 
 /// Connections of the runs with several.
 const SEVERAL: u8 = 2;
@@ -62,9 +61,7 @@ pub fn run(common: &Options, report: &Report) -> Result<()> {
     all.save(report)?;
     let targets = all.targets();
     println!("\n=== all targets, {} rounds\n\n{}", common.rounds, targets::table(&targets));
-    let missed: Vec<String> =
-        targets.iter().filter(|target| !target.is_met()).map(Target::to_string).collect();
-    tell_missed(&missed, report.check)
+    tell_missed(&targets::missed(&targets), report.check)
 }
 
 fn growth_options(common: &Options, plots: Option<PathBuf>) -> growth::Options {
@@ -81,9 +78,7 @@ fn growth_options(common: &Options, plots: Option<PathBuf>) -> growth::Options {
 impl All {
     /// Writes what there is, if it is wanted: an hour is long to lose all for the last part.
     fn save(&self, report: &Report) -> Result<()> {
-        let Some(path) = &report.json else { return Ok(()) };
-        let text = serde_json::to_string_pretty(self).unwrap_or_default();
-        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))
+        report.json.as_ref().map_or(Ok(()), |path| report::save(path, self))
     }
 
     /// The targets of all parts, in order, each with its part's name.

@@ -16,9 +16,10 @@ use super::figures::Summary;
 use super::host::{self, Machine};
 use super::moved::{Order, move_guest};
 use super::plot;
+use super::report;
 use super::rival::{Rival, Role, Size, Way};
 use super::scenario::{Scenario, UNLIMITED};
-use super::targets::{Target, Wanted};
+use super::targets::{self, Target, Wanted};
 use super::vm::Vm;
 use super::{OURS, tell_missed};
 use crate::error::{Doing, Result};
@@ -181,8 +182,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let growth = found(options)?;
     if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&growth).unwrap_or_default();
-        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))?;
+        report::save(path, &growth)?;
     }
     tell_missed(&growth.missed(), options.check)
 }
@@ -390,8 +390,7 @@ impl Growth {
 
     /// The targets that are missed, each a sentence.
     pub fn missed(&self) -> Vec<String> {
-        let targets = self.targets();
-        targets.iter().filter(|target| !target.is_met()).map(Target::to_string).collect()
+        targets::missed(&self.targets())
     }
 
     /// What was measured that there is a target for.

@@ -72,8 +72,7 @@ impl Results {
 
     /// Writes them as JSON.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self).unwrap_or_default();
-        fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))
+        save(path, self)
     }
 
     /// What came of this metric.
@@ -192,6 +191,12 @@ impl Results {
         }
         text
     }
+}
+
+/// Writes results of any kind as JSON.
+pub(super) fn save(path: &Path, results: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(results).unwrap_or_default();
+    fs::write(path, text + "\n").doing(|| format!("write {}", path.display()))
 }
 
 fn spread(summary: &Summary, digits: usize) -> String {

@@ -87,6 +87,11 @@ impl fmt::Display for Target {
     }
 }
 
+/// Those that are missed, each a sentence.
+pub fn missed(targets: &[Target]) -> Vec<String> {
+    targets.iter().filter(|target| !target.is_met()).map(Target::to_string).collect()
+}
+
 /// All of them in Markdown.
 pub fn table(targets: &[Target]) -> String {
     let mut text = "| | measured | wanted | |\n|---|---|---|---|\n".to_owned();
@@ -105,8 +110,7 @@ pub fn table(targets: &[Target]) -> String {
 impl Results {
     /// The targets that `ours` misses, each a sentence.
     pub fn missed(&self, ours: &str, theirs: &str) -> Vec<String> {
-        let targets = self.targets(ours, theirs);
-        targets.iter().filter(|target| !target.is_met()).map(Target::to_string).collect()
+        missed(&self.targets(ours, theirs))
     }
 
     /// What was measured that there is a target for; all are for medians. Total time, downtime and gap may be at

@@ -22,7 +22,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::libc::MSG_MORE;
-use nix::sys::socket::{MsgFlags, send};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, getsockopt, send, sockopt};
+use nix::sys::time::TimeValLike;
 use nix::unistd::pipe2;
 
 use crate::guest::{GuestRam, IoPart};
@@ -33,6 +35,10 @@ const LONG: usize = 64 << 10;
 /// How many bytes the pipe is to hold, by the page: what an unprivileged process may ask for (pipe(7),
 /// /proc/sys/fs/pipe-max-size).
 const ROOM: usize = 1 << 20;
+
+/// A socket that can be written to has room for more than this part of its buffer: TCP for a third of it
+/// (`sk_stream_is_writeable`), a Unix socket for three quarters (`unix_writable`).
+const WRITABLE: usize = 4;
 
 /// Writes to one connection, and has a pipe to itself.
 #[derive(Debug, Default)]
@@ -160,7 +166,8 @@ impl Pipe {
             .map_err(|error| NotLent::Refused { error, lent })?;
             let more = more || lent + waits < len;
             while waits > 0 {
-                match self.pass_on(out, waits, more) {
+                let len = waits.min(wait_for_room(out, full).map_err(NotLent::Failed)?);
+                match self.pass_on(out, len, more || len < waits) {
                     Ok(0) => return Err(NotLent::Failed(io::ErrorKind::WriteZero.into())),
                     Ok(n) => {
                         waits -= n;
@@ -185,6 +192,45 @@ impl Pipe {
         let flags = if more { SpliceFFlags::SPLICE_F_MORE } else { SpliceFFlags::empty() };
         Ok(splice(&self.from, None, out, None, len, flags)?)
     }
+}
+
+/// Waits until `out`, if it is a socket, takes bytes or has failed, calling `full` each time its send timeout is
+/// over; says how many it takes without waiting any more.
+///
+/// The kernel tells once why a connection broke, and splice(2) forgets that if it has moved anything in the same call,
+/// as it does with a timeout that is over. So no call is to have to wait.
+fn wait_for_room(
+    out: BorrowedFd<'_>,
+    full: &mut dyn FnMut() -> io::Result<()>,
+) -> io::Result<usize> {
+    loop {
+        let Ok(buffer) = getsockopt(&out, sockopt::SndBuf) else { return Ok(usize::MAX) };
+        let mut fds = [PollFd::new(out, PollFlags::POLLOUT)];
+        match poll(&mut fds, send_timeout(out)?) {
+            Ok(0) => full()?,
+            Ok(_) => {
+                let [fd] = fds;
+                if fd.revents().is_some_and(|events| events.contains(PollFlags::POLLERR)) {
+                    match getsockopt(&out, sockopt::SocketError)? {
+                        0 => {}
+                        error => return Err(io::Error::from_raw_os_error(error)),
+                    }
+                }
+                return Ok((buffer / WRITABLE).max(1));
+            }
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// How long a write to a socket may wait. None is for ever (socket(7), SO_SNDTIMEO).
+fn send_timeout(out: BorrowedFd<'_>) -> io::Result<PollTimeout> {
+    let time = getsockopt(&out, sockopt::SendTimeout)?;
+    Ok(match time.num_milliseconds() {
+        0 if time.num_microseconds() == 0 => PollTimeout::NONE,
+        ms => PollTimeout::try_from(ms.max(1)).unwrap_or(PollTimeout::MAX),
+    })
 }
 
 fn is_empty(part: &IoPart<'_>) -> bool {

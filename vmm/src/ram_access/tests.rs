@@ -5,12 +5,16 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use migration::transport::lender::Lender;
+use migration::transport::{Address, Connection, is_stall};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
 
 fn timeout() -> io::Result<()> {
     Err(io::ErrorKind::WouldBlock.into())
@@ -118,12 +122,14 @@ fn sockets() -> [(OwnedFd, Box<dyn Read + Send>); 2] {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (unix, there) = UnixStream::pair().unwrap();
+    // More than what is lent before anybody reads; most systems allow this much.
+    setsockopt(&unix, sockopt::SndBuf, &(200 << 10)).unwrap();
     [(tcp.into(), Box::new(listener.accept().unwrap().0)), (unix.into(), Box::new(there))]
 }
 
 #[test]
 fn lent_memory_is_read_when_it_is_received_and_copied_memory_is_not() {
-    const LEN: usize = 128 << 10;
+    const LEN: usize = 64 << 10;
     for ram in both() {
         for (here, mut there) in sockets() {
             ram.copy_in(0, 0x10_0000, &[1; LEN]).unwrap();
@@ -222,6 +228,37 @@ fn a_peer_that_takes_nothing_or_is_gone_ends_lending() {
         let kind = gone.unwrap_err().kind();
         let ends = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
         assert!(ends.contains(&kind), "{kind}");
+    }
+}
+
+/// The kernel says once why it broke a connection, and splice(2) keeps that to itself if it has moved something in
+/// the same call.
+#[test]
+fn whoever_stands_still_while_memory_is_lent_is_told_from_one_who_is_gone() {
+    let ram = ram();
+    let part = IoPart::Ram { block: 0, offset: 0, len: 4 << 20 };
+    for _ in 0..4 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let here = Connection::connect(
+            &Address::Tcp { host: to.ip().to_string(), port: to.port() },
+            SECOND,
+        );
+        let here = here.unwrap();
+        let (there, _) = listener.accept().unwrap();
+        let stall = Duration::from_millis(400);
+        here.set_stall_timeout(stall).unwrap();
+        let began = Instant::now();
+        let mut lender = Lender::default();
+        let error = loop {
+            let written = lender.write_parts(&ram, here.as_fd(), &[part; 8], &mut timeout);
+            if let Err(error) = written {
+                break error;
+            }
+        };
+        assert!(is_stall(&error), "{error}");
+        assert!(began.elapsed() > stall, "{:?}", began.elapsed());
+        drop(there);
     }
 }
 

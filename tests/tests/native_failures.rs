@@ -115,8 +115,9 @@ fn a_destination_that_sleeps_through_the_end_calls_nothing_damaged() {
     there.vm.signal(Signal::SIGCONT);
     assert_eq!(there.vm.wait_exit(60), 1, "{}", there.vm.stderr());
     let words = there.vm.stderr();
-    // It may have had room to read them before, and hear of it when it answers.
-    let known = ["the source gave up", "the source can't be answered"];
+    // It may have had room to read them before, and hear of it when it answers; or the kernel has dropped what it had
+    // not read, with the connection.
+    let known = ["the source gave up", "the source can't be answered", "the stream broke off"];
     assert!(known.iter().any(|known| words.contains(known)), "{words}");
     assert!(!words.contains("failed: the comparison"), "{words}");
     assert!(there.line.text().is_empty(), "it ran there: {}", there.line.text());

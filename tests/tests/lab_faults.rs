@@ -131,8 +131,14 @@ impl World {
         let pids = Pids { source: self.guest.vm.pid(), destination: there.vm.pid() };
         let relay = Relay::new(&there.vm.migrate_uri(), Some(fault), pids);
         let mut qmp = self.guest.vm.qmp();
-        let parameters =
-            json!({ "x-stall-timeout": STALL_MS, "x-verify": true, "x-settle": settles });
+        // An emulated processor may need more than the usual 300 ms for the devices' state alone, and then the
+        // last pass never comes.
+        let parameters = json!({
+            "x-stall-timeout": STALL_MS,
+            "x-verify": true,
+            "x-settle": settles,
+            "downtime-limit": 3000,
+        });
         qmp.execute("migrate-set-parameters", parameters).expect("parameters");
         qmp.execute("migrate", json!({ "uri": relay.uri() })).expect("the migration starts");
         wait::until(

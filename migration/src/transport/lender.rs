@@ -36,8 +36,8 @@ const LONG: usize = 64 << 10;
 /// /proc/sys/fs/pipe-max-size).
 const ROOM: usize = 1 << 20;
 
-/// A socket that can be written to has room for more than this part of its buffer: TCP for a third of it
-/// (`sk_stream_is_writeable`), a Unix socket for three quarters (`unix_writable`).
+/// A TCP socket that can be written to has room for more than this part of its buffer: for a third of it (Linux,
+/// `sk_stream_is_writeable`).
 const WRITABLE: usize = 4;
 
 /// Writes to one connection, and has a pipe to itself.
@@ -194,17 +194,21 @@ impl Pipe {
     }
 }
 
-/// Waits until `out`, if it is a socket, takes bytes or has failed, calling `full` each time its send timeout is
+/// Waits until `out`, if it is a TCP socket, takes bytes or has failed, calling `full` each time its send timeout is
 /// over; says how many it takes without waiting any more.
 ///
 /// The kernel tells once why a connection broke, and splice(2) forgets that if it has moved anything in the same call,
-/// as it does with a timeout that is over. So no call is to have to wait.
+/// as it does with a timeout that is over. So no call is to have to wait. A Unix socket is broken by its peer alone, and
+/// its buffer is so small that it has to be filled: half of it takes twice as long.
 fn wait_for_room(
     out: BorrowedFd<'_>,
     full: &mut dyn FnMut() -> io::Result<()>,
 ) -> io::Result<usize> {
     loop {
-        let Ok(buffer) = getsockopt(&out, sockopt::SndBuf) else { return Ok(usize::MAX) };
+        if getsockopt(&out, sockopt::TcpUserTimeout).is_err() {
+            return Ok(usize::MAX);
+        }
+        let buffer = getsockopt(&out, sockopt::SndBuf)?;
         let mut fds = [PollFd::new(out, PollFlags::POLLOUT)];
         match poll(&mut fds, send_timeout(out)?) {
             Ok(0) => full()?,

@@ -23,8 +23,9 @@ use crate::{images, process};
 /// Times in the lab are those of an emulated processor: the tests' deadlines grow by this factor.
 const SLOWNESS: &str = "5";
 /// How long one test may take, the lab's boot included: longer than most waits in it, which say what they
-/// waited for.
-const TIMEOUT: Duration = Duration::from_secs(480);
+/// waited for, and than the longest test takes (400 s) where processors are half as fast for a while. To try it once
+/// more takes longer than to let it go on; a host that is dead is noticed within a minute.
+const TIMEOUT: Duration = Duration::from_secs(900);
 /// How often a test is tried, each time on a new host (docs/testing.md, "What the lab is not").
 const TRIES: u32 = 4;
 /// How many tries may fail in one run of all tests: a change that breaks much is not the lab's fault.

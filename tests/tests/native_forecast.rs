@@ -16,6 +16,9 @@ fn alone() -> MutexGuard<'static, ()> {
 /// What a host that is busy adds to a pause, in ms.
 const HICCUP: f64 = 25.0;
 
+/// The part of what is found by which a forecast may be off.
+const FIFTH: f64 = 0.2;
+
 /// Moves a guest of 64 MiB, and gives the report.
 fn move_one(params: &str, more: &str) -> Value {
     let mut here = Guest::boot_with("64M", 1, params, more);
@@ -30,13 +33,13 @@ fn move_one(params: &str, more: &str) -> Value {
     said["report"].clone()
 }
 
-/// Whether `found` is what was `expected`, within a fifth and what a busy host adds.
-fn is_near(what: &str, report: &Value, expected: &Value, found: &Value) {
+/// Whether `found` is what was `expected`, within this part of it and what a busy host adds.
+fn is_near(what: &str, report: &Value, expected: &Value, found: &Value, part: f64) {
     let ms = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("no {what}: {report:#}"));
     let (expected, found) = (ms(expected), ms(found));
     println!("{what}: {expected:.1} ms expected, {found:.1} ms found");
     let off = (expected - found).abs();
-    assert!(off <= found * 0.2 + HICCUP, "{what}: {expected} and {found}: {report:#}");
+    assert!(off <= found * part + HICCUP, "{what}: {expected} and {found}: {report:#}");
 }
 
 #[test]
@@ -54,9 +57,9 @@ fn a_migration_takes_what_was_said_after_its_first_pass() {
         println!("{params}");
         let report = move_one(params, "");
         let first = &report["first-forecast"];
-        is_near("in all", &report, &first["total-ms"], &report["total-ms"]);
+        is_near("in all", &report, &first["total-ms"], &report["total-ms"], FIFTH);
         let (expected, found) = (&report["expected-downtime-ms"], &report["downtime-ms"]);
-        is_near("downtime", &report, expected, found);
+        is_near("downtime", &report, expected, found, FIFTH);
         assert!(report["downtime-ms"].as_f64() < Some(300.0), "the limit: {report:#}");
     }
 }
@@ -77,7 +80,9 @@ fn the_state_of_devices_is_a_part_of_what_is_expected() {
     let disks: Vec<String> = (0..4).map(disk).collect();
     let report = move_one("fill=2M,set=0,verify=100", &disks.join(" "));
     let (expected, found) = (&report["expected-downtime-ms"], &report["downtime-ms"]);
-    is_near("downtime", &report, expected, found);
+    // The bucket saves up what a silent line could have sent, which goes at once then. Without the state next to nothing
+    // would be expected.
+    is_near("downtime", &report, expected, found, 0.5);
     assert!(report["downtime-ms"].as_f64() > Some(100.0), "it is slow: {report:#}");
 }
 

@@ -214,12 +214,18 @@ impl Linux {
     }
 
     /// Migrates the guest to whatever listens at `uri`, ends with this process, and gives what the
-    /// command said. An emulated processor may need more than the usual 300 ms for the last pass's fixed costs
-    /// alone, and then it never comes.
+    /// command said.
     pub fn leave_for(self, uri: &str) -> String {
+        let command = self.migrate_command(uri);
+        self.leave_by(command)
+    }
+
+    /// The command that migrates it to `uri`. An emulated processor may need more than the usual 300 ms for the last
+    /// pass's fixed costs alone, and then it never comes.
+    pub fn migrate_command(&self, uri: &str) -> Command {
         let mut command = self.vm.migrate_command(uri);
         command.args(["--downtime", "3s"]);
-        self.leave_by(command)
+        command
     }
 
     /// The same by this command.

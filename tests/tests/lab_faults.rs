@@ -131,8 +131,7 @@ impl World {
         let pids = Pids { source: self.guest.vm.pid(), destination: there.vm.pid() };
         let relay = Relay::new(&there.vm.migrate_uri(), Some(fault), pids);
         let mut qmp = self.guest.vm.qmp();
-        // An emulated processor may need more than the usual 300 ms for the devices' state alone, and then the
-        // last pass never comes.
+        // The downtime is that of `Linux::migrate_command`, for its reason.
         let parameters = json!({
             "x-stall-timeout": STALL_MS,
             "x-verify": true,

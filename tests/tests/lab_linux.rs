@@ -130,12 +130,7 @@ fn a_rehearsal_loads_queues_that_are_at_work_and_disturbs_nothing() {
         guest.assert_content();
     }
     // The real one, to the same destination, compared to the last bit.
-    let out = guest
-        .vm
-        .migrate_command(&uri)
-        .args(["--verify", "--downtime", "3s"])
-        .output()
-        .expect("mini-vmm starts");
+    let out = guest.migrate_command(&uri).arg("--verify").output().expect("mini-vmm starts");
     let errors = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(out.status.success(), "{errors}\n{}\n{}", guest.vm.stderr(), there.vm.stderr());
     println!("{}", String::from_utf8_lossy(&out.stdout));

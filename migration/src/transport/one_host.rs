@@ -29,8 +29,8 @@ pub(super) fn connect(to: SocketAddr, timeout: Duration) -> io::Result<TcpStream
     Ok(socket.into())
 }
 
-/// Whether `to` is this host: a loopback address, or one from which this host would send to it. A UDP socket that is connected has looked that up, and
-/// sends nothing.
+/// Whether `to` is this host: a loopback address, or one from which this host would send to it. A UDP socket that is
+/// connected has looked that up, and sends nothing.
 fn is_here(to: SocketAddr) -> bool {
     let any: IpAddr = match to {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),

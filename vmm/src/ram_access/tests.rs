@@ -8,13 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use migration::transport::lender::Lender;
-use migration::transport::{Address, Connection, is_stall};
+use migration::transport::{Connection, is_stall};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use super::*;
-
-const SECOND: Duration = Duration::from_secs(1);
 
 fn timeout() -> io::Result<()> {
     Err(io::ErrorKind::WouldBlock.into())
@@ -238,11 +236,7 @@ fn whoever_stands_still_while_memory_is_lent_is_told_from_one_who_is_gone() {
     for _ in 0..4 {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
-        let here = Connection::connect(
-            &Address::Tcp { host: to.ip().to_string(), port: to.port() },
-            SECOND,
-        );
-        let here = here.unwrap();
+        let here = Connection::from_tcp(TcpStream::connect(to).unwrap(), to).unwrap();
         let (there, _) = listener.accept().unwrap();
         let stall = Duration::from_millis(400);
         here.set_stall_timeout(stall).unwrap();

@@ -6,6 +6,8 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use migration::control::TooLate;
@@ -145,7 +147,7 @@ pub enum Event {
     Powerdown,
     /// The guest has more or less memory now, in bytes.
     BalloonChange(u64),
-    /// The migration's status changed (sent to QMP clients only while the capability `events` is on).
+    /// The migration's status changed (told only while [`EventBus::tell_migration`] says so).
     Migration(Phase),
     /// A pass over RAM begins; the first is 1 (same condition).
     MigrationPass(u64),
@@ -162,7 +164,11 @@ pub struct TimedEvent {
 
 /// Where the machine puts its events; cheap to clone, never blocks.
 #[derive(Clone, Debug)]
-pub struct EventBus(broadcast::Sender<TimedEvent>);
+pub struct EventBus {
+    listeners: broadcast::Sender<TimedEvent>,
+    /// Whether events of a migration are told: the capability `events`.
+    migration: Arc<AtomicBool>,
+}
 
 impl EventBus {
     /// Events kept for a listener that is slow. One that falls further behind is disconnected.
@@ -171,19 +177,31 @@ impl EventBus {
     /// A bus with nobody listening yet.
     #[must_use]
     pub fn new() -> Self {
-        Self(broadcast::Sender::new(Self::BACKLOG))
+        Self { listeners: broadcast::Sender::new(Self::BACKLOG), migration: Arc::default() }
+    }
+
+    /// Whether what a migration does is told from now on; not, until someone wants it.
+    ///
+    /// It is decided here, when something happens, and not by each listener when it comes to hear
+    /// of it: one that is behind would be told of what happened before, or miss what happened since.
+    pub fn tell_migration(&self, on: bool) {
+        self.migration.store(on, Ordering::Relaxed);
     }
 
     /// Tells everyone who listens now.
     pub fn send(&self, event: Event) {
+        let of_migration = matches!(event, Event::Migration(_) | Event::MigrationPass(_));
+        if of_migration && !self.migration.load(Ordering::Relaxed) {
+            return;
+        }
         // An error only says that nobody listens.
-        let _ = self.0.send(TimedEvent { at: SystemTime::now(), event });
+        let _ = self.listeners.send(TimedEvent { at: SystemTime::now(), event });
     }
 
     /// Everything sent from now on.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<TimedEvent> {
-        self.0.subscribe()
+        self.listeners.subscribe()
     }
 }
 

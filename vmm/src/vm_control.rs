@@ -245,6 +245,7 @@ impl VmControl for VmHandle {
         if let Some(control) = &desk.control {
             control.set_parameters(parameters.clone());
         }
+        self.0.events.tell_migration(parameters.events);
         desk.parameters = parameters;
         Ok(())
     }

@@ -16,11 +16,6 @@ pub(super) fn to_json(event: &TimedEvent) -> Value {
     object
 }
 
-/// Whether the event reaches clients only while the migration capability `events` is on.
-pub(super) fn needs_capability(event: &Event) -> bool {
-    matches!(event, Event::Migration(_) | Event::MigrationPass(_))
-}
-
 fn name_and_data(event: &Event) -> (&'static str, Option<Value>) {
     let by = |reason: &ShutdownReason| json!({ "guest": reason.is_guest(), "reason": reason });
     match event {

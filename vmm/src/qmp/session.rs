@@ -1,7 +1,6 @@
 //! One client, from greeting to farewell.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use migration::params::Parameters;
@@ -23,17 +22,13 @@ use crate::control::{TimedEvent, VmControl};
 /// What all clients share.
 pub(super) struct Shared {
     pub(super) vm: Arc<dyn VmControl>,
-    /// Whether migration events are sent: the capability `events`. Kept here because it can be
-    /// switched only through here, and asking the VM for each event could block.
-    migration_events: AtomicBool,
     /// Held while parameters are read, changed and written, so that of two clients none is lost.
     changing: Mutex<()>,
 }
 
 impl Shared {
     pub(super) fn new(vm: Arc<dyn VmControl>) -> Self {
-        let on = vm.migrate_parameters().events;
-        Self { vm, migration_events: AtomicBool::new(on), changing: Mutex::new(()) }
+        Self { vm, changing: Mutex::new(()) }
     }
 
     /// Reads the migration's parameters, lets `change` change them, and sets them: all or nothing.
@@ -45,10 +40,7 @@ impl Shared {
         let _guard = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut parameters = self.vm.migrate_parameters();
         change(&mut parameters)?;
-        let events = parameters.events;
-        self.vm.set_migrate_parameters(parameters)?;
-        self.migration_events.store(events, Ordering::Relaxed);
-        Ok(())
+        Ok(self.vm.set_migrate_parameters(parameters)?)
     }
 }
 
@@ -194,9 +186,7 @@ impl<W: AsyncWrite + Unpin> Session<W> {
     }
 
     async fn tell(&mut self, event: &TimedEvent) -> io::Result<()> {
-        let hidden = event::needs_capability(&event.event)
-            && !self.shared.migration_events.load(Ordering::Relaxed);
-        if !self.negotiated || hidden {
+        if !self.negotiated {
             return Ok(());
         }
         self.write(&event::to_json(event)).await

@@ -226,6 +226,7 @@ impl VmControl for FakeVm {
     }
 
     fn set_migrate_parameters(&self, parameters: Parameters) -> Result<(), ControlError> {
+        self.bus.tell_migration(parameters.events);
         self.state.lock().unwrap().parameters = parameters;
         Ok(())
     }

@@ -244,6 +244,8 @@ fn a_blocked_command_blocks_nobody_else() {
     assert_eq!(b.receive()["event"], "STOP");
 }
 
+const EVENTS_ON: &str = r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]}}"#;
+
 #[test]
 fn migration_events_need_their_capability() {
     let f = fixture();
@@ -253,14 +255,28 @@ fn migration_events_need_their_capability() {
         json!({"return": {}})
     );
     assert_eq!(a.ask(r#"{"execute":"migrate_cancel"}"#), json!({"return": {}}));
-    let on = r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]}}"#;
-    assert_eq!(a.ask(on), json!({"return": {}}));
+    assert_eq!(a.ask(EVENTS_ON), json!({"return": {}}));
     assert_eq!(
         a.ask(r#"{"execute":"migrate","arguments":{"uri":"tcp:h:1"}}"#)["data"]["status"],
         "setup"
     );
     assert_eq!(b.receive()["event"], "MIGRATION");
     assert_eq!(b.receive()["data"]["pass"], 1);
+}
+
+#[test]
+fn what_happened_before_the_capability_stays_untold_also_to_a_client_that_is_behind() {
+    let f = fixture();
+    let (mut a, mut b) = (Client::negotiated(&f), Client::negotiated(&f));
+    // More than the socket holds: the server is in the middle of its answer until this client reads on.
+    let id = "x".repeat(1 << 19);
+    b.send(json!({"execute": "query-name", "id": &id}).to_string());
+    assert!(!b.reader.fill_buf().unwrap().is_empty());
+    a.ask(r#"{"execute":"migrate","arguments":{"uri":"tcp:h:1"}}"#);
+    a.ask(r#"{"execute":"migrate_cancel"}"#);
+    a.ask(EVENTS_ON);
+    assert_eq!(b.receive()["id"], id);
+    assert_eq!(b.ask(r#"{"execute":"query-status"}"#)["return"]["status"], "running");
 }
 
 #[test]

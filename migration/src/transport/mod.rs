@@ -200,7 +200,7 @@ impl Connection {
             setsockopt(&stream, sockopt::TcpKeepIdle, &KEEPALIVE_S)?;
             setsockopt(&stream, sockopt::TcpKeepInterval, &KEEPALIVE_S)?;
             if one_host::is_both(stream.local_addr()?.ip(), peer.ip()) {
-                one_host::without_bbr(&stream);
+                one_host::set_up(&stream);
             }
             Ok(())
         };

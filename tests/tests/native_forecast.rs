@@ -80,8 +80,8 @@ fn the_state_of_devices_is_a_part_of_what_is_expected() {
     let disks: Vec<String> = (0..4).map(disk).collect();
     let report = move_one("fill=2M,set=0,verify=100", &disks.join(" "));
     let (expected, found) = (&report["expected-downtime-ms"], &report["downtime-ms"]);
-    // The bucket saves up what a silent line could have sent, which goes at once then. Without the state next to nothing
-    // would be expected.
+    // Up to half too much is expected here, and why is not settled: the estimate has more bytes of state than there seem to
+    // be, and the bucket saves up what a silent line could have sent. Without the state next to nothing would be expected.
     is_near("downtime", &report, expected, found, 0.5);
     assert!(report["downtime-ms"].as_f64() > Some(100.0), "it is slow: {report:#}");
 }

@@ -51,9 +51,9 @@ fn is_here(to: SocketAddr) -> bool {
     from.is_ok_and(|from| is_both(from.ip(), to.ip()))
 }
 
-/// How much a receiver is to hold, in bytes (the kernel doubles it for what it needs itself, socket(7)). Measured, with a guest
-/// of 2 GiB on two processors: its longest gap is 6.1 ms if the kernel decides, 5.8 with 1 MiB, 4.3 with 512 KiB, and
-/// then the move takes a twentieth longer; with 128 KiB it takes a fifth longer.
+/// How much a receiver is to hold, in bytes (the kernel doubles it for what it needs itself, socket(7)). Measured,
+/// with a guest of 2 GiB on two processors: its longest gap is 6.1 ms if the kernel decides, 5.8 with 1 MiB, 4.3 with
+/// 512 KiB, and then the move takes a twentieth longer; with 128 KiB it takes a seventh longer.
 const HELD: usize = 512 << 10;
 
 /// What two processes of one host want of a connected socket between them.

@@ -1,29 +1,31 @@
 //! What the guest waits for beside the last pages: the state of vCPUs and devices, which is read, sent and
-//! loaded, and the answers of both sides. Pure arithmetic.
+//! loaded, and the answers of both sides. Pure arithmetic, but that each section is asked how long it is.
 //!
 //! It belongs to every estimate of a downtime: to the one that decides when to stop the guest, and to what is
 //! said before and during a migration.
 
 use std::time::Duration;
 
-use crate::guest::Machine;
-use crate::vmstate::Audience;
+use crate::vmstate::{Audience, Section};
 
 /// Of the smallest guest, without round trips. This and the next two were measured over loopback
 /// (docs/performance.md, "The pause").
-const SMALLEST: Duration = Duration::from_millis(2);
+const SMALLEST: Duration = Duration::from_millis(1);
 /// A vCPU's state is read, set, and its thread woken.
-const VCPU: Duration = Duration::from_micros(500);
+const VCPU: Duration = Duration::from_micros(300);
 /// A virtio device's state is written, read, and its queues looked at.
-const VIRTIO_DEVICE: Duration = Duration::from_micros(200);
-/// Bytes of a vCPU's sections.
-const VCPU_BYTES: u64 = 8 << 10;
-/// Bytes of a virtio device's section: it has 45 bytes for each of QEMU's 1024 possible queues,
-const VIRTIO_BYTES: u64 = 46 << 10;
-/// or those that there are.
-const SHORT_VIRTIO_BYTES: u64 = 1 << 10;
-/// Bytes of all other sections together.
-const OTHER_BYTES: u64 = 24 << 10;
+const VIRTIO_DEVICE: Duration = Duration::from_micros(50);
+/// The name of a vCPU's largest section.
+const CPU: &str = "cpu";
+/// Its bytes, which can't be known before its vCPU stands still: to a mini-vmm with all of its
+/// registers,
+const CPU_BYTES: u64 = 8700;
+/// and as QEMU has it.
+const QEMU_CPU_BYTES: u64 = 2100;
+/// Bytes of another that KVM has the state of, like those of its chips.
+const KVM_BYTES: u64 = 200;
+/// Bytes of a section's header and footer, without its name.
+const FRAME_BYTES: u64 = 19;
 /// Round trips with the guest stopped: one for the last pages, PREPARED, and COMMIT.
 const ROUND_TRIPS: u32 = 3;
 
@@ -37,26 +39,22 @@ pub struct HandOver {
 }
 
 impl HandOver {
-    /// Of this machine, whose sections are for `audience`, where an answer takes `round_trip`: zero where nobody
-    /// answers.
-    pub fn of(machine: &(impl Machine + ?Sized), audience: Audience, round_trip: Duration) -> Self {
-        let is_virtio = |name: &str| name.contains("virtio");
-        let sections = machine.sections();
-        let virtio = sections.iter().filter(|section| is_virtio(&section.id().idstr)).count();
-        let (vcpus, virtio) = (machine.vcpus(), u32::try_from(virtio).unwrap_or(u32::MAX));
-        let state = VCPU.saturating_mul(vcpus).saturating_add(VIRTIO_DEVICE.saturating_mul(virtio));
-        let bytes = |count: u32, each: u64| u64::from(count).saturating_mul(each);
-        let virtio_bytes = match audience {
-            Audience::MiniVmm => SHORT_VIRTIO_BYTES,
-            Audience::Restore | Audience::Qemu => VIRTIO_BYTES,
+    /// Of a machine with these sections, which are for `audience`, where an answer takes `round_trip`: zero where
+    /// nobody answers. The guest may run.
+    pub fn of(sections: &[Box<dyn Section>], audience: Audience, round_trip: Duration) -> Self {
+        let count = |is: fn(&str) -> bool| {
+            let found = sections.iter().filter(|section| is(&section.id().idstr)).count();
+            u32::try_from(found).unwrap_or(u32::MAX)
         };
+        let (vcpus, virtio) = (count(|name| name == CPU), count(|name| name.contains("virtio")));
+        let state = VCPU.saturating_mul(vcpus).saturating_add(VIRTIO_DEVICE.saturating_mul(virtio));
         Self {
             fixed: SMALLEST
                 .saturating_add(state)
                 .saturating_add(round_trip.saturating_mul(ROUND_TRIPS)),
-            bytes: OTHER_BYTES
-                .saturating_add(bytes(vcpus, VCPU_BYTES))
-                .saturating_add(bytes(virtio, virtio_bytes)),
+            bytes: sections
+                .iter()
+                .fold(0, |sum, section| sum.saturating_add(bytes_of(section.as_ref(), audience))),
         }
     }
 
@@ -67,6 +65,26 @@ impl HandOver {
             .unwrap_or_default();
         self.fixed.saturating_add(sending)
     }
+}
+
+/// What a section adds to the stream, as its device is now: a device's state takes much the same room whatever it is.
+fn bytes_of(section: &dyn Section, audience: Audience) -> u64 {
+    let id = section.id().idstr;
+    let len = |len: usize| u64::try_from(len).unwrap_or(u64::MAX);
+    let body = match audience {
+        Audience::MiniVmm | Audience::Restore => section.save(audience).map(|body| len(body.len())),
+        // With its part of the description at the stream's end, which is the larger one for most.
+        Audience::Qemu => section.save_described(audience).and_then(|(body, describe)| {
+            let description = describe()?.to_string();
+            Ok(len(body.len()).saturating_add(len(description.len())))
+        }),
+    };
+    let body = body.unwrap_or(match (id.as_str(), audience) {
+        (CPU, Audience::MiniVmm) => CPU_BYTES,
+        (CPU, _) => QEMU_CPU_BYTES,
+        _ => KVM_BYTES,
+    });
+    body.saturating_add(FRAME_BYTES).saturating_add(len(id.len()))
 }
 
 /// How long the last pages may take if the guest may stand still for `limit` and the hand-over takes

@@ -20,10 +20,10 @@ const HICCUP: f64 = 25.0;
 const FIFTH: f64 = 0.2;
 
 /// Moves a guest of 64 MiB, and gives the report.
-fn move_one(params: &str, more: &str) -> Value {
-    let mut here = Guest::boot_with("64M", 1, params, more);
+fn move_one(smp: u32, params: &str, more: &str) -> Value {
+    let mut here = Guest::boot_with("64M", smp, params, more);
     here.wait_ready();
-    let mut there = Guest::incoming_with("64M", 1, more);
+    let mut there = Guest::incoming_with("64M", smp, more);
     let mut command = here.vm.migrate_command(&there.vm.migrate_uri());
     let out = command.args(["--json", "--downtime", "300ms"]).output().expect("it starts");
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
@@ -55,7 +55,7 @@ fn a_migration_takes_what_was_said_after_its_first_pass() {
         "set=0,verify=500",
     ] {
         println!("{params}");
-        let report = move_one(params, "");
+        let report = move_one(1, params, "");
         let first = &report["first-forecast"];
         is_near("in all", &report, &first["total-ms"], &report["total-ms"], FIFTH);
         let (expected, found) = (&report["expected-downtime-ms"], &report["downtime-ms"]);
@@ -68,7 +68,8 @@ fn a_migration_takes_what_was_said_after_its_first_pass() {
 fn the_state_of_devices_is_a_part_of_what_is_expected() {
     let _alone = alone();
     network::isolate();
-    // Some 35 KB, a sixth of a second.
+    // Some 60 KB, a quarter of a second. The few pages that a guest without work writes as well between the last look
+    // at them and the pause are little beside it.
     network::shape("2mbit");
     let dir = tempfile::tempdir().expect("a directory");
     let disk = |n: u32| {
@@ -78,11 +79,9 @@ fn the_state_of_devices_is_a_part_of_what_is_expected() {
         format!("--disk path={}", path.display())
     };
     let disks: Vec<String> = (0..4).map(disk).collect();
-    let report = move_one("fill=2M,set=0,verify=100", &disks.join(" "));
+    let report = move_one(6, "fill=2M,set=0,verify=100", &disks.join(" "));
     let (expected, found) = (&report["expected-downtime-ms"], &report["downtime-ms"]);
-    // Up to half too much is expected here, and why is not settled: the estimate has more bytes of state than there seem to
-    // be, and the bucket saves up what a silent line could have sent. Without the state next to nothing would be expected.
-    is_near("downtime", &report, expected, found, 0.5);
+    is_near("downtime", &report, expected, found, FIFTH);
     assert!(report["downtime-ms"].as_f64() > Some(100.0), "it is slow: {report:#}");
 }
 

@@ -5,8 +5,10 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use migration::inspect::{self, DeviceSection, Value};
+use migration::estimate::HandOver;
+use migration::inspect::{self, DeviceSection, Part, Value};
 use migration::vmstate::{Audience, ByteSource, SliceSource};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::control::RunState;
@@ -120,4 +122,24 @@ fn every_recorded_section_is_taken_and_written_as_it_was() {
         }
     }
     assert!(seen > 40, "only {seen} sections were compared");
+}
+
+/// The source's estimate, made while the guest runs, of what will have to travel while it stands still.
+#[test]
+fn the_hand_over_to_a_qemu_is_expected_to_be_as_long_as_it_was() {
+    let report = read(&golden().join("linux-2cpu-from-mini-vmm.mig.xz"));
+    let first = report.devices().next().expect("devices").offset;
+    let found = report.bytes - first;
+    let described = report.parts.iter().find_map(|part| match part {
+        Part::Description(description) => Some(description.size),
+        _ => None,
+    });
+    let directory = tempfile::tempdir().expect("a directory");
+    let disk = common::disk(directory.path(), 64 << 20);
+    let (machine, queue) =
+        common::machine("256M", &format!(r#"{{ path = "{disk}" }}"#), r#"{ tap = "golden0" }"#);
+    let sections = Vm::new(machine, queue, Grants::default()).sections(RunState::Running);
+    let expected = HandOver::of(&sections, Audience::Qemu, Duration::ZERO).bytes;
+    println!("{expected} bytes expected, {found} found, {described:?} of them the description");
+    assert!(expected.abs_diff(found) < found / 10, "{expected} bytes expected, {found} found");
 }

@@ -125,7 +125,7 @@ impl Migration<'_> {
     /// that it returns.
     fn precopy(&mut self) -> Result<Passes, SourceError> {
         let mut passes = Passes::new(self.vm.ram().blocks(), self.control.max_bandwidth());
-        passes.hand_over = HandOver::of(&*self.vm, self.audience, self.round_trip);
+        passes.hand_over = HandOver::of(&self.vm.sections(), self.audience, self.round_trip);
         let mut tracker =
             self.vm.dirty_tracker().map_err(SourceError::vm("making the dirty log"))?;
         tracker.start().map_err(SourceError::vm("starting the dirty log"))?;

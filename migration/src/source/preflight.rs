@@ -190,7 +190,7 @@ impl Migration<'_> {
                 return Ok(Err(Problem::new(kind::NO_FORECAST, "the forecast", "-", why, "")));
             }
         };
-        let hand_over = HandOver::of(&*self.vm, self.audience, round_trip);
+        let hand_over = HandOver::of(&self.vm.sections(), self.audience, round_trip);
         let measured =
             Measured { ram_bytes, data_bytes, bandwidth, round_trip, hand_over, dirtied };
         let parameters = &self.parameters;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::linux::{Linux, Machine, Terminal, file};
+use crate::linux::{Linux, Machine, Start, Terminal, file};
 use crate::qemu::{Qemu, QemuArgs};
 
 /// The same machine in both programs' words.
@@ -29,7 +29,7 @@ pub struct InQemu {
 impl Pair {
     /// A machine with these devices; `append` is for the kernel's command line.
     pub fn new(mini: &str, qemu: &str, append: &str) -> Self {
-        let mini = Machine { args: mini.into(), append: append.into(), kernel: true };
+        let mini = Machine { args: mini.into(), append: append.into(), start: Start::Vmlinux };
         let qemu = QemuArgs::new(qemu)
             .args("-accel kvm -cpu host -kernel")
             .arg(file("MINI_VMM_GUEST_KERNEL").display().to_string())
@@ -42,7 +42,7 @@ impl Pair {
 
     /// A machine whose guest boots from its first disk, not told of a kernel in either program.
     pub fn from_disk(mini: &str, qemu: &str) -> Self {
-        let mini = Machine { args: mini.into(), append: String::new(), kernel: false };
+        let mini = Machine { args: mini.into(), append: String::new(), start: Start::Itself };
         let qemu = QemuArgs::new(qemu).args("-accel kvm -cpu host");
         Self { mini, qemu, dir: TempDir::new().expect("a directory") }
     }
@@ -156,7 +156,7 @@ pub fn assert_interrupts_go_on(guest: &mut Terminal, cpus: u32) {
 /// What each virtio device's driver and device have agreed on.
 pub fn features(guest: &mut Terminal) -> Vec<String> {
     let said = guest.shell(
-        "for d in /sys/bus/virtio/devices/*; do echo \"features ${d##*/} $(cat $d/features)\"; done",
+        "for d in /sys/bus/virtio/devices/*; do read -r f <$d/features; echo \"features ${d##*/} $f\"; done",
     );
     // Not by lines: what works in the background prints in between.
     let two_words = |text: &str| text.split_whitespace().take(2).collect::<Vec<_>>().join(" ");

@@ -4,10 +4,21 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use crate::wait;
+
+/// How long a reader waits after each read: a guest's serial port gives single bytes, and on an emulated processor
+/// it costs the guest more to wake a reader for each of them than to make them.
+fn rest() -> Duration {
+    Duration::from_millis(5) * wait::slowness().saturating_sub(1)
+}
+
+fn locked(text: &Mutex<String>) -> MutexGuard<'_, String> {
+    text.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// An attached line. Everything that comes is kept.
 pub struct SerialLine {
@@ -32,10 +43,10 @@ impl SerialLine {
         let ended = closed.clone();
         // Ends when the VM's process does, or with this process.
         thread::spawn(move || {
-            let mut buf = [0; 4096];
+            let (mut buf, rest) = ([0; 4096], rest());
             while let Ok(n @ 1..) = reader.read(&mut buf) {
-                let mut text = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                text.push_str(&String::from_utf8_lossy(&buf[..n]));
+                locked(&kept).push_str(&String::from_utf8_lossy(&buf[..n]));
+                thread::sleep(rest);
             }
             ended.store(true, Ordering::Release);
         });
@@ -44,7 +55,17 @@ impl SerialLine {
 
     /// All that has come so far.
     pub fn text(&self) -> String {
-        self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        locked(&self.text).clone()
+    }
+
+    /// How many bytes have come so far.
+    pub fn len(&self) -> usize {
+        locked(&self.text).len()
+    }
+
+    /// Whether none has.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Sends bytes to the guest.
@@ -74,10 +95,13 @@ impl SerialLine {
     ) -> Option<T> {
         // Asked first: what came before the end is read below.
         let closed = self.closed.load(Ordering::Acquire);
-        let text = self.text();
-        let new = text.get(from..).unwrap_or_default();
-        let whole = new.rfind('\n').map_or("", |end| &new[..end]);
-        let line = whole.lines().map(str::trim_end).find_map(found);
+        // Looked at where it is: it is long in the end, and this is asked every few milliseconds.
+        let line = {
+            let text = locked(&self.text);
+            let new = text.get(from..).unwrap_or_default();
+            let whole = new.rfind('\n').map_or("", |end| &new[..end]);
+            whole.lines().map(str::trim_end).find_map(found)
+        };
         assert!(
             line.is_some() || !closed,
             "the guest's line was closed while {what} was waited for\n{}",

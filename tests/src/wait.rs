@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often a condition is looked at.
+/// How often a condition is looked at, times [`slowness`].
 const STEP: Duration = Duration::from_millis(5);
 
 /// How much longer everything takes where this runs: the lab sets it, since its processors are
@@ -33,6 +33,6 @@ pub fn until<T, D: Display>(
             deadline.as_secs(),
             state()
         );
-        thread::sleep(STEP);
+        thread::sleep(STEP * slowness());
     }
 }

@@ -9,7 +9,7 @@ use system_tests::faults::case::{Action, Direction, Inside, Place, Side};
 use system_tests::faults::locks::{holds, is_locked};
 use system_tests::faults::relay::{Fault, Pids, Relay};
 use system_tests::image::Disk;
-use system_tests::linux::{Linux, Machine};
+use system_tests::linux::{Linux, Machine, Start};
 use system_tests::network::Bridge;
 use system_tests::wait;
 use system_tests::work::{Session, check_disk};
@@ -67,7 +67,7 @@ fn machine(disk: &Disk, tap: &str) -> Machine {
     Machine {
         args: format!("--memory 192M --smp 2 {} --net tap={tap}", disk.argument()),
         append: "guest.run=memory,disk,clock,tcp guest.ip=10.98.0.2/24".into(),
-        kernel: true,
+        start: Start::Vmlinux,
     }
 }
 

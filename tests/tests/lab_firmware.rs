@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use system_tests::bootdisk;
-use system_tests::linux::{Machine, Terminal};
+use system_tests::linux::{COMMAND_LINE, Machine, Start, Terminal};
 use system_tests::pair::Pair;
 use system_tests::work::{check_disk, disk};
 use tempfile::TempDir;
 
 /// Work that leaves records on the second disk: the first is what the guest boots from.
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 guest.disk=/dev/vdb guest.run=disk,clock";
+const WORK: &str = "guest.disk=/dev/vdb guest.run=disk,clock";
 
 fn args(boot: &Path, records: &Path) -> String {
     let (boot, records) = (boot.display(), records.display());
@@ -49,8 +49,9 @@ fn check(guest: &mut Terminal) -> u64 {
 fn a_disk_boots_here_reboots_and_powers_off() {
     let dir = TempDir::new().expect("a directory");
     let records = disk(dir.path());
-    let boot = bootdisk::linux(dir.path(), COMMAND_LINE);
-    let machine = Machine { args: args(&boot, &records), append: String::new(), kernel: false };
+    let boot = bootdisk::linux(dir.path(), &format!("{COMMAND_LINE} {WORK}"));
+    let machine =
+        Machine { args: args(&boot, &records), append: String::new(), start: Start::Itself };
     let mut guest = machine.boot(dir.path(), "first");
     // As firmware told it: all processors and all memory, and what ACPI has to say.
     let report = guest.shell("report; cat /proc/iomem; ls /sys/firmware/acpi/tables");
@@ -69,7 +70,7 @@ fn a_disk_boots_here_reboots_and_powers_off() {
 fn a_guest_that_qemu_booted_from_a_disk_reboots_here_and_there() {
     let dir = TempDir::new().expect("a directory");
     let records = disk(dir.path());
-    let boot = bootdisk::linux(dir.path(), COMMAND_LINE);
+    let boot = bootdisk::linux(dir.path(), &format!("{COMMAND_LINE} {WORK}"));
     let pair = Pair::from_disk(&args(&boot, &records), &qemu_args(&boot, &records));
     let mut first = pair.boot_qemu();
     check(&mut first.terminal);
@@ -90,14 +91,10 @@ fn a_guest_that_qemu_booted_from_a_disk_reboots_here_and_there() {
 fn a_guest_that_qemu_gave_a_kernel_boots_its_disk_here() {
     let dir = TempDir::new().expect("a directory");
     let records = disk(dir.path());
-    let boot = bootdisk::linux(dir.path(), COMMAND_LINE);
+    let boot = bootdisk::linux(dir.path(), &format!("{COMMAND_LINE} {WORK}"));
     // The kernel that QEMU was told of does not travel; the firmware does, and finds the disk's.
-    let mut pair = Pair::new(
-        &args(&boot, &records),
-        &qemu_args(&boot, &records),
-        "guest.disk=/dev/vdb guest.run=disk,clock",
-    );
-    pair.mini.kernel = false;
+    let mut pair = Pair::new(&args(&boot, &records), &qemu_args(&boot, &records), WORK);
+    pair.mini.start = Start::Itself;
     let mut first = pair.boot_qemu();
     check(&mut first.terminal);
     let mut here = pair.to_mini(first, "mini", true);

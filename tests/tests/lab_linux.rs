@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use system_tests::linux::{Linux, Machine};
+use system_tests::linux::{Linux, Machine, Start};
 use system_tests::network::{ARP, Sniffer, Tap, is_gratuitous_arp};
 use system_tests::pair::assert_interrupts_go_on;
 use system_tests::wait;
@@ -31,7 +31,7 @@ fn three_migrations_in_a_row_lose_nothing() {
             tap.name()
         ),
         append: "guest.run=memory,disk,clock,fpu,tcp guest.ip=10.99.0.2/24".into(),
-        kernel: true,
+        start: Start::Vmlinux,
     };
     let mut guest = machine.boot(dir.path(), "first");
     guest.assert_content();
@@ -55,13 +55,12 @@ fn three_migrations_in_a_row_lose_nothing() {
         guest.wait_new("clock:", 30);
         guest.wait_new("tcp-server:", 30);
         session.assert_alive();
-        for driver in ["virtio_blk", "virtio_net", "virtio_rng", "virtio_console"] {
-            let report = guest.shell("report");
-            assert!(report.contains(driver), "{driver} is bound:\n{report}");
-        }
         let asked = host_time();
         let report = guest.shell("report");
         let answered = host_time();
+        for driver in ["virtio_blk", "virtio_net", "virtio_rng", "virtio_console"] {
+            assert!(report.contains(driver), "{driver} is bound:\n{report}");
+        }
         assert!(report.contains("processors: 2"), "{report}");
         assert!(report.contains("clocksource: kvm-clock"), "{report}");
         let date = report
@@ -97,7 +96,7 @@ fn a_rehearsal_loads_queues_that_are_at_work_and_disturbs_nothing() {
             tap.name()
         ),
         append: "guest.run=memory,disk,clock,tcp guest.ip=10.97.0.2/24".into(),
-        kernel: true,
+        start: Start::Vmlinux,
     };
     let mut guest = machine.boot(dir.path(), "here");
     guest.assert_content();
@@ -154,7 +153,7 @@ fn a_stock_kernel_boots_on_one_processor_and_powers_off() {
     let machine = Machine {
         args: format!("--memory 256M --smp 1 --disk path={},readonly=on", image.display()),
         append: String::new(),
-        kernel: true,
+        start: Start::BzImage,
     };
     let mut guest = machine.boot(dir.path(), "one");
     let report = guest.shell("report");
@@ -172,7 +171,7 @@ fn a_stock_kernel_with_four_processors_moves_and_powers_off() {
     let machine = Machine {
         args: "--memory 256M --smp 4 --dirty-ring 1024".into(),
         append: "guest.run=memory,clock".into(),
-        kernel: true,
+        start: Start::Vmlinux,
     };
     let mut guest = machine.boot(dir.path(), "here");
     guest.assert_content();
@@ -195,7 +194,7 @@ fn a_stock_kernel_goes_from_process_to_process_in_its_own_memory() {
     let image = disk(dir.path());
     let args = format!("--memory 256M --smp 2 --disk path={}", image.display());
     let append = "guest.run=memory,disk,clock,fpu";
-    let machine = |args| Machine { args, append: append.into(), kernel: true };
+    let machine = |args| Machine { args, append: append.into(), start: Start::Vmlinux };
     let mut guest = machine(format!("{args} --shared-memory")).boot(dir.path(), "first");
     let waits = machine(args);
     guest.assert_content();
@@ -249,7 +248,7 @@ fn the_balloon_is_asked_here_and_there_and_the_keyboard_translates() {
     let machine = Machine {
         args: "--memory 256M --smp 1 --balloon".into(),
         append: String::new(),
-        kernel: true,
+        start: Start::Vmlinux,
     };
     let mut guest = machine.boot(dir.path(), "here");
     let inputs = guest.shell("cat /proc/bus/input/devices");

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use system_tests::linux::Machine;
+use system_tests::linux::{Machine, Start};
 use system_tests::peer::{self, PeerVm};
 use system_tests::work::{check_disk, disk};
 use tempfile::TempDir;
@@ -24,7 +24,7 @@ fn a_guest_goes_to_another_host_and_comes_back() {
         // What both processors have.
         args: format!("--cpu x86-64-v2 --memory 256M --smp 2 --disk path={}", image.display()),
         append: "guest.run=memory,disk,clock,fpu".into(),
-        kernel: true,
+        start: Start::Vmlinux,
     };
     let guest = machine.boot(dir.path(), "first");
     let first = guest.next_number("disk: record");

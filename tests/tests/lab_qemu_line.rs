@@ -1,6 +1,6 @@
 //! Guests that go where a printed command line leads, under real KVM.
 
-use system_tests::linux::Machine;
+use system_tests::linux::{Machine, Start};
 use system_tests::pair::InQemu;
 use system_tests::qemu::QemuArgs;
 use system_tests::vm::Vm;
@@ -25,7 +25,7 @@ fn the_printed_line_takes_a_guest_to_qemu_and_back() {
             image.display()
         ),
         append: "guest.run=memory,disk,clock".into(),
-        kernel: true,
+        start: Start::Vmlinux,
     };
     let guest = machine.boot(dir.path(), "first");
     let (words, shell) = (line(&guest.vm, &["--json"]), line(&guest.vm, &[]));

@@ -70,7 +70,7 @@ fn a_paused_guest_arrives_paused() {
 #[test]
 fn a_guest_arrives_in_the_middle_of_its_boot() {
     let dir = TempDir::new().expect("a directory");
-    let pair = with_disk(&dir, 2, "");
+    let pair = with_disk(&dir, 2, "loglevel=6");
     let qemu = pair.qemu.start();
     let terminal = qemu.terminal();
     terminal.wait_for("Linux version", 60);

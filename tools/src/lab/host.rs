@@ -13,8 +13,10 @@ use crate::error::{Doing, Error, Result};
 use crate::kernel::Kernel;
 use crate::process;
 
-/// The processor of every lab host, before `--cpu` changes it: all that TCG has, and SVM.
-const CPU: &str = "max,+svm,+npt";
+/// The processor of every lab host, before `--cpu` changes it: all that TCG has, and SVM. Without the flags for
+/// fast string instructions kernels and libraries copy by loops, which TCG translates well; it does REP MOVSB byte by
+/// byte, and a busy guest's migration takes four times as long.
+const CPU: &str = "max,+svm,+npt,-erms,-fsrm";
 
 /// A panic reboots at once, which with `-no-reboot` ends QEMU. Mitigations only slow TCG down.
 ///

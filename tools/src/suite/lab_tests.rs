@@ -228,6 +228,7 @@ fn lab_run(program: &LabProgram, test: &str, output: Output) -> Result<lab::Run>
             ("MINI_VMM".into(), path(&vmm)),
             ("MINI_VMM_TEST_SLOWNESS".into(), SLOWNESS.into()),
             ("MINI_VMM_GUEST_KERNEL".into(), path(&guest.bzimage)),
+            ("MINI_VMM_GUEST_VMLINUX".into(), path(&guest.vmlinux)),
             ("MINI_VMM_GUEST_INITRD".into(), path(&guest.initrd)),
             ("MINI_VMM_GUEST_TOOL".into(), path(&guest.guest_tool)),
         ],

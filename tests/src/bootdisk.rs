@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::linux::file;
+use crate::linux::{COMMAND_LINE, file};
 
 /// Assembled by this package's build script.
 const BOOT_CODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/boot.bin"));
@@ -16,7 +16,7 @@ const TASK: usize = 4;
 /// The first sector of what is loaded.
 const FIRST: usize = 64;
 /// The longest command line with its NUL.
-const COMMAND_LINE: usize = 400;
+const MAX_COMMAND_LINE: usize = 400;
 
 fn write(path: &Path, parts: &[(usize, &[u8])]) {
     let disk = File::create(path).expect("a disk image");
@@ -45,8 +45,9 @@ pub fn counting(dir: &Path, last: u16, then: Then) -> PathBuf {
     path
 }
 
-/// A disk that boots the tests' Linux guest with this command line.
-pub fn linux(dir: &Path, command_line: &str) -> PathBuf {
+/// A disk that boots the tests' Linux guest; `append` is for the kernel's command line.
+pub fn linux(dir: &Path, append: &str) -> PathBuf {
+    let command_line = format!("{COMMAND_LINE} {append}");
     let path = dir.join("boot.img");
     let kernel = fs::read(file("MINI_VMM_GUEST_KERNEL")).expect("the guest's kernel");
     let initrd = fs::read(file("MINI_VMM_GUEST_INITRD")).expect("the guest's initrd");
@@ -61,7 +62,7 @@ pub fn linux(dir: &Path, command_line: &str) -> PathBuf {
         task.extend(u32::try_from(field).expect("small files").to_le_bytes());
     }
     task.resize(32, 0);
-    assert!(command_line.len() < COMMAND_LINE, "the command line is too long: {command_line}");
+    assert!(command_line.len() < MAX_COMMAND_LINE, "the command line is too long: {command_line}");
     task.extend(command_line.as_bytes());
     task.resize(SECTOR, 0);
     write(&path, &[(0, BOOT_CODE), (TASK, &task), (FIRST, &kernel), (initrd_at, &initrd)]);

@@ -24,9 +24,8 @@ const MUST_NOT_SAY: [&str; 7] = [
 /// agree about it is what the second message says.
 const EXCUSED: [&str; 2] = ["hrtimer: interrupt took", "clocksource: Long readout interval"];
 
-/// What every guest's kernel is told. It says what it warns of, and not the 20 KiB of its boot: a byte on the
-/// serial port is an exit or two, and those take a third of the boot on an emulated processor. It does not test its
-/// ciphers there either.
+/// What every guest's kernel is told. It says what it warns of, and not the 20 KiB of its boot: a byte on the serial
+/// port is an exit or two, and slow on an emulated processor. It does not test its ciphers there either.
 pub const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 panic=-1 cryptomgr.notests";
 
 /// A file that the lab's run made.
@@ -64,7 +63,7 @@ impl DerefMut for Linux {
 /// What a guest of mini-vmm's is started by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
-    /// The kernel as Debian ships it, which unpacks itself: half of its boot on an emulated processor.
+    /// The kernel as Debian ships it, which unpacks itself, slowly on an emulated processor.
     BzImage,
     /// The same kernel unpacked, by its PVH entry.
     Vmlinux,
@@ -169,7 +168,7 @@ impl Terminal {
     /// Runs a shell command in the guest and gives what it printed. Lines of the work in the
     /// background stand between.
     pub fn shell(&mut self, command: &str) -> String {
-        let from = self.serial.len();
+        let from = self.serial.received();
         self.serial.send(format!("{command}\n").as_bytes());
         let status = self.serial.wait_line_from(from, "the end of a command", 30, |line| {
             line.strip_prefix("GUEST DONE ").map(str::to_string)
@@ -187,7 +186,7 @@ impl Terminal {
 
     /// Waits for a new line that contains `needle`.
     pub fn wait_new(&self, needle: &str, seconds: u32) -> String {
-        let from = self.serial.len();
+        let from = self.serial.received();
         self.serial.wait_line_from(from, needle, seconds, |line| {
             line.contains(needle).then(|| line.to_string())
         })

@@ -59,13 +59,8 @@ impl SerialLine {
     }
 
     /// How many bytes have come so far.
-    pub fn len(&self) -> usize {
+    pub fn received(&self) -> usize {
         locked(&self.text).len()
-    }
-
-    /// Whether none has.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Sends bytes to the guest.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use system_tests::bootdisk;
-use system_tests::linux::{COMMAND_LINE, Machine, Start, Terminal};
+use system_tests::linux::{Machine, Start, Terminal};
 use system_tests::pair::Pair;
 use system_tests::work::{check_disk, disk};
 use tempfile::TempDir;
@@ -49,7 +49,7 @@ fn check(guest: &mut Terminal) -> u64 {
 fn a_disk_boots_here_reboots_and_powers_off() {
     let dir = TempDir::new().expect("a directory");
     let records = disk(dir.path());
-    let boot = bootdisk::linux(dir.path(), &format!("{COMMAND_LINE} {WORK}"));
+    let boot = bootdisk::linux(dir.path(), WORK);
     let machine =
         Machine { args: args(&boot, &records), append: String::new(), start: Start::Itself };
     let mut guest = machine.boot(dir.path(), "first");
@@ -70,7 +70,7 @@ fn a_disk_boots_here_reboots_and_powers_off() {
 fn a_guest_that_qemu_booted_from_a_disk_reboots_here_and_there() {
     let dir = TempDir::new().expect("a directory");
     let records = disk(dir.path());
-    let boot = bootdisk::linux(dir.path(), &format!("{COMMAND_LINE} {WORK}"));
+    let boot = bootdisk::linux(dir.path(), WORK);
     let pair = Pair::from_disk(&args(&boot, &records), &qemu_args(&boot, &records));
     let mut first = pair.boot_qemu();
     check(&mut first.terminal);
@@ -91,7 +91,7 @@ fn a_guest_that_qemu_booted_from_a_disk_reboots_here_and_there() {
 fn a_guest_that_qemu_gave_a_kernel_boots_its_disk_here() {
     let dir = TempDir::new().expect("a directory");
     let records = disk(dir.path());
-    let boot = bootdisk::linux(dir.path(), &format!("{COMMAND_LINE} {WORK}"));
+    let boot = bootdisk::linux(dir.path(), WORK);
     // The kernel that QEMU was told of does not travel; the firmware does, and finds the disk's.
     let mut pair = Pair::new(&args(&boot, &records), &qemu_args(&boot, &records), WORK);
     pair.mini.start = Start::Itself;

@@ -68,8 +68,8 @@ fn a_migration_takes_what_was_said_after_its_first_pass() {
 fn the_state_of_devices_is_a_part_of_what_is_expected() {
     let _alone = alone();
     network::isolate();
-    // Some 60 KB, a quarter of a second. The few pages that a guest without work writes as well between the last look
-    // at them and the pause are little beside it.
+    // Some 60 KB of state, a quarter of a second. Pages come to it that even a guest without work writes, up to the
+    // pause.
     network::shape("2mbit");
     let dir = tempfile::tempdir().expect("a directory");
     let disk = |n: u32| {

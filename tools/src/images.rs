@@ -46,12 +46,6 @@ pub struct GuestImages {
     pub guest_tool: PathBuf,
 }
 
-impl GuestImages {
-    /// A command line for the kernel that suits the tests: messages on ttyS0, a panic ends the VM.
-    /// Arguments of the guest's own (`guest.ip=…`) go after it.
-    pub const COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=-1";
-}
-
 /// The files of a Linux guest, made when the cache does not have them.
 ///
 /// # Errors
